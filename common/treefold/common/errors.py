@@ -1,0 +1,91 @@
+"""The tree of errors.
+
+    TreefoldError                 root; users catch this
+      ConfigError(ValueError)     a setting is wrong; raised before any socket opens
+      ProtocolError
+        LocalProtocolError        our own caller used the interface in the wrong order
+        RemoteProtocolError       a peer sent what it must not
+      UnavailableError            a peer is not there; trying again may work
+        FormationError            the cluster did not form in time; names who is missing
+        SchedulerLostError        the scheduler stopped answering
+      FencedError                 this process was given up and replaced
+      SpecMismatchError           workers declare different tables, plans or settings; shows the difference
+      DataError(ValueError)       a tensor has the wrong shape, dtype or value; says what was expected
+      UnsupportedError            something torch can do and treefold cannot; says why
+      CapacityError               a named limit was reached
+      JobFailedError              the job has ended for everybody; says why
+    InvariantError(AssertionError)  a bug of ours, with the story of how it came about; never caught
+"""
+
+
+class TreefoldError(Exception):
+    """Root of everything that treefold raises on purpose."""
+
+
+class ConfigError(TreefoldError, ValueError):
+    """A setting is missing, unknown or out of range."""
+
+
+class ProtocolError(TreefoldError):
+    """The rules of an exchange were broken."""
+
+
+class LocalProtocolError(ProtocolError):
+    """Our own caller broke them."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """A peer broke them."""
+
+
+class UnavailableError(TreefoldError):
+    """A peer does not answer. Trying again later may work."""
+
+
+class FormationError(UnavailableError):
+    """The cluster did not form in time. The text names the members that are missing."""
+
+
+class SchedulerLostError(UnavailableError):
+    """The scheduler stopped answering."""
+
+
+class FencedError(TreefoldError):
+    """The cluster gave this process up and goes on without it."""
+
+
+class SpecMismatchError(TreefoldError):
+    """Workers declared different things. The text shows the differences."""
+
+
+class DataError(TreefoldError, ValueError):
+    """A tensor or payload is not what its table expects."""
+
+
+class UnsupportedError(TreefoldError):
+    """Something that PyTorch can do and treefold cannot, with the reason."""
+
+
+class CapacityError(TreefoldError):
+    """A limit was reached. The text names the limit, its value and what was wanted."""
+
+
+class JobFailedError(TreefoldError):
+    """The job ended for everybody; the text says why."""
+
+
+class InvariantError(AssertionError):
+    """A bug in treefold itself.
+
+    Parameters
+    ----------
+    claim : str
+        What should have held.
+    story : list of str
+        The last events before it did not.
+    """
+
+    def __init__(self, claim: str, story: list[str]) -> None:
+        self.claim = claim
+        self.story = story
+        super().__init__("\n".join([f"broken invariant: {claim}", *story]))

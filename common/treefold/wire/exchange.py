@@ -1,0 +1,72 @@
+"""The vocabulary in which every core talks to its shell: what happened, and what is to be done.
+
+A core is called as ``handle(now_ns, event) -> list[effect]`` and says with ``next_deadline_ns()`` when it
+wants a `Tick` at the latest. Effects are carried out in list order. Times are integer nanoseconds of a
+monotonic clock. Payloads are opaque: a core passes handles on and never looks inside.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from enum import IntEnum
+
+from treefold.wire.messages import AnyMessage
+
+Peer = Hashable
+"""Whom a message came from or goes to: `SCHEDULER`, a routing identity, or a member's incarnation."""
+
+SCHEDULER = "scheduler"
+
+
+class Level(IntEnum):
+    """How much a note matters, on the scale of the `logging` module."""
+
+    DEBUG = 10
+    INFO = 20
+    WARNING = 30
+    ERROR = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message arrived. ``payload`` is the handle of its payload frame, None if it has none."""
+
+    peer: Peer
+    message: AnyMessage
+    payload: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """Messages to this peer can no longer be delivered."""
+
+    peer: Peer
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; nothing else happened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message; with ``payload``, a handle or reference that the shell resolves to bytes."""
+
+    peer: Peer
+    message: AnyMessage
+    payload: object | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Tell the operator."""
+
+    level: Level
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """The process is to end with this exit status, once what was sent before is out."""
+
+    status: int
+    text: str

@@ -1,0 +1,221 @@
+"""A member's side of membership: register, beat, register again when given up, leave.
+
+Servers and workers hold one of these inside their core. It is as pure as a core: time comes in as an
+argument, messages to send go out as a list.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from treefold.wire.exchange import SCHEDULER, Send
+from treefold.wire.messages import (
+    PROTOCOL_VERSION,
+    Fenced,
+    Heartbeat,
+    HeartbeatSeen,
+    Leave,
+    Outcome,
+    Register,
+    Registered,
+    Role,
+    Stop,
+)
+
+MS = 1_000_000
+REGISTER_RETRY_MS = 500
+LEAVE_RETRY_MS = 200
+LEAVE_TRIES_MAX = 15  # then the scheduler is taken for dead and the member leaves unanswered
+SILENCE_WARNING_BEATS = 10  # heartbeats without an answer before the operator hears of it
+
+
+class Standing(Enum):
+    """Where a member stands with the scheduler."""
+
+    JOINING = auto()
+    MEMBER = auto()
+    LEAVING = auto()
+    GONE = auto()
+
+
+class Step(Enum):
+    """What can happen to a member."""
+
+    REGISTERED = auto()
+    FENCED = auto()
+    LEAVE_WANTED = auto()
+    STOPPED = auto()
+    GIVEN_UP = auto()
+
+
+TRANSITIONS: dict[tuple[Standing, Step], Standing] = {
+    (Standing.JOINING, Step.REGISTERED): Standing.MEMBER,
+    (Standing.JOINING, Step.LEAVE_WANTED): Standing.GONE,
+    (Standing.JOINING, Step.STOPPED): Standing.GONE,
+    (Standing.JOINING, Step.GIVEN_UP): Standing.GONE,
+    (Standing.MEMBER, Step.FENCED): Standing.JOINING,
+    (Standing.MEMBER, Step.LEAVE_WANTED): Standing.LEAVING,
+    (Standing.MEMBER, Step.STOPPED): Standing.GONE,
+    (Standing.LEAVING, Step.FENCED): Standing.GONE,
+    (Standing.LEAVING, Step.STOPPED): Standing.GONE,
+    (Standing.LEAVING, Step.GIVEN_UP): Standing.GONE,
+}
+"""A pair that is missing here changes nothing: the message is late or repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a process says of itself when it registers. ``nonce`` is random, from the shell."""
+
+    role: Role
+    nonce: int
+    address: str
+    host: str
+    pid: int
+    package: str
+
+
+@dataclass(slots=True)
+class Vitals:
+    """What a heartbeat reports; its core fills in what it knows, its shell the process figures."""
+
+    view: int = 0
+    tables: int = 0
+    round: int = 0
+    slot_time_ns: int = 0
+    samples: int = 0
+    loss: float | None = None
+    waiting: str = ""
+    rss_bytes: int = 0
+    cpu_percent: float = 0.0
+
+
+@dataclass(slots=True)
+class Membership:
+    """The member's half of the registration and heartbeat protocol.
+
+    Attributes
+    ----------
+    standing : Standing
+        Where this member stands.
+    incarnation, rank, job : int
+        As the scheduler gave them; 0 before.
+    heard_ns : int
+        When the scheduler last answered anything.
+    """
+
+    identity: Identity
+    vitals: Vitals = field(default_factory=Vitals)
+    standing: Standing = Standing.JOINING
+    incarnation: int = 0
+    rank: int = 0
+    job: int = 0
+    servers: int = 0
+    workers: int = 0
+    heartbeat_ns: int = 500 * MS
+    heard_ns: int = 0
+    registrations: int = 0
+    _next_ns: int = 0
+    _leave: Leave | None = None
+    _leave_tries: int = 0
+
+    @property
+    def is_member(self) -> bool:
+        """Whether the scheduler counts this process in."""
+        return self.standing is Standing.MEMBER
+
+    def next_deadline_ns(self) -> int | None:
+        """When `tick` has something to do."""
+        return None if self.standing is Standing.GONE else self._next_ns
+
+    def tick(self, now_ns: int) -> list[Send]:
+        """Send what is due: a registration, a heartbeat, a farewell."""
+        if self.standing is Standing.GONE or now_ns < self._next_ns:
+            return []
+        if self.standing is Standing.JOINING:
+            self._next_ns = now_ns + REGISTER_RETRY_MS * MS
+            return [Send(SCHEDULER, self._register())]
+        if self.standing is Standing.LEAVING:
+            return self._say_farewell(now_ns)
+        self._next_ns = now_ns + self.heartbeat_ns
+        return [Send(SCHEDULER, self.heartbeat())]
+
+    def on_registered(self, now_ns: int, message: Registered) -> bool:
+        """Take in the scheduler's answer; True if this made us a member."""
+        self.heard_ns = now_ns
+        if message.nonce != self.identity.nonce + self.registrations or self.standing is not Standing.JOINING:
+            return False
+        self._move(Step.REGISTERED)
+        self.incarnation = message.incarnation
+        self.rank = message.rank
+        self.servers = message.servers
+        self.workers = message.workers
+        self.heartbeat_ns = message.heartbeat_ms * MS
+        self._next_ns = now_ns
+        return True
+
+    def on_heartbeat_seen(self, now_ns: int, message: HeartbeatSeen) -> None:
+        """Note that the scheduler is there."""
+        if message.incarnation == self.incarnation:
+            self.heard_ns = now_ns
+
+    def on_fenced(self, now_ns: int, message: Fenced) -> bool:
+        """We were given up: start anew under a fresh nonce. True if it was us."""
+        if message.incarnation != self.incarnation or (self.standing, Step.FENCED) not in TRANSITIONS:
+            return False
+        self._move(Step.FENCED)
+        self.registrations += 1
+        self._next_ns = now_ns
+        return True
+
+    def on_stop(self, message: Stop) -> None:
+        """The scheduler has let us go."""
+        del message
+        self._move(Step.STOPPED)
+
+    def leave(self, now_ns: int, outcome: Outcome, text: str) -> list[Send]:
+        """Begin to leave; the scheduler's `Stop` ends it."""
+        self._move(Step.LEAVE_WANTED)
+        if self.standing is not Standing.LEAVING:
+            return []
+        self._leave = Leave(self.incarnation, outcome, text)
+        return self._say_farewell(now_ns)
+
+    def is_silent(self, now_ns: int, beats: int = SILENCE_WARNING_BEATS) -> bool:
+        """Whether the scheduler has not answered for so many heartbeats."""
+        return self.is_member and now_ns - self.heard_ns > beats * self.heartbeat_ns
+
+    def give_up(self) -> None:
+        """Stop trying to reach the scheduler."""
+        self._move(Step.GIVEN_UP)
+
+    def heartbeat(self) -> Heartbeat:
+        """The heartbeat as of now."""
+        v = self.vitals
+        return Heartbeat(
+            self.incarnation,
+            v.view,
+            v.tables,
+            v.round,
+            v.slot_time_ns,
+            v.samples,
+            v.loss,
+            v.waiting,
+            v.rss_bytes,
+            v.cpu_percent,
+        )
+
+    def _register(self) -> Register:
+        who = self.identity
+        nonce = who.nonce + self.registrations
+        return Register(PROTOCOL_VERSION, who.role, nonce, who.address, who.host, who.pid, who.package)
+
+    def _say_farewell(self, now_ns: int) -> list[Send]:
+        self._leave_tries += 1
+        if self._leave_tries > LEAVE_TRIES_MAX or self._leave is None:
+            self._move(Step.GIVEN_UP)
+            return []
+        self._next_ns = now_ns + LEAVE_RETRY_MS * MS
+        return [Send(SCHEDULER, self._leave)]
+
+    def _move(self, step: Step) -> None:
+        self.standing = TRANSITIONS.get((self.standing, step), self.standing)

@@ -1,0 +1,437 @@
+"""Every message of the protocol.
+
+Structs are positional on the wire: append fields with defaults, never reorder, remove or reuse; a tag is
+never used twice. Each struct, its page in ``docs/wire.md`` and its golden bytes change in one commit.
+
+A message with tensor data carries a `Frame` that describes it; the bytes follow as one more frame.
+"""
+
+from enum import IntEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from treefold.common.plan import LoopPlan
+from treefold.common.spec import Dtype, Hyper, TableSpec
+
+PROTOCOL_VERSION = 1
+SLOTS_MAX = 65_536
+MEMBERS_MAX = 65_536
+TABLES_MAX = 1_024
+SHARDS_MAX = 1_048_576
+PARTS_MAX = 1_048_576
+STATE_BYTES_MAX = 1 << 20  # LR schedulers and integer buffers of one job
+FRAME_BYTES_MAX = 4 << 20  # one payload frame
+ABSENT_BYTES_MAX = 1 << 17  # one bit per tensor of a part
+
+Count = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Slot = Annotated[int, Meta(ge=0, lt=SLOTS_MAX)]
+Slots = Annotated[list[Slot], Meta(max_length=SLOTS_MAX)]
+TableNumber = Annotated[int, Meta(ge=0, lt=TABLES_MAX)]
+ShardNumber = Annotated[int, Meta(ge=0, lt=SHARDS_MAX)]
+PartNumber = Annotated[int, Meta(ge=0, lt=PARTS_MAX)]
+Round = Annotated[int, Meta(ge=-1, lt=1 << 62)]
+Active = Annotated[int, Meta(ge=1, le=SLOTS_MAX)]
+Text = Annotated[str, Meta(max_length=65_536)]
+Address = Annotated[str, Meta(max_length=1_024)]
+State = Annotated[bytes, Meta(max_length=STATE_BYTES_MAX)]
+
+INITIAL_ROUND = -1  # the "round" that brings initial values and makes version 0
+
+
+class Role(IntEnum):
+    """What a member is."""
+
+    SCHEDULER = 1
+    SERVER = 2
+    WORKER = 3
+
+
+class Code(IntEnum):
+    """Why a request was refused. Stable numbers; `treefold.common.errors` has a class for each."""
+
+    PROTOCOL_VERSION = 1
+    JOB_MISMATCH = 2
+    SPEC_MISMATCH = 3
+    UNKNOWN_TABLE = 4
+    BAD_PAYLOAD = 5
+    STALE_VIEW = 6
+    FUTURE_ROUND = 7
+    BAD_NODE = 8
+    BAD_SPEC = 9
+    CLUSTER_FULL = 10
+    NOT_MEMBER = 11
+    BAD_MESSAGE = 12
+    NON_FINITE = 13
+
+
+class Outcome(IntEnum):
+    """How a member left, or how a job ended."""
+
+    DONE = 1
+    FAILED = 2
+    DRAINED = 3
+    NOT_FORMED = 4
+
+
+class Phase(IntEnum):
+    """Where the cluster stands."""
+
+    FORMING = 1
+    RUNNING = 2
+    ENDED = 3
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of all messages."""
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Description of one payload frame: element type and number of elements of a flat tensor."""
+
+    dtype: Dtype
+    elements: Annotated[int, Meta(ge=0, le=FRAME_BYTES_MAX // 2)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the frame must have."""
+        return self.elements * self.dtype.itemsize
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One live member as a view names it. ``address`` is where a server takes pushes and pulls."""
+
+    role: Role
+    rank: Count
+    incarnation: Count
+    address: Address
+    host: Annotated[str, Meta(max_length=256)]
+    pid: Count
+
+
+class ShardPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Who holds a shard. ``view`` is the number of the view that put it there: what a push must name."""
+
+    shard: ShardNumber
+    view: Count
+    first_block: Count
+    blocks: Count
+    server: Count
+
+
+class TablePlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A declared table: its number, its name, who uploads its initial values, where its shards are."""
+
+    table: TableNumber
+    name: str
+    initializer: Count
+    shards: Annotated[list[ShardPlace], Meta(max_length=SHARDS_MAX)]
+
+
+class Leases(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Which worker (incarnation) computes each slot, from round ``from_round`` on. Advice, not ownership."""
+
+    from_round: Round
+    workers: Annotated[list[Count], Meta(max_length=SLOTS_MAX)]
+
+
+# ---- member and scheduler ----------------------------------------------------------------------------
+
+
+class Register(Message, tag=1):
+    """A new process asks to become a member. Repeated with the same ``nonce`` until answered."""
+
+    protocol: Count
+    role: Role
+    nonce: Count
+    address: Address
+    host: Annotated[str, Meta(max_length=256)]
+    pid: Count
+    package: Annotated[str, Meta(max_length=64)]
+
+
+class Registered(Message, tag=2):
+    """The scheduler's answer: who the member is now, and the cluster's settings."""
+
+    nonce: Count
+    job: Count
+    incarnation: Count
+    rank: Count
+    heartbeat_ms: Count
+    dead_after_ms: Count
+    servers: Count
+    workers: Count
+
+
+class Refused(Message, tag=3):
+    """A request could not be granted; nothing was changed. ``call`` is the request's own number, or 0."""
+
+    call: Count
+    code: Code
+    text: Text
+
+
+class Heartbeat(Message, tag=4):
+    """A member is alive and has view ``view``. A worker adds what it measured, a server what it holds.
+
+    ``round`` is the worker's current round or the server's oldest open one; ``waiting`` says in words
+    what the member waits for, empty if for nothing.
+    """
+
+    incarnation: Count
+    view: Count
+    tables: Count
+    round: Round
+    slot_time_ns: Count
+    samples: Count
+    loss: float | None
+    waiting: Text
+    rss_bytes: Count
+    cpu_percent: float
+
+
+class HeartbeatSeen(Message, tag=5):
+    """The scheduler heard the heartbeat; its newest view has number ``view``."""
+
+    incarnation: Count
+    view: Count
+
+
+class DeclareTable(Message, tag=6):
+    """A worker declares a table. The first declaration makes it, later ones must be equal."""
+
+    incarnation: Count
+    call: Count
+    spec: TableSpec
+
+
+class DeclarePlan(Message, tag=7):
+    """A worker begins a pass over its data. The first declaration makes the plan, later ones must be equal."""
+
+    incarnation: Count
+    call: Count
+    plan: LoopPlan
+
+
+class Accepted(Message, tag=8):
+    """A declaration is accepted. ``number`` is the table's number, or the plan's index."""
+
+    call: Count
+    number: Count
+
+
+class View(Message, tag=9):
+    """The cluster as it is from now on. Numbers only grow; only the scheduler makes views."""
+
+    number: Count
+    phase: Phase
+    chief: Count
+    members: Annotated[list[Member], Meta(max_length=MEMBERS_MAX)]
+    tables: Annotated[list[TablePlace], Meta(max_length=TABLES_MAX)]
+    leases: Leases
+    previous: Leases
+
+
+class AssignTable(Message, tag=10):
+    """To a server: the spec of table ``table``, of whose shards it holds some (the view says which)."""
+
+    table: TableNumber
+    spec: TableSpec
+
+
+class Leave(Message, tag=11):
+    """A member leaves of its own accord. Repeated until answered by `Stop`."""
+
+    incarnation: Count
+    outcome: Outcome
+    text: Text
+
+
+class RoundLate(Message, tag=12):
+    """A server to the scheduler: round ``round`` is taking too long, these slots are missing."""
+
+    incarnation: Count
+    round: Round
+    missing: Slots
+
+
+class Grant(Message, tag=13):
+    """Backup task: compute these slots of round ``round`` as well, once your own are done."""
+
+    round: Round
+    slots: Slots
+
+
+class Flush(Message, tag=14):
+    """Push what you have folded of round ``round`` now; others are finishing the rest."""
+
+    round: Round
+
+
+class NormReport(Message, tag=15):
+    """A server to the scheduler: sum of squares of the folded gradient, float64, block by block."""
+
+    incarnation: Count
+    table: TableNumber
+    shard: ShardNumber
+    round: Round
+    sums: Annotated[list[float], Meta(max_length=SHARDS_MAX)]
+
+
+class NormDecision(Message, tag=16):
+    """The scheduler to servers: the global gradient norm of one round of one table."""
+
+    table: TableNumber
+    round: Round
+    norm: float
+
+
+class StatusRequest(Message, tag=17):
+    """Anyone to the scheduler: what is going on?"""
+
+    call: Count
+
+
+class StatusReply(Message, tag=18):
+    """The scheduler's answer, a JSON document."""
+
+    call: Count
+    body: Annotated[bytes, Meta(max_length=FRAME_BYTES_MAX)]
+
+
+class Stop(Message, tag=19):
+    """The scheduler to a member: the job has ended this way, or you have left; stop."""
+
+    outcome: Outcome
+    text: Text
+
+
+class Fenced(Message, tag=20):
+    """The scheduler to a member it had given up: register again; your old incarnation is over."""
+
+    incarnation: Count
+
+
+# ---- worker and server -------------------------------------------------------------------------------
+
+
+class Push(Message, tag=32):
+    """One node of the fold tree for one part of a shard. Followed by its payload frame, if it has one.
+
+    ``active`` is the number of slots of the round that contribute. ``absent`` has bit ``i`` set (byte
+    ``i // 8``, value ``1 << i % 8``) if the part's ``i``-th tensor had no gradient in any of the node's
+    slots; ``frame`` is None if that holds for all of them. Round `INITIAL_ROUND` brings initial values.
+    """
+
+    job: Count
+    sender: Count
+    view: Count
+    table: TableNumber
+    shard: ShardNumber
+    part: PartNumber
+    round: Round
+    active: Active
+    level: Annotated[int, Meta(ge=0, le=17)]
+    index: Slot
+    absent: Annotated[bytes, Meta(max_length=ABSENT_BYTES_MAX)]
+    frame: Frame | None
+
+
+class RoundMeta(Message, tag=33):
+    """What travels with slot 0: the hyper-parameters of the round, by param group.
+
+    ``norm_max`` is the limit for the global gradient norm, 0 for none. ``state`` is the worker's own
+    record of what the next round starts from (LR schedulers, integer buffers), opaque to servers.
+    """
+
+    job: Count
+    sender: Count
+    view: Count
+    table: TableNumber
+    shard: ShardNumber
+    round: Round
+    active: Active
+    groups: list[Hyper]
+    norm_max: Annotated[float, Meta(ge=0)]
+    state: State
+
+
+class Pull(Message, tag=34):
+    """Asks for ``version`` of a shard; answered part by part once it exists.
+
+    A version too old to be kept is answered with the current one, version 0 with the newest. From the
+    second ``attempt`` on, a version that does not exist yet is answered with `RoundStatus` as well.
+    ``parts`` empty means all.
+    """
+
+    job: Count
+    sender: Count
+    view: Count
+    table: TableNumber
+    shard: ShardNumber
+    version: Count
+    attempt: Count
+    parts: Annotated[list[PartNumber], Meta(max_length=PARTS_MAX)]
+
+
+class Pulled(Message, tag=35):
+    """One part of one version of a shard, followed by its payload frame.
+
+    ``state`` (with part 0 only) is what `RoundMeta` brought for this version, ``norm`` the gradient norm of
+    the round that made it, NaN if none was computed.
+    """
+
+    table: TableNumber
+    shard: ShardNumber
+    part: PartNumber
+    version: Count
+    state: State
+    norm: float
+    frame: Frame
+
+
+class PartMissing(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Slots that a server still lacks for one part."""
+
+    part: PartNumber
+    slots: Slots
+
+
+class RoundStatus(Message, tag=36):
+    """What a server lacks to finish a round of a shard: a worker sends again what it has of it."""
+
+    table: TableNumber
+    shard: ShardNumber
+    round: Round
+    missing: Annotated[list[PartMissing], Meta(max_length=PARTS_MAX)]
+    is_meta_missing: bool
+
+
+AnyMessage = (
+    Register
+    | Registered
+    | Refused
+    | Heartbeat
+    | HeartbeatSeen
+    | DeclareTable
+    | DeclarePlan
+    | Accepted
+    | View
+    | AssignTable
+    | Leave
+    | RoundLate
+    | Grant
+    | Flush
+    | NormReport
+    | NormDecision
+    | StatusRequest
+    | StatusReply
+    | Stop
+    | Fenced
+    | Push
+    | RoundMeta
+    | Pull
+    | Pulled
+    | RoundStatus
+)
