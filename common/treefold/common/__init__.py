@@ -1,4 +1,4 @@
-"""What every process of a cluster needs: errors, configuration, the fold tree, the data plan, layouts.
+"""What every process needs: errors, configuration, the fold tree, the data plan, layouts.
 
 Nothing here opens a socket, starts a thread or imports a module of another layer.
 """

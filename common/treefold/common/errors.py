@@ -1,6 +1,8 @@
-"""The tree of errors.
+"""The tree of errors; `docs/errors.md` says of each what to do.
 
-    TreefoldError                 root; users catch this
+Users catch `TreefoldError` or a branch of it. A broken invariant is no such error::
+
+    TreefoldError                 root
       ConfigError(ValueError)     a setting is wrong; raised before any socket opens
       ProtocolError
         LocalProtocolError        our own caller used the interface in the wrong order
@@ -9,12 +11,13 @@
         FormationError            the cluster did not form in time; names who is missing
         SchedulerLostError        the scheduler stopped answering
       FencedError                 this process was given up and replaced
-      SpecMismatchError           workers declare different tables, plans or settings; shows the difference
-      DataError(ValueError)       a tensor has the wrong shape, dtype or value; says what was expected
+      SpecMismatchError           workers declare different things; shows the differences
+      DataError(ValueError)       a tensor is not what its table expects
       UnsupportedError            something torch can do and treefold cannot; says why
       CapacityError               a named limit was reached
       JobFailedError              the job has ended for everybody; says why
-    InvariantError(AssertionError)  a bug of ours, with the story of how it came about; never caught
+
+    InvariantError(AssertionError)  a bug of ours, with its story; never caught
 """
 
 

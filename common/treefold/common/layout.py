@@ -28,7 +28,8 @@ class ShardSpan(msgspec.Struct, frozen=True, array_like=True):
 class Piece(NamedTuple):
     """The part of one tensor that lies in an interval of the flat space.
 
-    ``start`` and ``stop`` are positions in the flat space, ``offset`` the first one's position in the tensor.
+    ``start`` and ``stop`` are positions in the flat space, ``offset`` the first one's position in
+    the tensor.
     """
 
     tensor: int
@@ -43,7 +44,8 @@ class Layout:
     Parameters
     ----------
     spec : TableSpec
-        With tensorwise placement every tensor begins a new block, so that a shard can hold it whole.
+        With tensorwise placement every tensor begins a new block, so that a shard can hold it
+        whole.
 
     Attributes
     ----------

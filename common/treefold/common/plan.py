@@ -1,13 +1,23 @@
 """The data plan: which samples of an epoch belong to which slot of which round.
 
-Everyone derives the same plan from the same few numbers, so nobody has to be asked. A round's samples
-are dealt to the slots as evenly as possible, the first slots taking one more where it does not come out
-even; so slot 0 always has samples, and the slots without any (in a short last round) are the last ones.
+Everyone derives the same plan from the same few numbers, so nobody has to be asked. A round's
+samples are dealt to the slots as evenly as possible, the first slots taking one more where it does
+not come out even; so slot 0 always has samples, and the slots without any (in a short last round)
+are the last ones.
 """
 
 from enum import IntEnum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
+
+from treefold.common.errors import DataError
+
+SLOTS_MAX = 65_536  # 16 levels of the fold tree
+
+Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+Signed = Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)]
 
 
 class PlanKind(IntEnum):
@@ -40,18 +50,33 @@ class LoopPlan(msgspec.Struct, frozen=True, array_like=True):
         Whether that order is a permutation or the data set's own.
     seed : int
         The sampler's seed.
+
+    Raises
+    ------
+    DataError
+        The rounds are not those that the samples make.
     """
 
     kind: PlanKind
-    index: int
-    first_round: int
-    rounds: int
-    slots: int
-    samples: int
-    batch_size: int
-    epoch: int
+    index: Count
+    first_round: Count
+    rounds: Count
+    slots: Annotated[int, Meta(ge=1, le=SLOTS_MAX)]
+    samples: Count
+    batch_size: Annotated[int, Meta(ge=1, le=1 << 62)]
+    epoch: Signed
     shuffle: bool
-    seed: int
+    seed: Signed
+
+    def __post_init__(self) -> None:
+        """Check what concerns several fields at once."""
+        rounds = 0 if self.kind is PlanKind.LOADER else -(-self.samples // self.batch_size)
+        if self.rounds != rounds:
+            msg = (
+                f"a plan of {self.rounds} rounds; {self.samples} samples in rounds of "
+                f"{self.batch_size} make {rounds}"
+            )
+            raise DataError(msg)
 
     @property
     def end_round(self) -> int:
@@ -59,7 +84,7 @@ class LoopPlan(msgspec.Struct, frozen=True, array_like=True):
         return self.first_round + self.rounds
 
     def round_samples(self, round_: int) -> int:
-        """Samples of round ``round_`` over all slots; smaller than the batch in a short last round."""
+        """Samples of round ``round_`` over all slots; fewer than a batch in a short last round."""
         if self.kind is PlanKind.LOADER:
             return self.slots
         start = (round_ - self.first_round) * self.batch_size
@@ -70,7 +95,7 @@ class LoopPlan(msgspec.Struct, frozen=True, array_like=True):
         return min(self.slots, self.round_samples(round_))
 
     def slot_range(self, round_: int, slot: int) -> tuple[int, int]:
-        """Positions ``[start, stop)`` in the pass's order that slot ``slot`` computes in ``round_``."""
+        """Positions ``[start, stop)`` in the pass's order that ``slot`` computes in ``round_``."""
         start = (round_ - self.first_round) * self.batch_size
         each, more = divmod(self.round_samples(round_), self.slots)
         first = start + slot * each + min(slot, more)

@@ -1,4 +1,7 @@
-"""What a job is made of: tables, their tensors, their optimizer. Sent once, compared between workers."""
+"""What a job is made of: tables, their tensors, their optimizer.
+
+Sent once by every worker and compared: all must declare the same.
+"""
 
 from enum import IntEnum
 from typing import Annotated
@@ -6,15 +9,18 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from treefold.common.errors import DataError
+
 TENSORS_MAX = 1_000_000  # far above any model's tensor count; bounds what a peer can make us build
 RANK_MAX = 16  # dimensions of one tensor
-ELEMENTS_MAX = 1 << 48
+ELEMENTS_MAX = 1 << 38  # of a table, 1 TiB of float32; its blocks and parts can be numbered
 GROUPS_MAX = 4096
-BUFFER_GROUP = -1  # group number of tensors that are folded but not optimized (BatchNorm statistics)
+BUFFER_GROUP = -1  # group of tensors that are folded, not optimized (BatchNorm statistics)
 
 Name = Annotated[str, Meta(min_length=1, max_length=512)]
-HyperValue = bool | int | float | str | None | list[float]
-Hyper = dict[str, HyperValue]
+Text = Annotated[str, Meta(max_length=65_536)]
+HyperValue = bool | int | float | Text | None | Annotated[list[float], Meta(max_length=64)]
+Hyper = Annotated[dict[Name, HyperValue], Meta(max_length=256)]
 
 
 class Dtype(IntEnum):
@@ -85,6 +91,11 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True):
     """Named tensors with one rule. The order of the tensors is the order of the flat space.
 
     Tensors of one group stand together, groups in ascending order, buffers last.
+
+    Raises
+    ------
+    DataError
+        The tensors are too large together, out of order, or in a group that does not exist.
     """
 
     name: Name
@@ -93,9 +104,33 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True):
     tensors: Annotated[list[TensorSpec], Meta(min_length=1, max_length=TENSORS_MAX)]
     optimizer: OptimizerSpec | None
 
+    def __post_init__(self) -> None:
+        """Check what concerns several fields at once."""
+        elements = sum(tensor.elements for tensor in self.tensors)
+        if elements > ELEMENTS_MAX:
+            msg = f"table {self.name!r} has {elements} elements, at most {ELEMENTS_MAX} are allowed"
+            raise DataError(msg)
+        order = [GROUPS_MAX if t.group == BUFFER_GROUP else t.group for t in self.tensors]
+        if order != sorted(order):
+            msg = f"table {self.name!r}: tensors must stand in the order of groups, buffers last"
+            raise DataError(msg)
+        groups = 0 if self.optimizer is None else len(self.optimizer.groups)
+        highest = max(tensor.group for tensor in self.tensors)
+        if self.rule is Rule.OPTIMIZER and highest >= groups:
+            msg = f"table {self.name!r}: a tensor is in group {highest} of {groups} param groups"
+            raise DataError(msg)
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+_ABSENT = _Absent()
+
 
 def differences(ours: object, theirs: object, lines_max: int = 8) -> list[str]:
-    """Where two specs differ, as readable lines such as ``optimizer.groups[0].lr: 0.1 here, 0.2 there``.
+    """Where two specs differ, as lines such as ``optimizer.groups[0].lr: 0.1 here, 0.2 there``.
 
     Parameters
     ----------
@@ -112,7 +147,7 @@ def differences(ours: object, theirs: object, lines_max: int = 8) -> list[str]:
 
 
 def _named(value: object) -> object:
-    """Structs as dicts by field name, at every depth (array-like structs would lose their names)."""
+    """Structs as dicts by field name, at every depth (array-like ones would lose the names)."""
     if isinstance(value, msgspec.Struct):
         return {field: _named(getattr(value, field)) for field in value.__struct_fields__}
     if isinstance(value, list | tuple):
@@ -128,11 +163,11 @@ def _compare(ours: object, theirs: object, where: str, found: list[str]) -> None
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in [*ours, *(key for key in theirs if key not in ours)]:
             inner = f"{where}.{key}" if where else str(key)
-            _compare(ours.get(key, "absent"), theirs.get(key, "absent"), inner, found)
+            _compare(ours.get(key, _ABSENT), theirs.get(key, _ABSENT), inner, found)
     elif isinstance(ours, list) and isinstance(theirs, list):
         if len(ours) != len(theirs):
             found.append(f"{where}: {len(ours)} entries here, {len(theirs)} there")
         for number, (left, right) in enumerate(zip(ours, theirs, strict=False)):
             _compare(left, right, f"{where}[{number}]", found)
-    elif ours != theirs or type(ours) is not type(theirs):
+    elif repr(ours) != repr(theirs):  # tells 1 from True and 0.0 from -0.0, takes NaN for equal
         found.append(f"{where}: {ours!r} here, {theirs!r} there")

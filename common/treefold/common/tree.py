@@ -1,11 +1,12 @@
 """The fold tree: which partial sums exist over the slots of a round, and how they meet.
 
-Node ``(level, index)`` stands for slots ``[index * 2**level, (index + 1) * 2**level)``, clipped to the
-``active`` slots of the round, and is always ``left + right`` of its two children. Because the tree
-depends on the number of active slots alone, the sum has the same bits wherever its parts were made.
+Node ``(level, index)`` stands for slots ``[index * 2**level, (index + 1) * 2**level)``, clipped to
+the ``active`` slots of the round, and is always ``left + right`` of its two children. Because the
+tree depends on the number of active slots alone, the sum has the same bits wherever its parts were
+made.
 
-A node whose right half lies beyond the last active slot equals its left child; `canonical` names such
-equal nodes alike. This module knows no tensors: what a node holds is an opaque handle.
+A node whose right half lies beyond the last active slot equals its left child; `canonical` names
+such equal nodes alike. This module knows no tensors: what a node holds is an opaque handle.
 """
 
 from typing import Generic, NamedTuple, TypeVar
@@ -17,11 +18,11 @@ class Node(NamedTuple):
     """One node of the fold tree, level 0 being a single slot."""
 
     level: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs
 
 
 class Merge(NamedTuple, Generic[Handle]):
-    """Two siblings that met: the parent's value is ``left + right`` and takes over ``left``'s handle."""
+    """Two siblings that met: the parent is ``left + right`` and takes over ``left``'s handle."""
 
     left: Handle
     right: Handle

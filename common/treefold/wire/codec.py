@@ -1,7 +1,8 @@
 """Bytes to messages and back: the only module that knows the encoding library.
 
-A header is one MessagePack array whose first element is the message's tag. Anything that does not decode
-to a message of `treefold.wire.messages` within its limits is a `RemoteProtocolError`; nothing of it is used.
+A header is one MessagePack array whose first element is the message's tag. Anything that does not
+decode to a message of `treefold.wire.messages` within its limits is a `RemoteProtocolError`;
+nothing of it is used.
 """
 
 from typing import Final
@@ -64,5 +65,6 @@ def check_payload(message: AnyMessage, payload_bytes: list[int]) -> None:
     frame = frame_of(message)
     expected = [] if frame is None else [frame.nbytes]
     if payload_bytes != expected:
-        msg = f"{type(message).__name__} with payload frames of {payload_bytes} bytes, announced {expected}"
+        name = type(message).__name__
+        msg = f"{name} with payload frames of {payload_bytes} bytes, announced {expected}"
         raise RemoteProtocolError(msg)

@@ -1,8 +1,9 @@
 """The vocabulary in which every core talks to its shell: what happened, and what is to be done.
 
-A core is called as ``handle(now_ns, event) -> list[effect]`` and says with ``next_deadline_ns()`` when it
-wants a `Tick` at the latest. Effects are carried out in list order. Times are integer nanoseconds of a
-monotonic clock. Payloads are opaque: a core passes handles on and never looks inside.
+A core is called as ``handle(now_ns, event) -> list[effect]`` and says with ``next_deadline_ns()``
+when it wants a `Tick` at the latest. Effects are carried out in list order. Times are integer
+nanoseconds of a monotonic clock. Payloads are opaque: a core passes handles on and never looks
+inside.
 """
 
 from collections.abc import Hashable
@@ -12,7 +13,7 @@ from enum import IntEnum
 from treefold.wire.messages import AnyMessage
 
 Peer = Hashable
-"""Whom a message came from or goes to: `SCHEDULER`, a routing identity, or a member's incarnation."""
+"""Whom a message came from or goes to: `SCHEDULER`, a routing identity, or an incarnation."""
 
 SCHEDULER = "scheduler"
 

@@ -1,7 +1,7 @@
 """A member's side of membership: register, beat, register again when given up, leave.
 
-Servers and workers hold one of these inside their core. It is as pure as a core: time comes in as an
-argument, messages to send go out as a list.
+Servers and workers hold one of these inside their core. It is as pure as a core: time comes in as
+an argument, messages to send go out as a list.
 """
 
 from dataclasses import dataclass, field
@@ -142,9 +142,13 @@ class Membership:
     def on_registered(self, now_ns: int, message: Registered) -> bool:
         """Take in the scheduler's answer; True if this made us a member."""
         self.heard_ns = now_ns
-        if message.nonce != self.identity.nonce + self.registrations or self.standing is not Standing.JOINING:
+        if (
+            message.nonce != self.identity.nonce + self.registrations
+            or self.standing is not Standing.JOINING
+        ):
             return False
         self._move(Step.REGISTERED)
+        self.job = message.job
         self.incarnation = message.incarnation
         self.rank = message.rank
         self.servers = message.servers
@@ -160,7 +164,10 @@ class Membership:
 
     def on_fenced(self, now_ns: int, message: Fenced) -> bool:
         """We were given up: start anew under a fresh nonce. True if it was us."""
-        if message.incarnation != self.incarnation or (self.standing, Step.FENCED) not in TRANSITIONS:
+        if (
+            message.incarnation != self.incarnation
+            or (self.standing, Step.FENCED) not in TRANSITIONS
+        ):
             return False
         self._move(Step.FENCED)
         self.registrations += 1
@@ -207,7 +214,9 @@ class Membership:
     def _register(self) -> Register:
         who = self.identity
         nonce = who.nonce + self.registrations
-        return Register(PROTOCOL_VERSION, who.role, nonce, who.address, who.host, who.pid, who.package)
+        return Register(
+            PROTOCOL_VERSION, who.role, nonce, who.address, who.host, who.pid, who.package
+        )
 
     def _say_farewell(self, now_ns: int) -> list[Send]:
         self._leave_tries += 1

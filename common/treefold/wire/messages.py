@@ -1,7 +1,8 @@
 """Every message of the protocol.
 
-Structs are positional on the wire: append fields with defaults, never reorder, remove or reuse; a tag is
-never used twice. Each struct, its page in ``docs/wire.md`` and its golden bytes change in one commit.
+Structs are positional on the wire: append fields with defaults, never reorder, remove or reuse; a
+tag is never used twice. Each struct, its page in ``docs/wire.md`` and its golden bytes change in
+one commit.
 
 A message with tensor data carries a `Frame` that describes it; the bytes follow as one more frame.
 """
@@ -12,11 +13,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from treefold.common.plan import LoopPlan
-from treefold.common.spec import Dtype, Hyper, TableSpec
+from treefold.common.errors import DataError
+from treefold.common.plan import SLOTS_MAX, Count, LoopPlan
+from treefold.common.spec import GROUPS_MAX, Dtype, Hyper, Name, TableSpec, Text
 
 PROTOCOL_VERSION = 1
-SLOTS_MAX = 65_536
 MEMBERS_MAX = 65_536
 TABLES_MAX = 1_024
 SHARDS_MAX = 1_048_576
@@ -25,7 +26,6 @@ STATE_BYTES_MAX = 1 << 20  # LR schedulers and integer buffers of one job
 FRAME_BYTES_MAX = 4 << 20  # one payload frame
 ABSENT_BYTES_MAX = 1 << 17  # one bit per tensor of a part
 
-Count = Annotated[int, Meta(ge=0, lt=1 << 63)]
 Slot = Annotated[int, Meta(ge=0, lt=SLOTS_MAX)]
 Slots = Annotated[list[Slot], Meta(max_length=SLOTS_MAX)]
 TableNumber = Annotated[int, Meta(ge=0, lt=TABLES_MAX)]
@@ -33,7 +33,6 @@ ShardNumber = Annotated[int, Meta(ge=0, lt=SHARDS_MAX)]
 PartNumber = Annotated[int, Meta(ge=0, lt=PARTS_MAX)]
 Round = Annotated[int, Meta(ge=-1, lt=1 << 62)]
 Active = Annotated[int, Meta(ge=1, le=SLOTS_MAX)]
-Text = Annotated[str, Meta(max_length=65_536)]
 Address = Annotated[str, Meta(max_length=1_024)]
 State = Annotated[bytes, Meta(max_length=STATE_BYTES_MAX)]
 
@@ -93,6 +92,12 @@ class Frame(msgspec.Struct, frozen=True, array_like=True, gc=False):
     dtype: Dtype
     elements: Annotated[int, Meta(ge=0, le=FRAME_BYTES_MAX // 2)]
 
+    def __post_init__(self) -> None:
+        """Check what concerns both fields at once."""
+        if self.nbytes > FRAME_BYTES_MAX:
+            msg = f"a payload frame of {self.nbytes} bytes, at most {FRAME_BYTES_MAX} are allowed"
+            raise DataError(msg)
+
     @property
     def nbytes(self) -> int:
         """Bytes that the frame must have."""
@@ -111,7 +116,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class ShardPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Who holds a shard. ``view`` is the number of the view that put it there: what a push must name."""
+    """Who holds a shard. ``view`` is the view that put it there: what a push must name."""
 
     shard: ShardNumber
     view: Count
@@ -121,25 +126,25 @@ class ShardPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class TablePlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A declared table: its number, its name, who uploads its initial values, where its shards are."""
+    """A declared table: its number and name, who uploads its initial values, its shards."""
 
     table: TableNumber
-    name: str
+    name: Name
     initializer: Count
     shards: Annotated[list[ShardPlace], Meta(max_length=SHARDS_MAX)]
 
 
 class Leases(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Which worker (incarnation) computes each slot, from round ``from_round`` on. Advice, not ownership."""
+    """Which worker (incarnation) computes each slot from a round on. Advice, not ownership."""
 
     from_round: Round
     workers: Annotated[list[Count], Meta(max_length=SLOTS_MAX)]
 
 
-# ---- member and scheduler ----------------------------------------------------------------------------
+# ---- member and scheduler ------------------------------------------------------------------------
 
 
-class Register(Message, tag=1):
+class Register(Message, tag=1, frozen=True):
     """A new process asks to become a member. Repeated with the same ``nonce`` until answered."""
 
     protocol: Count
@@ -151,7 +156,7 @@ class Register(Message, tag=1):
     package: Annotated[str, Meta(max_length=64)]
 
 
-class Registered(Message, tag=2):
+class Registered(Message, tag=2, frozen=True):
     """The scheduler's answer: who the member is now, and the cluster's settings."""
 
     nonce: Count
@@ -164,19 +169,20 @@ class Registered(Message, tag=2):
     workers: Count
 
 
-class Refused(Message, tag=3):
-    """A request could not be granted; nothing was changed. ``call`` is the request's own number, or 0."""
+class Refused(Message, tag=3, frozen=True):
+    """A request is not granted; nothing was changed. ``call`` is the request's number, or 0."""
 
     call: Count
     code: Code
     text: Text
 
 
-class Heartbeat(Message, tag=4):
-    """A member is alive and has view ``view``. A worker adds what it measured, a server what it holds.
+class Heartbeat(Message, tag=4, frozen=True):
+    """A member is alive and has view ``view``.
 
-    ``round`` is the worker's current round or the server's oldest open one; ``waiting`` says in words
-    what the member waits for, empty if for nothing.
+    A worker adds what it measured, a server what it holds. ``round`` is the worker's current round
+    or the server's oldest open one; ``waiting`` says in words what the member waits for, empty if
+    for nothing.
     """
 
     incarnation: Count
@@ -191,14 +197,14 @@ class Heartbeat(Message, tag=4):
     cpu_percent: float
 
 
-class HeartbeatSeen(Message, tag=5):
+class HeartbeatSeen(Message, tag=5, frozen=True):
     """The scheduler heard the heartbeat; its newest view has number ``view``."""
 
     incarnation: Count
     view: Count
 
 
-class DeclareTable(Message, tag=6):
+class DeclareTable(Message, tag=6, frozen=True):
     """A worker declares a table. The first declaration makes it, later ones must be equal."""
 
     incarnation: Count
@@ -206,22 +212,22 @@ class DeclareTable(Message, tag=6):
     spec: TableSpec
 
 
-class DeclarePlan(Message, tag=7):
-    """A worker begins a pass over its data. The first declaration makes the plan, later ones must be equal."""
+class DeclarePlan(Message, tag=7, frozen=True):
+    """A worker begins a pass over its data. The first makes the plan, later ones must be equal."""
 
     incarnation: Count
     call: Count
     plan: LoopPlan
 
 
-class Accepted(Message, tag=8):
+class Accepted(Message, tag=8, frozen=True):
     """A declaration is accepted. ``number`` is the table's number, or the plan's index."""
 
     call: Count
     number: Count
 
 
-class View(Message, tag=9):
+class View(Message, tag=9, frozen=True):
     """The cluster as it is from now on. Numbers only grow; only the scheduler makes views."""
 
     number: Count
@@ -233,14 +239,14 @@ class View(Message, tag=9):
     previous: Leases
 
 
-class AssignTable(Message, tag=10):
-    """To a server: the spec of table ``table``, of whose shards it holds some (the view says which)."""
+class AssignTable(Message, tag=10, frozen=True):
+    """To a server: the spec of a table of whose shards it holds some (the view says which)."""
 
     table: TableNumber
     spec: TableSpec
 
 
-class Leave(Message, tag=11):
+class Leave(Message, tag=11, frozen=True):
     """A member leaves of its own accord. Repeated until answered by `Stop`."""
 
     incarnation: Count
@@ -248,7 +254,7 @@ class Leave(Message, tag=11):
     text: Text
 
 
-class RoundLate(Message, tag=12):
+class RoundLate(Message, tag=12, frozen=True):
     """A server to the scheduler: round ``round`` is taking too long, these slots are missing."""
 
     incarnation: Count
@@ -256,20 +262,20 @@ class RoundLate(Message, tag=12):
     missing: Slots
 
 
-class Grant(Message, tag=13):
+class Grant(Message, tag=13, frozen=True):
     """Backup task: compute these slots of round ``round`` as well, once your own are done."""
 
     round: Round
     slots: Slots
 
 
-class Flush(Message, tag=14):
+class Flush(Message, tag=14, frozen=True):
     """Push what you have folded of round ``round`` now; others are finishing the rest."""
 
     round: Round
 
 
-class NormReport(Message, tag=15):
+class NormReport(Message, tag=15, frozen=True):
     """A server to the scheduler: sum of squares of the folded gradient, float64, block by block."""
 
     incarnation: Count
@@ -279,7 +285,7 @@ class NormReport(Message, tag=15):
     sums: Annotated[list[float], Meta(max_length=SHARDS_MAX)]
 
 
-class NormDecision(Message, tag=16):
+class NormDecision(Message, tag=16, frozen=True):
     """The scheduler to servers: the global gradient norm of one round of one table."""
 
     table: TableNumber
@@ -287,41 +293,42 @@ class NormDecision(Message, tag=16):
     norm: float
 
 
-class StatusRequest(Message, tag=17):
-    """Anyone to the scheduler: what is going on?"""
+class StatusRequest(Message, tag=17, frozen=True):
+    """Anyone to the scheduler: asks what is going on."""
 
     call: Count
 
 
-class StatusReply(Message, tag=18):
+class StatusReply(Message, tag=18, frozen=True):
     """The scheduler's answer, a JSON document."""
 
     call: Count
     body: Annotated[bytes, Meta(max_length=FRAME_BYTES_MAX)]
 
 
-class Stop(Message, tag=19):
+class Stop(Message, tag=19, frozen=True):
     """The scheduler to a member: the job has ended this way, or you have left; stop."""
 
     outcome: Outcome
     text: Text
 
 
-class Fenced(Message, tag=20):
+class Fenced(Message, tag=20, frozen=True):
     """The scheduler to a member it had given up: register again; your old incarnation is over."""
 
     incarnation: Count
 
 
-# ---- worker and server -------------------------------------------------------------------------------
+# ---- worker and server ---------------------------------------------------------------------------
 
 
-class Push(Message, tag=32):
-    """One node of the fold tree for one part of a shard. Followed by its payload frame, if it has one.
+class Push(Message, tag=32, frozen=True):
+    """One node of the fold tree for one part of a shard, and its payload frame if it has one.
 
-    ``active`` is the number of slots of the round that contribute. ``absent`` has bit ``i`` set (byte
-    ``i // 8``, value ``1 << i % 8``) if the part's ``i``-th tensor had no gradient in any of the node's
-    slots; ``frame`` is None if that holds for all of them. Round `INITIAL_ROUND` brings initial values.
+    ``active`` is the number of slots of the round that contribute. ``absent`` has bit ``i`` set
+    (byte ``i // 8``, value ``1 << i % 8``) if the part's ``i``-th tensor had no gradient in any of
+    the node's slots; ``frame`` is None if that holds for all of them. Round `INITIAL_ROUND` brings
+    initial values.
     """
 
     job: Count
@@ -332,17 +339,18 @@ class Push(Message, tag=32):
     part: PartNumber
     round: Round
     active: Active
-    level: Annotated[int, Meta(ge=0, le=17)]
+    level: Annotated[int, Meta(ge=0, le=16)]
     index: Slot
     absent: Annotated[bytes, Meta(max_length=ABSENT_BYTES_MAX)]
     frame: Frame | None
 
 
-class RoundMeta(Message, tag=33):
+class RoundMeta(Message, tag=33, frozen=True):
     """What travels with slot 0: the hyper-parameters of the round, by param group.
 
-    ``norm_max`` is the limit for the global gradient norm, 0 for none. ``state`` is the worker's own
-    record of what the next round starts from (LR schedulers, integer buffers), opaque to servers.
+    ``norm_max`` is the limit for the global gradient norm, 0 for none. ``state`` is the worker's
+    own record of what the next round starts from (LR schedulers, integer buffers), opaque to
+    servers.
     """
 
     job: Count
@@ -352,17 +360,17 @@ class RoundMeta(Message, tag=33):
     shard: ShardNumber
     round: Round
     active: Active
-    groups: list[Hyper]
+    groups: Annotated[list[Hyper], Meta(max_length=GROUPS_MAX)]
     norm_max: Annotated[float, Meta(ge=0)]
     state: State
 
 
-class Pull(Message, tag=34):
+class Pull(Message, tag=34, frozen=True):
     """Asks for ``version`` of a shard; answered part by part once it exists.
 
-    A version too old to be kept is answered with the current one, version 0 with the newest. From the
-    second ``attempt`` on, a version that does not exist yet is answered with `RoundStatus` as well.
-    ``parts`` empty means all.
+    A version too old to be kept is answered with the current one, version 0 with the newest. From
+    the second ``attempt`` on, a version that does not exist yet is answered with `RoundStatus` as
+    well. ``parts`` empty means all.
     """
 
     job: Count
@@ -375,11 +383,11 @@ class Pull(Message, tag=34):
     parts: Annotated[list[PartNumber], Meta(max_length=PARTS_MAX)]
 
 
-class Pulled(Message, tag=35):
+class Pulled(Message, tag=35, frozen=True):
     """One part of one version of a shard, followed by its payload frame.
 
-    ``state`` (with part 0 only) is what `RoundMeta` brought for this version, ``norm`` the gradient norm of
-    the round that made it, NaN if none was computed.
+    ``state`` (with part 0 only) is what `RoundMeta` brought for this version, ``norm`` the gradient
+    norm of the round that made it, NaN if none was computed.
     """
 
     table: TableNumber
@@ -398,7 +406,7 @@ class PartMissing(msgspec.Struct, frozen=True, array_like=True, gc=False):
     slots: Slots
 
 
-class RoundStatus(Message, tag=36):
+class RoundStatus(Message, tag=36, frozen=True):
     """What a server lacks to finish a round of a shard: a worker sends again what it has of it."""
 
     table: TableNumber

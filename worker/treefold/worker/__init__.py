@@ -1,0 +1,22 @@
+"""The worker's side of the exchange. Users import `Client` from here; `treefold.torch` is built on it."""
+
+from treefold.common.config import Settings, load
+from treefold.common.spec import Dtype, OptimizerSpec, Placement, Rule, TableSpec, TensorSpec
+from treefold.worker.client import Client, LoopEnd, Snapshot, Task
+from treefold.worker.effects import SlotMeta
+
+__all__ = [
+    "Client",
+    "Dtype",
+    "LoopEnd",
+    "OptimizerSpec",
+    "Placement",
+    "Rule",
+    "Settings",
+    "SlotMeta",
+    "Snapshot",
+    "TableSpec",
+    "Task",
+    "TensorSpec",
+    "load",
+]

@@ -1,0 +1,184 @@
+"""Settings of a process: read in this one file, from argument, flag, environment, file, default, in that order.
+
+Every key is a field of `Settings`; its environment variable is ``TREEFOLD_`` and the key in capitals, its
+flag ``--`` and the key with dashes, its place in ``treefold.toml`` the key itself. ``docs/config.md`` lists
+them all.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from treefold.common.errors import ConfigError
+
+FILE_NAME = "treefold.toml"
+PREFIX = "TREEFOLD_"
+
+Positive = Annotated[int, Meta(ge=1, le=1 << 31)]
+NotNegative = Annotated[int, Meta(ge=0, le=1 << 31)]
+Seconds = Annotated[float, Meta(gt=0, le=1e9)]
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that can be set.
+
+    Attributes
+    ----------
+    scheduler : str
+        Address of the scheduler, such as ``tcp://10.0.0.1:29700``; empty: this process is alone.
+    bind : str
+        Address that a scheduler or server listens on; port 0 takes a free one.
+    advertise : str
+        Address that others are told to connect to; empty: the bound one.
+    insecure : bool
+        Whether an address beyond this machine may be bound although nothing is encrypted.
+    servers, workers : int
+        How many of each form the cluster.
+    slots : int
+        V, the slots of a round.
+    seed : int
+        The job's seed.
+    heartbeat_ms : int
+        Milliseconds between two signs of life of a member.
+    dead_after_ms : int
+        Silence after which a worker is given up. Harmless when wrong: it comes back.
+    server_dead_after_ms : int
+        Silence after which a server is given up, and with it the job.
+    connect_timeout_s : float
+        Seconds a member waits for the scheduler's first answer.
+    form_timeout_s : float
+        Seconds that the cluster may take to form.
+    rejoin_grace_s : float
+        Seconds that a job without any worker waits for one to come back.
+    retry_ms : int
+        Silence after which a worker asks a server again.
+    max_restarts : int
+        How many times ``treefold run`` starts a dead role again.
+    linger : bool
+        Whether the scheduler stays when the job is over, so that its status can be read.
+    ledger : str
+        Folder in which the samples and slots of every version are recorded; empty: none.
+    log_level : str
+        ``debug``, ``info``, ``warning`` or ``error``.
+    """
+
+    scheduler: str = ""
+    bind: str = "tcp://127.0.0.1:0"
+    advertise: str = ""
+    insecure: bool = False
+    servers: Positive = 1
+    workers: Positive = 1
+    slots: Annotated[int, Meta(ge=1, le=65_536)] = 8
+    seed: Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)] = 0
+    heartbeat_ms: Positive = 500
+    dead_after_ms: Positive = 2_000
+    server_dead_after_ms: Positive = 10_000
+    connect_timeout_s: Seconds = 15.0
+    form_timeout_s: Seconds = 120.0
+    rejoin_grace_s: Annotated[float, Meta(ge=0, le=1e9)] = 5.0
+    retry_ms: Positive = 1_000
+    max_restarts: NotNegative = 0
+    linger: bool = False
+    ledger: str = ""
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        """Check what concerns several keys at once."""
+        if self.dead_after_ms < 2 * self.heartbeat_ms:
+            msg = (
+                f"dead_after_ms is {self.dead_after_ms} and heartbeat_ms {self.heartbeat_ms}: a member must be "
+                "allowed to miss a beat, so dead_after_ms has to be at least twice heartbeat_ms"
+            )
+            raise ConfigError(msg)
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            msg = f"log_level is {self.log_level!r}; it is one of debug, info, warning, error"
+            raise ConfigError(msg)
+        for key in ("scheduler", "bind", "advertise"):
+            value: str = getattr(self, key)
+            if value and not value.startswith(("tcp://", "ipc://", "inproc://")):
+                msg = f"{key} is {value!r}; an address begins with tcp://, ipc:// or inproc://"
+                raise ConfigError(msg)
+
+
+KEYS = Settings.__struct_fields__
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """Settings, and for every key where its value came from (``argument``, ``environment``, a file, ``default``)."""
+
+    settings: Settings
+    origins: dict[str, str]
+
+
+def load(arguments: Mapping[str, object], file: str | None = None) -> Loaded:
+    """Gather the settings of this process.
+
+    Parameters
+    ----------
+    arguments : mapping
+        What the caller or the command line gave; a value of None means not given.
+    file : str, optional
+        A TOML file; by default ``TREEFOLD_CONFIG`` or ``treefold.toml`` in the working directory if there is one.
+
+    Raises
+    ------
+    ConfigError
+        An unknown key (the nearest right one is named), or a value of the wrong type or out of range.
+    """
+    values: dict[str, object] = {}
+    origins = dict.fromkeys(KEYS, "default")
+    given = {key: value for key, value in arguments.items() if value is not None}
+    for origin, source in (_from_file(file), ("environment", _from_environment()), ("argument", given)):
+        for key, value in source.items():
+            _check_known(key, origin)
+            values[key] = value
+            origins[key] = origin
+    try:
+        return Loaded(msgspec.convert(values, Settings, strict=False), origins)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        where = ", ".join(f"{key} from {origins[key]}" for key in values)
+        msg = f"a setting is wrong: {error} (given: {where})"
+        raise ConfigError(msg) from error
+
+
+def environment_of(values: Mapping[str, object]) -> dict[str, str]:
+    """Environment variables that hand these settings to a child process."""
+    return {
+        PREFIX + key.upper(): str(value).lower() if isinstance(value, bool) else str(value)
+        for key, value in values.items()
+    }
+
+
+def _from_environment() -> dict[str, object]:
+    return {
+        key: os.environ[PREFIX + key.upper()] for key in KEYS if os.environ.get(PREFIX + key.upper(), "") != ""
+    }
+
+
+def _from_file(file: str | None) -> tuple[str, dict[str, object]]:
+    name = file or os.environ.get(PREFIX + "CONFIG", "")
+    path = Path(name or FILE_NAME)
+    if not name and not path.is_file():
+        return FILE_NAME, {}
+    try:
+        return str(path), tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        msg = f"the configuration file {path} cannot be read: {error}"
+        raise ConfigError(msg) from error
+
+
+def _check_known(key: str, origin: str) -> None:
+    if key in KEYS:
+        return
+    near = difflib.get_close_matches(key, KEYS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(KEYS)}"
+    msg = f"unknown setting {key!r} from {origin}{hint}"
+    raise ConfigError(msg)

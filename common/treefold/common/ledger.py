@@ -1,0 +1,119 @@
+"""The ledger: which samples entered which version, written as the job runs and read back by tests and tools.
+
+Servers write which worker's copy of each slot went into a version; workers write which samples a slot had.
+Both are MessagePack streams, one record after the other, in one folder.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import msgspec
+
+from treefold.common.tree import Node, span
+
+READ_BYTES = 1 << 20
+
+
+class VersionRecord(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """Contributions ``(level, index, worker incarnation)`` that made one version of one shard."""
+
+    table: int
+    shard: int
+    version: int
+    contributors: list[tuple[int, int, int]]
+
+
+class SamplesRecord(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """Sample ids of one slot of one round, as one worker computed it."""
+
+    incarnation: int
+    round: int
+    slot: int
+    samples: list[int]
+
+
+Record = VersionRecord | SamplesRecord
+
+
+class Writer:
+    """Appends records to one file, each one written through to the operating system at once.
+
+    Parameters
+    ----------
+    folder : str
+        Made if it does not exist.
+    name : str
+        Of the file; one process, one file.
+    """
+
+    def __init__(self, folder: str, name: str) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        path = Path(folder) / f"{name}.ledger"
+        self._file: BinaryIO = path.open("ab", buffering=0)
+
+    def add(self, record: Record) -> None:
+        """Append one record."""
+        body = msgspec.msgpack.encode(record)
+        self._file.write(len(body).to_bytes(4, "little") + body)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Entry(NamedTuple):
+    """One slot that entered one version, and the samples it brought."""
+
+    version: int
+    slot: int
+    incarnation: int
+    samples: list[int]
+
+
+def read(folder: str) -> list[Record]:
+    """Every whole record of every file of a ledger; a record cut off by a crash is left out."""
+    found: list[Record] = []
+    for path in sorted(Path(folder).glob("*.ledger")):
+        found += _records(path.read_bytes())
+    return found
+
+
+def entries(folder: str, table: int = 0, shard: int = 0) -> list[Entry]:
+    """What entered each version of one shard, slot by slot, in order of versions and slots.
+
+    A contribution counts with the samples that its own sender recorded for that slot.
+
+    Raises
+    ------
+    KeyError
+        A version has a contribution whose samples nobody recorded.
+    """
+    samples: dict[tuple[int, int, int], list[int]] = {}
+    versions: list[VersionRecord] = []
+    for record in read(folder):
+        if isinstance(record, SamplesRecord):
+            samples[record.incarnation, record.round, record.slot] = record.samples
+        elif (record.table, record.shard) == (table, shard):
+            versions.append(record)
+    found = []
+    for record in sorted(versions, key=lambda version: version.version):
+        round_ = record.version - 1
+        for level, index, sender in sorted(record.contributors, key=lambda c: c[1] << c[0]):
+            low, high = span(Node(level, index), 1 << 20)
+            slots = [slot for slot in range(low, high) if (sender, round_, slot) in samples]
+            if round_ >= 0 and not slots:
+                msg = f"version {record.version}: nobody recorded the samples of slots {low} to {high - 1}"
+                raise KeyError(msg)
+            found += [Entry(record.version, slot, sender, samples[sender, round_, slot]) for slot in slots]
+    return found
+
+
+def _records(data: bytes) -> Iterator[Record]:
+    at = 0
+    while at + 4 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "little")
+        if at + 4 + size > len(data):
+            return
+        yield msgspec.msgpack.decode(data[at + 4 : at + 4 + size], type=Record)
+        at += 4 + size

@@ -1,0 +1,308 @@
+"""Sockets of one process: a listener, links to other listeners, and a bell that other threads may ring.
+
+One thread owns a `Hub` and everything in it. Only `Bell.ring` may be called from elsewhere. Nothing here
+understands messages: what goes in and out is an address, a header and at most one payload.
+"""
+
+import errno
+import os
+import socket
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import torch
+import zmq
+
+from treefold.common.errors import ConfigError, LocalProtocolError
+from treefold.transport.pool import BufferPool
+
+CONTROL_FRAME_BYTES_MAX = 64 << 20  # specs and views of very large jobs
+DATA_FRAME_BYTES_MAX = (4 << 20) + (64 << 10)  # the largest payload frame, or a header
+RECEIVE_QUEUE_MAX = 256  # messages per peer that ZeroMQ takes from the kernel ahead of us
+FLUSH_MS = 2_000  # how long a closing process waits for its last messages to leave
+HANDSHAKE_MS = 3_000
+RECONNECT_MS = 50
+RECONNECT_MAX_MS = 1_000
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 30, 10, 3
+LOOPBACK_HOSTS = ("localhost", "[::1]", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One message as it came. ``sender`` is the routing identity (listener) or the link's name."""
+
+    sender: Hashable
+    header: bytes
+    payloads: list[memoryview]
+
+
+class Hub:
+    """All sockets of one thread, and the wait for them.
+
+    Parameters
+    ----------
+    context : zmq.Context, optional
+        Shared by processes-in-one (`inproc://`); by default the hub's own.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+        self._context = zmq.Context() if context is None else context
+        self._owns_context = context is None
+        self._poller = zmq.Poller()
+        self._sockets: dict[Hashable, zmq.Socket[bytes]] = {}
+        self._in_flight: dict[Hashable, zmq.MessageTracker] = {}
+        self._pid = os.getpid()
+        self.pool = BufferPool()
+        self.bell = Bell()
+        self._poller.register(self.bell.fileno(), zmq.POLLIN)
+
+    def listen(self, name: Hashable, address: str, *, insecure: bool, frame_bytes_max: int) -> str:
+        """Open a ROUTER socket.
+
+        Parameters
+        ----------
+        name : hashable
+            What the socket is called in this hub.
+        address : str
+            Where to listen; port 0 takes a free one.
+        insecure : bool
+            Whether an address that other machines can reach is allowed without encryption.
+        frame_bytes_max : int
+            Larger frames close the connection that sends them.
+
+        Returns
+        -------
+        str
+            The address that was bound.
+
+        Raises
+        ------
+        ConfigError
+            The address is taken, not ours, malformed, or reaches beyond this machine without ``insecure``.
+        """
+        check_reach(address, insecure=insecure)
+        new = self._open(zmq.ROUTER, frame_bytes_max)
+        new.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        wanted = address[:-2] + ":*" if address.startswith("tcp://") and address.endswith(":0") else address
+        try:
+            new.bind(wanted)
+        except zmq.ZMQError as error:
+            new.close(0)
+            raise ConfigError(_bind_text(address, error)) from error
+        self._sockets[name] = new
+        return new.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+    def connect(self, name: Hashable, address: str, frame_bytes_max: int) -> None:
+        """Open a DEALER socket to a listener; replaces a link of the same name.
+
+        Raises
+        ------
+        ConfigError
+            The address is malformed.
+        """
+        self.disconnect(name)
+        new = self._open(zmq.DEALER, frame_bytes_max)
+        try:
+            new.connect(address)
+        except zmq.ZMQError as error:
+            new.close(0)
+            msg = f"{address!r} is not an address that can be connected to: {error}"
+            raise ConfigError(msg) from error
+        self._sockets[name] = new
+
+    def disconnect(self, name: Hashable) -> None:
+        """Close a link or listener, if it exists."""
+        old = self._sockets.pop(name, None)
+        if old is not None:
+            self._poller.unregister(old)
+            old.close(0)
+
+    def wait(self, timeout_ns: int | None, batch_max: int) -> Iterator[Arrival]:
+        """Wait until something arrives, the bell rings or the time is over; yield what arrived.
+
+        Parameters
+        ----------
+        timeout_ns : int or None
+            Longest wait; None waits for ever.
+        batch_max : int
+            Messages taken per socket before the caller gets a turn to look at its clock.
+        """
+        timeout_ms = None if timeout_ns is None else max(0, -(-timeout_ns // 1_000_000))
+        ready = dict(self._poller.poll(timeout_ms))
+        if self.bell.fileno() in ready:
+            self.bell.silence()
+        for name, known in list(self._sockets.items()):
+            if known in ready:
+                yield from self._receive(name, known, batch_max)
+
+    def send(
+        self,
+        name: Hashable,
+        identity: bytes | None,
+        header: bytes,
+        payload: torch.Tensor | None = None,
+        key: Hashable = None,
+    ) -> bool:
+        """Send one message; never blocks.
+
+        Parameters
+        ----------
+        name : hashable
+            The socket.
+        identity : bytes or None
+            The peer, for a listener.
+        header : bytes
+            The encoded message.
+        payload : Tensor, float32, contiguous, optional
+            Sent without a copy; it must not be written until the pool says so.
+        key : hashable
+            Names the message; while an earlier one of the same name is still on its way, this one is skipped.
+
+        Returns
+        -------
+        bool
+            False if the peer cannot be reached.
+        """
+        if os.getpid() != self._pid:
+            msg = "this process was forked from the one that owns the sockets; open your own"
+            raise LocalProtocolError(msg)
+        sock = self._sockets.get(name)
+        if sock is None:
+            return False
+        if key is not None and key in self._in_flight and not self._in_flight[key].done:
+            return True
+        frames = [header] if identity is None else [identity, header]
+        try:
+            if payload is None:
+                sock.send_multipart(frames, zmq.DONTWAIT)
+                return True
+            sock.send_multipart(frames, zmq.DONTWAIT | zmq.SNDMORE)
+            view = memoryview(payload.detach().numpy()).cast("B")
+            tracker = sock.send(view, zmq.DONTWAIT, copy=False, track=True)
+        except zmq.ZMQError as error:
+            if error.errno in (errno.EHOSTUNREACH, zmq.EAGAIN):
+                return False
+            raise
+        if tracker is not None:
+            self._track(payload, tracker, key)
+        return True
+
+    def close(self) -> None:
+        """Close every socket, waiting a bounded time for what was sent to leave."""
+        self._poller.unregister(self.bell.fileno())
+        for sock in self._sockets.values():
+            sock.close(FLUSH_MS)
+        self._sockets.clear()
+        self.bell.close()
+        if self._owns_context:
+            self._context.term()
+
+    def _track(self, payload: torch.Tensor, tracker: zmq.MessageTracker, key: Hashable) -> None:
+        self.pool.note_send(payload, tracker)
+        if key is None or tracker.done:
+            return
+        if len(self._in_flight) > 4 * RECEIVE_QUEUE_MAX:
+            self._in_flight = {k: t for k, t in self._in_flight.items() if not t.done}
+        self._in_flight[key] = tracker
+
+    def _open(self, kind: int, frame_bytes_max: int) -> zmq.Socket[bytes]:
+        new = self._context.socket(kind)
+        options = {
+            zmq.LINGER: 0,
+            zmq.SNDHWM: 0,  # bounded by the protocol: one push per node and one reply per pull
+            zmq.RCVHWM: RECEIVE_QUEUE_MAX,
+            zmq.MAXMSGSIZE: frame_bytes_max,
+            zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
+            zmq.RECONNECT_IVL: RECONNECT_MS,
+            zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
+            zmq.TCP_KEEPALIVE: 1,
+            zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_IDLE_S,
+            zmq.TCP_KEEPALIVE_INTVL: KEEPALIVE_INTERVAL_S,
+            zmq.TCP_KEEPALIVE_CNT: KEEPALIVE_COUNT,
+        }
+        for option, value in options.items():
+            new.setsockopt(option, value)
+        self._poller.register(new, zmq.POLLIN)
+        return new
+
+    def _receive(self, name: Hashable, sock: zmq.Socket[bytes], batch_max: int) -> Iterator[Arrival]:
+        is_router = sock.getsockopt(zmq.TYPE) == zmq.ROUTER
+        for _ in range(batch_max):
+            try:
+                frames = sock.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return
+            sender = frames.pop(0).bytes if is_router else name
+            header = frames[0].bytes if frames else b""
+            yield Arrival(sender, header, [memoryview(frame.buffer) for frame in frames[1:]])
+
+
+class Bell:
+    """Wakes the thread that waits in `Hub.wait`. `ring` may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._far, self._near = socket.socketpair()
+        self._far.setblocking(False)
+        self._near.setblocking(False)
+
+    def fileno(self) -> int:
+        """Descriptor that becomes readable when the bell rings."""
+        return self._near.fileno()
+
+    def ring(self) -> None:
+        """Wake the waiting thread; a full pipe means that it is awake anyway."""
+        try:
+            self._far.send(b"\0")
+        except (BlockingIOError, OSError):
+            return
+
+    def silence(self) -> None:
+        """Forget all rings so far."""
+        try:
+            while self._near.recv(4096):
+                pass
+        except BlockingIOError:
+            return
+
+    def close(self) -> None:
+        """Free the descriptors."""
+        self._far.close()
+        self._near.close()
+
+
+def check_reach(address: str, *, insecure: bool) -> None:
+    """Refuse to listen beyond this machine without encryption, unless told in so many words.
+
+    Raises
+    ------
+    ConfigError
+        The address is not a loopback one and ``insecure`` is false.
+    """
+    if insecure or not address.startswith("tcp://"):
+        return
+    host = urlsplit(address).hostname or ""
+    if host.startswith("127.") or host in LOOPBACK_HOSTS:
+        return
+    msg = (
+        f"{address} can be reached from other machines and nothing is encrypted; bind to 127.0.0.1, or "
+        "set insecure if the network is yours alone"
+    )
+    raise ConfigError(msg)
+
+
+def advertised(bound: str, advertise: str) -> str:
+    """The address that others are told, from the bound one and the setting (empty, or with port 0)."""
+    if not advertise:
+        return bound
+    if advertise.endswith(":0"):
+        return f"{advertise[:-2]}:{bound.rsplit(':', 1)[1]}"
+    return advertise
+
+
+def _bind_text(address: str, error: zmq.ZMQError) -> str:
+    if error.errno == zmq.EADDRINUSE:
+        return f"{address} is in use by another process; choose another port, or 0 for a free one"
+    if error.errno == zmq.EADDRNOTAVAIL or error.errno == errno.ENODEV:
+        return f"{address} is not an address of this machine"
+    return f"cannot listen on {address}: {error}"

@@ -1,0 +1,108 @@
+"""What the scheduler knows of each member, and the life of a member as a table."""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from treefold.common.errors import InvariantError
+from treefold.wire.exchange import Peer
+from treefold.wire.messages import Heartbeat, Member, Outcome, Role
+
+
+class Life(Enum):
+    """Life of a member as the scheduler sees it."""
+
+    LIVE = auto()
+    DEAD = auto()
+    LEFT = auto()
+
+
+class Happening(Enum):
+    """What can end a member's life in the cluster."""
+
+    SILENCE = auto()
+    FAREWELL = auto()
+
+
+TRANSITIONS: dict[tuple[Life, Happening], Life] = {
+    (Life.LIVE, Happening.SILENCE): Life.DEAD,
+    (Life.LIVE, Happening.FAREWELL): Life.LEFT,
+    (Life.DEAD, Happening.FAREWELL): Life.LEFT,
+    (Life.LEFT, Happening.FAREWELL): Life.LEFT,
+}
+
+
+@dataclass(slots=True)
+class MemberState:
+    """One incarnation of one process.
+
+    Attributes
+    ----------
+    nonce : int
+        What it registered with; the same nonce again is the same registration repeated.
+    beat : Heartbeat or None
+        Its last heartbeat.
+    outcome : Outcome or None
+        How it left, None if it did not.
+    slot_time_ns : int
+        Predicted time per slot, 0 while unknown.
+    """
+
+    member: Member
+    peer: Peer
+    nonce: int
+    seen_ns: int
+    life: Life = Life.LIVE
+    outcome: Outcome | None = None
+    beat: Heartbeat | None = None
+    slot_time_ns: int = 0
+    view_sent_ns: int = 0
+    tables: int = 0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the cluster counts on it."""
+        return self.life is Life.LIVE
+
+    @property
+    def name(self) -> str:
+        """Such as ``worker-3``."""
+        return f"{self.member.role.name.lower()}-{self.member.rank}"
+
+    def move(self, happening: Happening) -> None:
+        """Apply one happening; one that the table lacks is a bug."""
+        after = TRANSITIONS.get((self.life, happening))
+        if after is None:
+            raise InvariantError(f"{self.name} is {self.life.name} and gets {happening.name}", [])
+        self.life = after
+
+
+class Roster:
+    """All members that ever were, by incarnation."""
+
+    def __init__(self) -> None:
+        self.by_incarnation: dict[int, MemberState] = {}
+        self._next = 1
+
+    def enroll(self, member: Member, peer: Peer, nonce: int, now_ns: int) -> MemberState:
+        """Give a process its incarnation, higher than any before, and its rank, the lowest free one."""
+        taken = {state.member.rank for state in self.live(member.role)}
+        rank = next(number for number in range(len(taken) + 1) if number not in taken)
+        known = Member(member.role, rank, self._next, member.address, member.host, member.pid)
+        state = MemberState(known, peer, nonce, now_ns)
+        self.by_incarnation[self._next] = state
+        self._next += 1
+        return state
+
+    def by_nonce(self, nonce: int) -> MemberState | None:
+        """The member that registered with this nonce."""
+        found = (state for state in self.by_incarnation.values() if state.nonce == nonce)
+        return next(found, None)
+
+    def live(self, role: Role | None = None) -> list[MemberState]:
+        """Live members (of one role), by rank."""
+        found = [
+            state
+            for state in self.by_incarnation.values()
+            if state.is_live and (role is None or state.member.role is role)
+        ]
+        return sorted(found, key=lambda state: (state.member.role, state.member.rank))

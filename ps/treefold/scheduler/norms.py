@@ -1,0 +1,45 @@
+"""Global gradient norms: every shard's sums of squares, added in block order whatever the placement."""
+
+import math
+
+from treefold.wire.messages import NormDecision, NormReport
+
+ROUNDS_KEPT = 4  # decisions kept for servers that ask again
+
+
+class NormBook:
+    """Collects reports and makes one decision per table and round."""
+
+    def __init__(self) -> None:
+        self._reports: dict[tuple[int, int], dict[int, list[float]]] = {}
+        self._decisions: dict[tuple[int, int], NormDecision] = {}
+
+    def add(self, report: NormReport, shards: int) -> NormDecision | None:
+        """Take in one shard's sums; the decision once all ``shards`` are there (again, if asked again).
+
+        The norm is the root of the blocks' sums, float64, added in block order, which is shard order.
+        """
+        key = (report.table, report.round)
+        if key in self._decisions:
+            return self._decisions[key]
+        if report.round < max((r for t, r in self._decisions if t == report.table), default=-1):
+            return None
+        reports = self._reports.setdefault(key, {})
+        reports[report.shard] = report.sums
+        if len(reports) < shards:
+            return None
+        total = 0.0
+        for shard in sorted(reports):
+            for block in reports[shard]:
+                total += block
+        del self._reports[key]
+        norm = math.nan if math.isnan(total) else math.sqrt(total)
+        self._decisions[key] = NormDecision(report.table, report.round, norm)
+        self._forget(report.table, report.round - ROUNDS_KEPT)
+        return self._decisions[key]
+
+    def _forget(self, table: int, before: int) -> None:
+        for old in [key for key in self._decisions if key[0] == table and key[1] <= before]:
+            del self._decisions[old]
+        for stale in [key for key in self._reports if key[0] == table and key[1] <= before]:
+            del self._reports[stale]

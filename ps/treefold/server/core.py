@@ -1,0 +1,440 @@
+"""The server's decisions: which node is taken in, when a round is complete, who gets which version.
+
+Pure: no socket, clock, thread or tensor. A payload is a number that the shell can turn into a tensor. What a
+server must never do is decided here: count a slot twice, publish before the root of every part is there, answer
+with a version that does not exist yet.
+"""
+
+from dataclasses import dataclass
+
+from treefold.common.errors import InvariantError
+from treefold.common.layout import Layout, ShardSpan
+from treefold.common.spec import Rule, TableSpec
+from treefold.common.story import Story
+from treefold.server.effects import (
+    ComputeNorm,
+    Effect,
+    Event,
+    NormComputed,
+    OpenShard,
+    PublishVersion,
+    RecordVersion,
+    ReleasePayload,
+    ReleaseVersion,
+    ServerDrainAsked,
+    ServerFailed,
+)
+from treefold.server.rounds import Round, RoundState, Shard, Wait
+from treefold.wire.exchange import SCHEDULER, Halt, Level, Note, Peer, PeerLost, Received, Send, Tick
+from treefold.wire.membership import MS, Membership
+from treefold.wire.messages import (
+    INITIAL_ROUND,
+    AssignTable,
+    Code,
+    Fenced,
+    HeartbeatSeen,
+    Leave,
+    NormDecision,
+    NormReport,
+    Outcome,
+    Phase,
+    Pull,
+    Pulled,
+    Push,
+    Refused,
+    Registered,
+    RoundLate,
+    RoundMeta,
+    ShardPlace,
+    Stop,
+    View,
+)
+
+STATUS_PARTS_MAX = 64  # parts named in one RoundStatus; the worker asks again for the rest
+LATE_AFTER_MS = 100  # a round is never called late before, so that tiny rounds cause no chatter
+NORM_RETRY_MS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """Times and bounds of a server.
+
+    Attributes
+    ----------
+    connect_timeout_ns : int
+        How long to wait for the scheduler's first answer.
+    orphan_after_ns : int
+        Without a word from the scheduler and from any worker for so long, the server ends.
+    """
+
+    connect_timeout_ns: int
+    orphan_after_ns: int = 30_000 * MS
+
+
+class ServerCore:
+    """One server: its membership, its shards, and the exchange with workers.
+
+    Parameters
+    ----------
+    membership : Membership
+        The scheduler's side of this process's life.
+    limits : ServerLimits
+        Times and bounds.
+    """
+
+    def __init__(self, membership: Membership, limits: ServerLimits) -> None:
+        self.membership = membership
+        self.limits = limits
+        self.story = Story()
+        self.view = 0
+        self.specs: dict[int, TableSpec] = {}
+        self.places: dict[tuple[int, int], ShardPlace] = {}
+        self.shards: dict[tuple[int, int], Shard] = {}
+        self.duplicates = 0
+        self._started_ns: int | None = None
+        self._traffic_ns = 0
+        self._is_silence_noted = False
+        self._out: list[Effect] = []
+
+    # ---- the interface of every core -----------------------------------------------------------------
+
+    def handle(self, now_ns: int, event: Event) -> list[Effect]:
+        """Take in one event and say what is to be done."""
+        self._out = []
+        if self._started_ns is None:
+            self._started_ns = self._traffic_ns = now_ns
+        match event:
+            case Received(peer, message, payload) if peer == SCHEDULER:
+                del payload
+                self._on_control(now_ns, message)
+            case Received(peer, message, payload):
+                self._traffic_ns = now_ns
+                self._on_worker(now_ns, peer, message, payload)
+            case NormComputed(table, shard, round_, sums):
+                self._on_norm_computed(now_ns, (table, shard), round_, sums)
+            case PeerLost(peer):
+                for held in self.shards.values():
+                    held.waits.pop(peer, None)
+            case ServerDrainAsked():
+                self._out += self.membership.leave(now_ns, Outcome.DRAINED, "the server was asked to stop")
+            case ServerFailed(text):
+                self._out.append(Note(Level.ERROR, text))
+                self._out += self.membership.leave(now_ns, Outcome.FAILED, text)
+            case Tick():
+                pass
+        self._on_time(now_ns)
+        return self._out
+
+    def next_deadline_ns(self) -> int | None:
+        """When a `Tick` is needed at the latest."""
+        times = [self.membership.next_deadline_ns()]
+        times += [shard.late_ns for shard in self.shards.values() if shard.late_ns is not None]
+        times += [shard.norm_retry_ns for shard in self.shards.values() if shard.norm_retry_ns is not None]
+        return min((time for time in times if time is not None), default=None)
+
+    def check_invariants(self) -> None:
+        """Raise `InvariantError` if the state contradicts itself."""
+        for key, shard in self.shards.items():
+            current = shard.round
+            if current is None:
+                continue
+            complete = current.is_complete(shard.parts_count)
+            if complete and current.state is RoundState.OPEN:
+                raise InvariantError(f"round {current.number} of shard {key} is complete and open", self.story.lines())
+            if current.number != shard.version:
+                raise InvariantError(f"shard {key} collects {current.number}", self.story.lines())
+
+    # ---- the scheduler -------------------------------------------------------------------------------
+
+    def _on_control(self, now_ns: int, message: object) -> None:
+        match message:
+            case Registered():
+                if self.membership.job not in (0, message.job):
+                    text = "the scheduler at this address runs another job now; this server's job is lost"
+                    self._out.append(Halt(1, text))
+                elif self.membership.on_registered(now_ns, message):
+                    self.membership.job = message.job
+            case HeartbeatSeen():
+                self.membership.on_heartbeat_seen(now_ns, message)
+            case Fenced():
+                if self.membership.on_fenced(now_ns, message):
+                    self._out.append(Halt(1, "the scheduler gave this server up for dead; its shards are lost"))
+            case AssignTable(table, spec):
+                self.specs.setdefault(table, spec)
+                self.membership.vitals.tables = len(self.specs)
+                self._open_shards()
+            case View():
+                self._on_view(message)
+            case NormDecision():
+                self._on_norm_decision(now_ns, message)
+            case Refused():
+                self._out.append(Halt(3, message.text))
+            case Stop():
+                self.membership.on_stop(message)
+                who = self.membership.incarnation
+                self._out.append(Send(SCHEDULER, Leave(who, message.outcome, "")))
+                status = {Outcome.FAILED: 1, Outcome.NOT_FORMED: 3}.get(message.outcome, 0)
+                self._out.append(Halt(status, message.text))
+            case _:
+                self._out.append(Note(Level.WARNING, f"the scheduler sent {type(message).__name__}: ignored"))
+
+    def _on_view(self, view: View) -> None:
+        if view.number <= self.view or view.phase is Phase.ENDED:
+            return
+        self.view = view.number
+        self.membership.vitals.view = view.number
+        for table in view.tables:
+            for place in table.shards:
+                if place.server == self.membership.incarnation:
+                    self.places[table.table, place.shard] = place
+        self._open_shards()
+
+    def _open_shards(self) -> None:
+        for (table, number), place in self.places.items():
+            spec = self.specs.get(table)
+            if spec is None or (table, number) in self.shards:
+                continue
+            span = ShardSpan(place.first_block, place.blocks)
+            layout = Layout(spec)
+            parts = layout.parts(span)
+            pieces = [len(layout.pieces(*part)) for part in parts]
+            self.shards[table, number] = Shard(table, number, place.view, spec, parts, pieces)
+            self._out.append(OpenShard(table, number, spec, span))
+
+    # ---- workers -------------------------------------------------------------------------------------
+
+    def _on_worker(
+        self, now_ns: int, peer: Peer, message: object, payload: int | None
+    ) -> None:
+        if not isinstance(message, Push | RoundMeta | Pull):
+            text = f"a server takes pushes and pulls, not {type(message).__name__}"
+            self._out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))
+            return
+        used = False
+        shard = self._shard_for(peer, message)
+        if shard is not None:
+            if isinstance(message, Push):
+                used = self._on_push(now_ns, peer, shard, message, payload)
+            elif isinstance(message, RoundMeta):
+                self._on_meta(now_ns, peer, shard, message)
+            else:
+                self._on_pull(peer, shard, message)
+        if payload is not None and not used:
+            self._out.append(ReleasePayload(payload))
+
+    def _shard_for(self, peer: Peer, message: Push | RoundMeta | Pull) -> Shard | None:
+        """The shard a worker means, or None with a refusal (or in silence while this server is behind)."""
+        shard = self.shards.get((message.table, message.shard))
+        refusal: Refused | None = None
+        if message.job != self.membership.job:
+            refusal = Refused(0, Code.JOB_MISMATCH, "this server belongs to another job")
+        elif message.view > self.view:
+            return None  # the view that names us has not arrived yet; the worker will ask again
+        elif shard is None and (message.table, message.shard) in self.places:
+            return None  # the same for the table's spec
+        elif shard is None:
+            known = ", ".join(f"{table}/{number}" for table, number in self.shards) or "none"
+            text = f"this server has no shard {message.shard} of table {message.table}; it has {known}"
+            refusal = Refused(0, Code.UNKNOWN_TABLE, text)
+        elif message.view < shard.view:
+            text = f"view {message.view} is too old for this shard, it is {shard.view} now"
+            refusal = Refused(0, Code.STALE_VIEW, text)
+        if refusal is not None:
+            self._out.append(Send(peer, refusal))
+            return None
+        return shard
+
+    def _on_push(
+        self,
+        now_ns: int,
+        peer: Peer,
+        shard: Shard,
+        push: Push,
+        payload: int | None,
+    ) -> bool:
+        """Take in one node; True if its payload is kept."""
+        refusal = shard.refusal_of(push) or self._out_of_turn(shard, push.round, push.active)
+        if refusal is not None:
+            self._out.append(Send(peer, refusal))
+            return False
+        if push.round < shard.version or shard.round is None:
+            self.duplicates += 1
+            return False
+        current = self._open_round(now_ns, shard, push.active)
+        taken = current.take(push, payload, self._out)
+        if not taken:
+            self.duplicates += 1
+            return False
+        self._advance(now_ns, shard)
+        return payload is not None
+
+    def _out_of_turn(self, shard: Shard, round_: int, active: int) -> Refused | None:
+        if round_ > shard.version:
+            text = f"round {round_} of a shard that is at version {shard.version}"
+            return Refused(0, Code.FUTURE_ROUND, text)
+        current = shard.round
+        if current is not None and round_ == current.number and current.active not in (0, active):
+            text = f"round {round_} has {current.active} active slots, not {active}: data plans differ"
+            return Refused(0, Code.SPEC_MISMATCH, text)
+        return None
+
+    def _open_round(self, now_ns: int, shard: Shard, active: int) -> Round:
+        current = shard.round
+        if current is None:
+            raise InvariantError("a push into a closed shard", self.story.lines())
+        if current.active == 0:
+            current.open(active, shard.parts_count)
+            if (shard.table, shard.number) == self._watched() and current.number != INITIAL_ROUND:
+                shard.late_ns = now_ns + self._late_after_ns(shard)
+        return current
+
+    def _watched(self) -> tuple[int, int] | None:
+        """The one shard whose late rounds this server reports, so that a round is reported once."""
+        trained = [key for key, shard in self.shards.items() if shard.spec.rule is Rule.OPTIMIZER]
+        return min(trained, default=None)
+
+    def _late_after_ns(self, shard: Shard) -> int:
+        return max(LATE_AFTER_MS * MS, shard.round_time_ns // 2)
+
+    def _on_meta(
+        self, now_ns: int, peer: Peer, shard: Shard, meta: RoundMeta
+    ) -> None:
+        refusal = shard.refusal_of_meta(meta) or self._out_of_turn(shard, meta.round, meta.active)
+        if refusal is not None:
+            self._out.append(Send(peer, refusal))
+            return
+        if meta.round < shard.version or shard.round is None:
+            self.duplicates += 1
+            return
+        current = self._open_round(now_ns, shard, meta.active)
+        if current.meta is None:
+            current.meta = meta
+            self._advance(now_ns, shard)
+
+    # ---- a round's way to its version ------------------------------------------------------------------
+
+    def _advance(self, now_ns: int, shard: Shard) -> None:
+        current = shard.round
+        if current is None or current.state is not RoundState.OPEN:
+            return
+        if not current.is_complete(shard.parts_count):
+            return
+        if current.meta is not None and current.meta.norm_max > 0:
+            current.state = RoundState.MEASURING
+            shard.norm_retry_ns = now_ns + NORM_RETRY_MS * MS
+            self._out.append(ComputeNorm(shard.table, shard.number, current.number, current.roots()))
+            return
+        self._publish(now_ns, shard, float("nan"))
+
+    def _on_norm_computed(
+        self, now_ns: int, key: tuple[int, int], round_: int, sums: list[float]
+    ) -> None:
+        shard = self.shards[key]
+        if shard.round is None or shard.round.number != round_:
+            return
+        shard.round.sums = sums
+        shard.norm_retry_ns = now_ns + NORM_RETRY_MS * MS
+        self._out.append(Send(SCHEDULER, self._norm_report(shard)))
+
+    def _norm_report(self, shard: Shard) -> NormReport:
+        current = shard.round
+        if current is None:
+            raise InvariantError("a norm report without a round", self.story.lines())
+        who = self.membership.incarnation
+        return NormReport(who, shard.table, shard.number, current.number, current.sums)
+
+    def _on_norm_decision(self, now_ns: int, decision: NormDecision) -> None:
+        for (table, _), shard in self.shards.items():
+            current = shard.round
+            if table != decision.table or current is None or current.number != decision.round:
+                continue
+            if current.state is RoundState.MEASURING:
+                self._publish(now_ns, shard, decision.norm)
+
+    def _publish(self, now_ns: int, shard: Shard, norm: float) -> None:
+        current = shard.round
+        if current is None:
+            raise InvariantError("a version without a round", self.story.lines())
+        version = current.number + 1
+        absent = [current.folds[part].root_absent() for part in range(shard.parts_count)]
+        self._out.append(
+            PublishVersion(shard.table, shard.number, version, current.roots(), absent, current.meta, norm)
+        )
+        self._out.append(RecordVersion(shard.table, shard.number, version, current.contributors()))
+        self.story.add(now_ns, f"table {shard.table} shard {shard.number}: version {version}")
+        released = shard.publish(now_ns, current, norm)
+        if released is not None:
+            self._out.append(ReleaseVersion(shard.table, shard.number, released))
+        for peer, wait in list(shard.waits.items()):
+            if wait.version <= version:
+                del shard.waits[peer]
+                self._answer(peer, shard, version, wait.parts)
+
+    # ---- pulls ---------------------------------------------------------------------------------------
+
+    def _on_pull(self, peer: Peer, shard: Shard, pull: Pull) -> None:
+        parts = pull.parts or list(range(shard.parts_count))
+        if any(part >= shard.parts_count for part in parts):
+            text = f"shard {shard.number} of table {shard.table} has {shard.parts_count} parts"
+            self._out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))
+        elif pull.version <= shard.version:
+            version = pull.version if pull.version in shard.kept else shard.version
+            whole = parts if version == pull.version else list(range(shard.parts_count))
+            self._answer(peer, shard, version, whole)
+        else:
+            shard.waits[peer] = Wait(pull.version, parts)
+            if pull.attempt > 0:
+                self._out.append(Send(peer, shard.status(STATUS_PARTS_MAX)))
+
+    def _answer(
+        self, peer: Peer, shard: Shard, version: int, parts: list[int]
+    ) -> None:
+        kept = shard.kept[version]
+        for part in parts:
+            state = kept.state if part == 0 else b""
+            frame = shard.frame(part)
+            reply = Pulled(shard.table, shard.number, part, version, state, kept.norm, frame)
+            self._out.append(Send(peer, reply, (shard.table, shard.number, version, part)))
+
+    # ---- time ----------------------------------------------------------------------------------------
+
+    def _on_time(self, now_ns: int) -> None:
+        for shard in self.shards.values():
+            if shard.late_ns is not None and now_ns >= shard.late_ns:
+                self._report_late(now_ns, shard)
+            if shard.norm_retry_ns is not None and now_ns >= shard.norm_retry_ns:
+                shard.norm_retry_ns = now_ns + NORM_RETRY_MS * MS
+                self._out.append(Send(SCHEDULER, self._norm_report(shard)))
+        due_ns = self.membership.next_deadline_ns()
+        if due_ns is not None and now_ns >= due_ns:
+            vitals = self.membership.vitals
+            vitals.round = max([shard.version for shard in self.shards.values()], default=0)
+            waits = (shard.waiting_for() for shard in self.shards.values())
+            vitals.waiting = next((text for text in waits if text), "")
+            self._out += self.membership.tick(now_ns)
+        self._check_orphaned(now_ns)
+
+    def _report_late(self, now_ns: int, shard: Shard) -> None:
+        current = shard.round
+        if current is None or current.state is not RoundState.OPEN or current.active == 0:
+            shard.late_ns = None
+            return
+        shard.late_ns = now_ns + self._late_after_ns(shard)
+        missing = current.missing()
+        self._out.append(Send(SCHEDULER, RoundLate(self.membership.incarnation, current.number, missing)))
+
+    def _check_orphaned(self, now_ns: int) -> None:
+        started = self._started_ns or 0
+        if not self.membership.registrations and self.membership.incarnation == 0:
+            waited = now_ns - started
+            if waited > self.limits.connect_timeout_ns:
+                self.membership.give_up()
+                self._out.append(Halt(3, f"no scheduler answered within {waited / 1e9:.0f} s"))
+            return
+        quiet = now_ns - max(self._traffic_ns, self.membership.heard_ns)
+        if self.membership.is_member and quiet > self.limits.orphan_after_ns:
+            self.membership.give_up()
+            self._out.append(Halt(1, f"neither scheduler nor workers were heard for {quiet / 1e9:.0f} s"))
+        if self.membership.is_silent(now_ns) and not self._is_silence_noted:
+            self._out.append(Note(Level.WARNING, "the scheduler does not answer; rounds go on, changes wait"))
+        self._is_silence_noted = self.membership.is_silent(now_ns)

@@ -1,0 +1,169 @@
+"""Builds a `torch.optim` optimizer from its description, and drives it round by round.
+
+Which classes there are, and where their tables may be cut, is `treefold.common.optim`. Nothing here
+knows shards or flat spaces: a parameter is a tensor, and it may be cut into several at any time.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from treefold.common.errors import DataError
+from treefold.common.optim import PINNED, complete_hyper, default_hyper, optimizer_class
+from treefold.common.spec import Hyper, HyperValue, OptimizerSpec
+
+
+def build(spec: OptimizerSpec, groups: Sequence[Sequence[nn.Parameter]]) -> Optimizer:
+    """Make the optimizer of one shard.
+
+    Parameters
+    ----------
+    spec : OptimizerSpec
+        Class by name, and hyper-parameters per param group.
+    groups : sequence of sequences of Parameter, float32
+        Parameters per param group; a group of which this shard holds nothing is empty.
+
+    Returns
+    -------
+    torch.optim.Optimizer
+        With the state that the class has before its first step.
+
+    Raises
+    ------
+    UnsupportedError
+        If the class is not on the allow-list.
+    DataError
+        If the number of groups or a hyper-parameter is wrong, or torch refuses them.
+    """
+    hypers = _complete(spec.name, spec.groups, len(groups))
+    for number, hyper in enumerate(hypers):
+        _check_by_torch(spec.name, number, hyper)
+    arguments: list[dict[str, object]] = [
+        {**_torch_values(hyper), "params": list(parameters)}
+        for hyper, parameters in zip(hypers, groups, strict=True)
+    ]
+    # Adagrad makes its state at once, from the constructor's argument whatever the groups say.
+    first = hypers[0] if hypers else {}
+    constructed = {key: value for key, value in first.items() if key == "initial_accumulator_value"}
+    try:
+        return optimizer_class(spec.name)(arguments, **constructed)
+    except ValueError as error:
+        text = f"torch.optim.{spec.name} refuses the parameters of this table: {error}"
+        raise DataError(text) from error
+
+
+def apply_hyper(optimizer: Optimizer, groups: Sequence[Hyper]) -> None:
+    """Set the hyper-parameters of the round that comes next. On an error nothing is changed.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Made by `build`.
+    groups : sequence of dict
+        Hyper-parameters per param group. What one leaves out gets torch's default, never the value
+        of an earlier round.
+
+    Raises
+    ------
+    DataError
+        If the number of groups is wrong, a key is unknown to the class, a value is of the wrong
+        kind, or ``foreach`` or ``fused`` change.
+    """
+    hypers = _complete(type(optimizer).__name__, groups, len(optimizer.param_groups))
+    for number, (group, hyper) in enumerate(zip(optimizer.param_groups, hypers, strict=True)):
+        for key in PINNED:
+            if key in hyper and hyper[key] != group[key]:
+                text = (
+                    f"param group {number}: {key}={hyper[key]!r}, but this job was declared with "
+                    f"{key}={group[key]!r}; the two give different bits and cannot be exchanged"
+                )
+                raise DataError(text)
+    for group, hyper in zip(optimizer.param_groups, hypers, strict=True):
+        group.update(_torch_values(hyper))
+
+
+def split_parameter(
+    optimizer: Optimizer, parameter: nn.Parameter, values: Sequence[Tensor]
+) -> list[nn.Parameter]:
+    """Put several parameters in the place of one, so that from now on they can step separately.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Of an elementwise class.
+    parameter : Parameter, float32 [n]
+        One of the optimizer's parameters.
+    values : sequence of Tensor, float32 [n_i]
+        Consecutive views of it that cover it; they become the new parameters.
+
+    Returns
+    -------
+    list of Parameter
+        One per view, sharing its memory. Their state is what the whole one's was: tensors of its
+        length are shared slice by slice, counters are copied.
+    """
+    pieces = [nn.Parameter(value) for value in values]
+    state = optimizer.state.pop(parameter, {})
+    bounds = [0]
+    for piece in pieces:
+        bounds.append(bounds[-1] + piece.numel())
+    if state:
+        for piece, (start, stop) in zip(pieces, pairwise(bounds), strict=True):
+            optimizer.state[piece] = slice_state(state, start, stop)
+    for group in optimizer.param_groups:
+        group["params"] = [
+            new for old in group["params"] for new in (pieces if old is parameter else [old])
+        ]
+    return pieces
+
+
+def slice_state(state: dict[str, object], start: int, stop: int) -> dict[str, object]:
+    """What the state of a flat parameter says about some of its elements.
+
+    Parameters
+    ----------
+    state : dict
+        State of one parameter of an elementwise class: tensors float32 [n], and counters.
+    start, stop : int
+        Which elements.
+
+    Returns
+    -------
+    dict
+        Views of the tensors, copies of the counters.
+    """
+    return {key: _slice(value, start, stop) for key, value in state.items()}
+
+
+def _slice(value: object, start: int, stop: int) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if value.dim() == 0 else value[start:stop]
+
+
+def _complete(name: str, groups: Sequence[Hyper], wanted: int) -> list[Hyper]:
+    if len(groups) != wanted:
+        text = f"torch.optim.{name}: hyper-parameters for {len(groups)} param groups, not {wanted}"
+        raise DataError(text)
+    return [complete_hyper(name, hyper) for hyper in groups]
+
+
+def _check_by_torch(name: str, number: int, hyper: Hyper) -> None:
+    """Let torch's own constructor judge the values of a group."""
+    arguments = _torch_values(hyper)
+    if arguments["lr"] == 0:
+        # A warm-up may begin at 0, which some constructors refuse although their steps do not.
+        arguments["lr"] = default_hyper(name)["lr"]
+    try:
+        optimizer_class(name)([nn.Parameter(torch.zeros(1, 1))], **arguments)
+    except (ValueError, RuntimeError) as error:
+        text = f"torch.optim.{name} refuses param group {number}: {error}"
+        raise DataError(text) from error
+
+
+def _torch_values(hyper: Hyper) -> dict[str, HyperValue | tuple[float, ...]]:
+    """Lists, which is what arrives, as the tuples that torch documents."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in hyper.items()}

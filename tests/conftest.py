@@ -1,0 +1,79 @@
+"""Options and fixtures of all tests.
+
+``--data DIR`` (or ``TREEFOLD_TEST_DATA``) names a folder with the IDX files of Fashion-MNIST, such
+as Debian's package dataset-fashion-mnist installs; tests marked ``data`` are skipped without it.
+``--seeds N`` says how many seeds the simulator runs, ``--headers N`` how many headers the decoder
+gets.
+"""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# Settings of the person who runs the tests must not change what they find.
+for _name in [name for name in os.environ if name.startswith("TREEFOLD_")]:
+    if not _name.startswith("TREEFOLD_TEST_"):
+        del os.environ[_name]
+
+torch.set_num_threads(1)
+
+# The same examples in every run: a red run is red again when somebody looks into it.
+hypothesis.settings.register_profile("treefold", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("treefold")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options."""
+    group = parser.getgroup("treefold")
+    group.addoption("--data", default=None, metavar="DIR", help="folder of the Fashion-MNIST files")
+    group.addoption("--seeds", type=int, default=200, help="seeds that the simulator runs")
+    group.addoption(
+        "--headers", type=int, default=1_000_000, help="mutated headers that the decoder is given"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run."""
+    reasons = {}
+    if _data_folder(config) is None:
+        reasons["data"] = "no data folder: pass --data DIR or set TREEFOLD_TEST_DATA"
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "no accelerator"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def data_dir(pytestconfig: pytest.Config) -> Path:
+    """Folder with the IDX files of Fashion-MNIST; tests that use it are marked ``data``."""
+    folder = _data_folder(pytestconfig)
+    assert folder is not None, "a test that uses data_dir must be marked data"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seeds(pytestconfig: pytest.Config) -> range:
+    """The seeds that the simulator is to run."""
+    return range(int(pytestconfig.getoption("--seeds")))
+
+
+@pytest.fixture(scope="session")
+def headers(pytestconfig: pytest.Config) -> int:
+    """How many headers the decoder is to be given."""
+    return int(pytestconfig.getoption("--headers"))
+
+
+def _data_folder(config: pytest.Config) -> Path | None:
+    given = config.getoption("--data") or os.environ.get("TREEFOLD_TEST_DATA", "")
+    if not given:
+        return None
+    folder = Path(given)
+    if not (folder / "train-images-idx3-ubyte.gz").is_file():
+        message = f"{folder} has no train-images-idx3-ubyte.gz: not the Fashion-MNIST folder"
+        raise pytest.UsageError(message)
+    return folder

@@ -1,0 +1,273 @@
+"""Gradients in flat buffers: ``.grad`` of every parameter is a view, so that sending needs no packing.
+
+A parameter without a gradient is filled with -0.0, the exact additive identity, so that accumulating
+into the view gives the very bits of a fresh gradient. Knows nothing of rounds, parts or clients.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from treefold.common.errors import DataError, LocalProtocolError, UnsupportedError
+
+ABSENT = -0.0
+
+
+class Gradient:
+    """The gradient of one parameter.
+
+    Attributes
+    ----------
+    flat : Tensor, dtype of the parameter [elements]
+        Its place in a flat buffer, in row-major order.
+    view : Tensor, dtype and shape of the parameter
+        The same memory with a version counter of its own, so that autograd adding to one gradient
+        does not look like a change of its neighbours.
+    is_present : bool
+        Whether there is a gradient since the last ``zero_grad``.
+    is_packed : bool
+        Whether ``.grad`` is a tensor of its own, copied to ``flat`` when it is sent: a sparse one,
+        or one whose parameter is not laid out row by row.
+    is_stale : bool
+        Whether the gradient, or a part of it, is that of an earlier slot.
+    fires : int
+        How often backward finished it in this slot.
+    """
+
+    __slots__ = (
+        "checksum",
+        "clean_version",
+        "fires",
+        "flat",
+        "is_packed",
+        "is_present",
+        "is_stale",
+        "name",
+        "parameter",
+        "sent",
+        "view",
+    )
+
+    def __init__(self, name: str, parameter: nn.Parameter, flat: Tensor) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.flat = flat
+        self.view = flat.view(parameter.shape).data
+        self.clean_version = self.view._version
+        self.is_present = False
+        self.is_packed = not parameter.is_contiguous()
+        self.is_stale = False
+        self.fires = 0
+        self.sent: tuple[int, int] | None = None
+        self.checksum: float | None = None
+
+    def mark(self) -> tuple[int, int]:
+        """What changes when anybody changes ``.grad`` or puts another tensor there."""
+        grad = self.parameter.grad
+        return (0, 0) if grad is None else (id(grad), grad._version)
+
+    def sum(self) -> float:
+        """A number that changes with (nearly) every change of the values."""
+        grad = self.parameter.grad
+        if grad is None:
+            return 0.0
+        values = grad.coalesce().values() if grad.is_sparse else grad
+        return float(values.sum(dtype=torch.float64).item())
+
+
+class Gradients:
+    """The gradients of one table.
+
+    Parameters
+    ----------
+    parameters : sequence of (str, Parameter)
+        By name, in the table's order.
+    is_sparse : bool
+        Whether the optimizer takes sparse gradients (and no others).
+    listener : callable
+        Called with the number of a parameter whenever backward has finished its gradient.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        is_sparse: bool,
+        listener: Callable[[int], None],
+    ) -> None:
+        self._is_sparse = is_sparse
+        self._listener = listener
+        self._is_paused = False
+        self._hooks: dict[int, list[RemovableHandle]] = {}
+        self.buffers = _flat_buffers([parameter for _, parameter in parameters])
+        self.items: list[Gradient] = []
+        used = dict.fromkeys(self.buffers, 0)
+        for name, parameter in parameters:
+            key = (parameter.dtype, parameter.device)
+            start, stop = used[key], used[key] + parameter.numel()
+            self.items.append(Gradient(name, parameter, self.buffers[key][start:stop]))
+            used[key] = stop
+            parameter.grad = None
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether all gradients can be read without waiting for another device."""
+        return all(device.type == "cpu" for _, device in self.buffers)
+
+    def close(self) -> None:
+        """Leave the parameters as ordinary ones, without gradients."""
+        for handles in self._hooks.values():
+            for handle in handles:
+                handle.remove()
+        self._hooks.clear()
+        for gradient in self.items:
+            gradient.parameter.grad = None
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within this context the listener is not called."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    def begin_slot(self) -> None:
+        """Take what is there now for an earlier slot's; watch parameters that were unfrozen."""
+        for number, gradient in enumerate(self.items):
+            gradient.fires = 0
+            gradient.sent = gradient.checksum = None
+            gradient.is_stale = gradient.is_present and gradient.parameter.grad is not None
+            if number not in self._hooks and gradient.parameter.requires_grad:
+                hook = partial(self._on_accumulated, number)
+                handle = gradient.parameter.register_post_accumulate_grad_hook(hook)
+                self._hooks[number] = [handle]
+
+    def zero(self, set_to_none: bool) -> None:
+        """Do as ``Optimizer.zero_grad``; ``.grad`` stays a view, filled with -0.0 for None."""
+        for buffer in self.buffers.values():
+            buffer.fill_(ABSENT)
+        for gradient in self.items:
+            if set_to_none or not gradient.is_present:
+                self._clear(gradient)
+            elif gradient.parameter.grad is not None:
+                gradient.parameter.grad.detach_().zero_()
+            gradient.is_stale = False
+
+    def settle(self, gradient: Gradient) -> None:
+        """Bring ``flat`` and `Gradient.is_present` up to what ``.grad`` says, as a step would see it.
+
+        Raises
+        ------
+        UnsupportedError, DataError
+            The gradient is of a kind that the optimizer does not take.
+        """
+        grad = gradient.parameter.grad
+        if grad is None:
+            if gradient.is_present:
+                gradient.flat.fill_(ABSENT)
+            gradient.is_present = False
+        elif grad is gradient.view:
+            gradient.is_present |= grad._version != gradient.clean_version
+        else:
+            self._take(gradient, grad.detach())
+            gradient.is_present = True
+
+    def _clear(self, gradient: Gradient) -> None:
+        is_view = not gradient.is_packed and gradient.parameter.grad is not None
+        if gradient.parameter.grad is not gradient.view:
+            gradient.parameter.grad = gradient.view if is_view else None
+        gradient.clean_version = gradient.view._version
+        gradient.is_present = False
+
+    def _on_accumulated(self, number: int, parameter: Tensor) -> None:
+        """Autograd has finished the gradient of parameter ``number`` (for this backward)."""
+        gradient = self.items[number]
+        grad = parameter.grad
+        if grad is None:
+            return
+        if grad is not gradient.view and not gradient.is_packed:
+            self._take(gradient, grad.detach())
+            gradient.is_stale = False
+        gradient.is_present = True
+        if not self._is_paused:
+            gradient.fires += 1
+            self._listener(number)
+
+    def _before_accumulation(self, number: int, _: Tensor) -> None:
+        """A packed gradient is no earlier slot's if the script has dropped that one."""
+        gradient = self.items[number]
+        gradient.is_stale = gradient.is_stale and gradient.parameter.grad is not None
+
+    def _take(self, gradient: Gradient, grad: Tensor) -> None:
+        """Copy a gradient that is not the view; from then on let autograd add to the view itself."""
+        self._check_layout(gradient, grad)
+        if grad.is_sparse:
+            self._pack_from_now_on(gradient)
+            _densify(grad, gradient.flat.view(grad.shape))
+            return
+        gradient.view.copy_(grad)
+        if not gradient.is_packed:
+            gradient.parameter.grad = gradient.view
+
+    def _check_layout(self, gradient: Gradient, grad: Tensor) -> None:
+        what = f"the gradient of {gradient.name!r}"
+        if grad.is_sparse and not self._is_sparse:
+            text = (
+                f"{what} is sparse, which among the optimizers that servers run only SparseAdam "
+                "takes: for others, elements without a gradient are elements with gradient 0; use "
+                "sparse=False, or torch.optim.SparseAdam for these parameters"
+            )
+            raise UnsupportedError(text)
+        if not grad.is_sparse and self._is_sparse:
+            text = f"{what} is dense; SparseAdam takes sparse gradients only"
+            raise DataError(text)
+
+    def _pack_from_now_on(self, gradient: Gradient) -> None:
+        if gradient.is_packed:
+            return
+        gradient.is_packed = True
+        number = self.items.index(gradient)
+        hook = partial(self._before_accumulation, number)
+        self._hooks[number].append(gradient.parameter.register_hook(hook))
+
+
+def check_not_stale(gradients: Sequence[Gradient]) -> None:
+    """Refuse gradients of an earlier slot: which slot that was depends on the cluster.
+
+    Raises
+    ------
+    LocalProtocolError
+        The script does not clear its gradients in every body.
+    """
+    for gradient in gradients:
+        if gradient.is_stale and gradient.is_present:
+            text = (
+                f"the gradient of {gradient.name!r} still has that of an earlier slot in it; call "
+                "optimizer.zero_grad() in every loop body, and accumulate gradients within a body, "
+                "not across bodies (a round already accumulates over all its slots)"
+            )
+            raise LocalProtocolError(text)
+
+
+def _flat_buffers(
+    parameters: Sequence[nn.Parameter],
+) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for parameter in parameters:
+        key = (parameter.dtype, parameter.device)
+        sizes[key] = sizes.get(key, 0) + parameter.numel()
+    return {
+        (dtype, device): torch.full((size,), ABSENT, dtype=dtype, device=device)
+        for (dtype, device), size in sizes.items()
+    }
+
+
+def _densify(grad: Tensor, out: Tensor) -> None:
+    """Write a sparse gradient; touched elements that are zero become +0.0, all others -0.0."""
+    grad = grad.coalesce()
+    out.fill_(ABSENT)
+    out[tuple(grad.indices())] = grad.values() + 0.0

@@ -1,0 +1,365 @@
+"""A worker's connection to the cluster, as a training thread uses it: declare, take slots, push, pull, wait.
+
+`treefold.torch` is built on this. Use it directly for models that are not ``torch.nn.Module`` objects.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import zmq
+
+from treefold.common.config import Settings
+from treefold.common.errors import ConfigError, LocalProtocolError
+from treefold.common.ledger import SamplesRecord, Writer
+from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.spec import Hyper, TableSpec
+from treefold.wire.messages import Outcome
+from treefold.worker import effects
+from treefold.worker.effects import SlotMeta
+from treefold.worker.pulls import PartRange
+from treefold.worker.shell import Answer, Tensors, WorkerShell
+
+STANDING_BY = -1  # the core's slot number for "load this and ask again"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One consistent version of a table.
+
+    Attributes
+    ----------
+    table, version : int
+        Which table, which version.
+    state : bytes
+        What slot 0 of the round that made it left for the next round.
+    norm : float
+        Global gradient norm of that round, NaN if none was computed.
+    parts : list of (start, stop, Tensor)
+        Values, float32 [stop - start], of each part of the flat space. They may only be read.
+    """
+
+    table: int
+    version: int
+    state: bytes
+    norm: float
+    parts: list[tuple[int, int, torch.Tensor]]
+
+    def copy_to(self, flat: torch.Tensor) -> None:
+        """Copy the values into a flat tensor, float32 [elements of the table]."""
+        for start, stop, values in self.parts:
+            flat[start:stop].copy_(values)
+
+    def release(self) -> None:
+        """Let go of the received buffers; the snapshot is empty afterwards."""
+        self.parts.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One slot of one round to compute, and the versions to load before."""
+
+    round: int
+    slot: int
+    snapshots: list[Snapshot]
+
+
+@dataclass(frozen=True, slots=True)
+class LoopEnd:
+    """The pass over the data is over; ``version`` is where the job is."""
+
+    version: int
+    snapshots: list[Snapshot]
+
+
+@dataclass(slots=True)
+class _Direct:
+    """State of `push`, `pull` and `wait`: the slot in hand and the newest values of each table."""
+
+    task: Task | None = None
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    metas: dict[int, SlotMeta] = field(default_factory=dict)
+
+
+class Client:
+    """One worker. All methods are called from one thread, the training thread.
+
+    Parameters
+    ----------
+    settings : Settings
+        ``scheduler`` says where the cluster is.
+    context : zmq.Context, optional
+        Shared with other roles when several live in one process.
+
+    Raises
+    ------
+    ConfigError
+        There is no scheduler address.
+    """
+
+    def __init__(self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+        if not settings.scheduler:
+            msg = "a client needs the scheduler's address: set scheduler, or TREEFOLD_SCHEDULER"
+            raise ConfigError(msg)
+        self._settings = settings
+        self._shell = WorkerShell(settings, context)
+        self._calls = itertools.count(1)
+        self._plan: LoopPlan | None = None
+        self._direct = _Direct()
+        self._ledger: Writer | None = None
+        self._pid = os.getpid()
+        self._is_closed = False
+        self._waits_for = ""
+        self._is_drain_asked = False
+        self._shell.start()
+
+    # ---- who we are ----------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This worker's rank, as the scheduler gave it; 0 before `declare`."""
+        return self._shell.core.membership.rank
+
+    @property
+    def size(self) -> int:
+        """How many workers form the cluster."""
+        return self._shell.core.membership.workers or self._settings.workers
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is the live worker of the lowest rank."""
+        view, membership = self._shell.core.view, self._shell.core.membership
+        return view is not None and view.chief == membership.incarnation
+
+    # ---- tables and passes ---------------------------------------------------------------------------
+
+    def declare(self, spec: TableSpec, initial: torch.Tensor) -> Snapshot:
+        """Declare a table and wait for its newest version.
+
+        Parameters
+        ----------
+        spec : TableSpec
+            Equal in every worker.
+        initial : Tensor, float32 [elements of the table]
+            Used if the table is new and this worker is the one to initialise it.
+
+        Returns
+        -------
+        Snapshot
+            Version 0 in a new job, a later one if training goes on already.
+
+        Raises
+        ------
+        SpecMismatchError
+            Another worker declared the table otherwise.
+        FormationError
+            The cluster did not form in time.
+        SchedulerLostError
+            No scheduler answered.
+        """
+        self._shell.keep_initial(spec.name, initial.detach().contiguous())
+        call = next(self._calls)
+        answer = self._call(call, effects.DeclareCalled(call, spec), "declare")
+        return _snapshot(answer.tensors[0])
+
+    def parts(self, table: int) -> Sequence[PartRange]:
+        """The parts of a table, all shards, in the order of the flat space."""
+        return self._shell.core.tables[table].parts
+
+    def enter_loop(self, plan: LoopPlan) -> None:
+        """Begin a pass over the data.
+
+        Raises
+        ------
+        SpecMismatchError
+            Another worker's pass differs.
+        """
+        call = next(self._calls)
+        self._plan = plan
+        self._call(call, effects.LoopCalled(call, plan), "enter_loop")
+
+    # ---- slots ---------------------------------------------------------------------------------------
+
+    def next_task(self) -> Task | LoopEnd:
+        """Wait for this worker's next slot.
+
+        Raises
+        ------
+        JobFailedError
+            The job has ended for everybody.
+        UnavailableError
+            No server has answered for a minute.
+        SystemExit
+            The process was asked to stop and has left the cluster.
+        """
+        newest: dict[int, Snapshot] = {}
+        while True:
+            call = next(self._calls)
+            answer = self._call(call, effects.TaskCalled(call), "next_task")
+            newest |= {item.snapshot.table: _snapshot(item) for item in answer.tensors}
+            snapshots = list(newest.values())
+            if isinstance(answer.value, effects.LoopEnd):
+                if answer.value.is_draining:
+                    self.leave(Outcome.DRAINED, "the worker was asked to stop")
+                    raise SystemExit(0)
+                return LoopEnd(answer.value.version, snapshots)
+            if isinstance(answer.value, effects.Task) and answer.value.slot != STANDING_BY:
+                return Task(answer.value.round, answer.value.slot, snapshots)
+
+    def scratch(self, elements: int) -> torch.Tensor:
+        """An uninitialised buffer for `contribute`, float32 [elements]."""
+        return self._shell.hub.pool.take(elements)
+
+    def contribute(
+        self, task: Task, table: int, part: int, values: torch.Tensor | None, absent: bytes
+    ) -> None:
+        """Hand over one part of a slot's contribution; does not wait.
+
+        Parameters
+        ----------
+        task : Task
+            The slot.
+        table, part : int
+            Which part, counted as in `parts`.
+        values : Tensor, float32 [stop - start], or None
+            From `scratch`; belongs to the client from now on. None if no tensor has a gradient.
+        absent : bytes
+            Bit ``i`` set if the part's ``i``-th tensor has no gradient; its values must be -0.0.
+        """
+        event = effects.Contributed(table, part, task.round, task.slot, None, absent)
+        self._shell.post(event, values)
+
+    def finish_slot(self, task: Task, metas: dict[int, SlotMeta]) -> None:
+        """Say that the slot's work is over; what it did not contribute counts as absent.
+
+        Parameters
+        ----------
+        task : Task
+            The slot.
+        metas : dict of int to SlotMeta
+            For every table with an optimizer; used if this is slot 0.
+        """
+        self._shell.post(effects.SlotFinished(task.round, task.slot, metas))
+
+    def record_samples(self, task: Task, samples: Sequence[int]) -> None:
+        """Write down which samples a slot has, if the job keeps a ledger."""
+        if not self._settings.ledger:
+            return
+        who = self._shell.core.membership.incarnation
+        if self._ledger is None:
+            self._ledger = Writer(self._settings.ledger, f"worker-{who}")
+        self._ledger.add(SamplesRecord(who, task.round, task.slot, list(samples)))
+
+    def report(self, samples: int, loss: float | None) -> None:
+        """Figures for the progress display: samples so far, and the last loss."""
+        finite = loss if loss is not None and math.isfinite(loss) else None
+        self._shell.post(effects.Reported(samples, finite))
+
+    # ---- push, pull, wait ----------------------------------------------------------------------------
+
+    def push(self, table: int, gradient: torch.Tensor, groups: list[Hyper]) -> int:
+        """Push this worker's gradient of the current round; every worker is one slot.
+
+        Parameters
+        ----------
+        table : int
+            Number from the `Snapshot` of `declare`.
+        gradient : Tensor, float32 [elements of the table]
+            Counts with weight ``1 / size``.
+        groups : list of dict
+            Hyper-parameters per param group; those of rank 0 count.
+
+        Returns
+        -------
+        int
+            The round, for `wait`.
+        """
+        task = self._take_direct()
+        weight = 1.0 / self.size
+        for number, part in enumerate(self.parts(table)):
+            values = self.scratch(part.stop - part.start)
+            torch.mul(gradient[part.start : part.stop], weight, out=values)
+            self.contribute(task, table, number, values, bytes(-(-part.pieces // 8)))
+        self._direct.metas[table] = SlotMeta(groups, 0.0, b"")
+        return task.round
+
+    def wait(self, round_: int) -> None:
+        """Wait until the round that `push` returned is a version on every server."""
+        task = self._direct.task
+        if task is None or task.round != round_:
+            msg = f"wait({round_}) does not belong to the last push"
+            raise LocalProtocolError(msg)
+        self.finish_slot(task, self._direct.metas)
+        self._direct.metas = {}
+        self._direct.task = None
+        self._take_direct()
+
+    def pull(self, table: int) -> torch.Tensor:
+        """The newest version that this worker has waited for, float32 [elements of the table]."""
+        self._take_direct()
+        return self._direct.values[table].clone()
+
+    def _take_direct(self) -> Task:
+        if self._direct.task is not None:
+            return self._direct.task
+        if self._plan is None:
+            size = self.size
+            self.enter_loop(LoopPlan(PlanKind.LOADER, 0, 0, 0, size, 0, size, 0, False, 0))
+        task = self.next_task()
+        if isinstance(task, LoopEnd):
+            msg = "push, pull and wait cannot be used in a pass over data that is over"
+            raise LocalProtocolError(msg)
+        for snapshot in task.snapshots:
+            self._hold(snapshot)
+        self._direct.task = task
+        return task
+
+    def _hold(self, snapshot: Snapshot) -> None:
+        end = snapshot.parts[-1][1]
+        flat = self._direct.values.setdefault(snapshot.table, torch.empty(end))
+        snapshot.copy_to(flat)
+        snapshot.release()
+
+    # ---- leaving -------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Stop after the current slot. May be called from a signal handler of the training thread."""
+        self._is_drain_asked = True
+        self._shell.post(effects.DrainAsked())
+        if self._waits_for in ("declare", "enter_loop"):
+            raise SystemExit(0)
+
+    def leave(self, outcome: Outcome, text: str) -> None:
+        """Leave the cluster and close; waits a bounded time for the scheduler. Does nothing if repeated."""
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        self._is_closed = True
+        call = next(self._calls)
+        self._shell.call(call, effects.LeaveCalled(call, outcome, text))
+        self._shell.close()
+        if self._ledger is not None:
+            self._ledger.close()
+
+    def _call(self, number: int, event: effects.Event, name: str) -> Answer:
+        if self._is_closed:
+            msg = "this worker has left the cluster"
+            raise LocalProtocolError(msg)
+        if os.getpid() != self._pid:
+            msg = "this process was forked from a worker; it has no connection of its own"
+            raise LocalProtocolError(msg)
+        self._waits_for = name
+        try:
+            answer = self._shell.call(number, event)
+        finally:
+            self._waits_for = ""
+        if answer.error is not None:
+            raise answer.error
+        return answer
+
+
+def _snapshot(item: Tensors) -> Snapshot:
+    inner = item.snapshot
+    return Snapshot(inner.table, inner.version, inner.state, inner.norm, item.parts)

@@ -1,0 +1,654 @@
+"""The worker's decisions: which slot is next, what is folded here, what is pushed, pulled and sent again.
+
+Pure: no socket, clock, thread or tensor. The training thread calls (`DeclareCalled`, `TaskCalled`, ...) and is
+answered with `Complete` or `Fail`; between calls the core keeps the exchange going.
+"""
+
+from dataclasses import dataclass
+
+from treefold.common import errors
+from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.spec import Rule
+from treefold.common.story import Story
+from treefold.wire.exchange import SCHEDULER, Level, Note, PeerLost, Received, Send, Tick
+from treefold.wire.membership import MS, Membership, Standing
+from treefold.wire.messages import (
+    INITIAL_ROUND,
+    Accepted,
+    Code,
+    DeclarePlan,
+    DeclareTable,
+    Fenced,
+    Flush,
+    Frame,
+    Grant,
+    HeartbeatSeen,
+    Leave,
+    Outcome,
+    Pull,
+    Pulled,
+    Push,
+    Refused,
+    Registered,
+    Role,
+    RoundMeta,
+    RoundStatus,
+    Stop,
+    View,
+)
+from treefold.common.spec import Dtype
+from treefold.worker.effects import (
+    Complete,
+    Connect,
+    Contributed,
+    DeclareCalled,
+    DrainAsked,
+    Effect,
+    Event,
+    Fail,
+    Initial,
+    LeaveCalled,
+    LoopCalled,
+    LoopEnd,
+    ReleasePayload,
+    Reported,
+    SlotFinished,
+    Snapshot,
+    Task,
+    TaskCalled,
+)
+from treefold.worker.pulls import ShardPull, Table
+from treefold.worker.rounds import LocalRound, Pushed
+
+DECLARE_RETRY_MS = 500
+FIRST_RETRY_MS = 20  # a server may hear of a new table a little later than its workers; doubles each time
+WAIT_NOTE_S = 30  # a wait this long is told to the operator, with what it waits for
+ERRORS: dict[Code, type[errors.TreefoldError]] = {
+    Code.PROTOCOL_VERSION: errors.RemoteProtocolError,
+    Code.JOB_MISMATCH: errors.JobFailedError,
+    Code.SPEC_MISMATCH: errors.SpecMismatchError,
+    Code.UNKNOWN_TABLE: errors.DataError,
+    Code.BAD_PAYLOAD: errors.DataError,
+    Code.FUTURE_ROUND: errors.RemoteProtocolError,
+    Code.BAD_NODE: errors.RemoteProtocolError,
+    Code.BAD_SPEC: errors.DataError,
+    Code.CLUSTER_FULL: errors.CapacityError,
+    Code.NOT_MEMBER: errors.FencedError,
+    Code.BAD_MESSAGE: errors.RemoteProtocolError,
+    Code.NON_FINITE: errors.DataError,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """Times of a worker, in nanoseconds.
+
+    Attributes
+    ----------
+    connect_timeout_ns : int
+        How long to wait for the scheduler's first answer.
+    retry_ns : int
+        Silence after which a server is asked again.
+    unreachable_ns : int
+        Silence of all servers after which a wait fails.
+    """
+
+    connect_timeout_ns: int
+    retry_ns: int
+    unreachable_ns: int = 60_000 * MS
+
+
+@dataclass(slots=True)
+class Declaration:
+    """A declaration on its way to the scheduler."""
+
+    call: int
+    message: DeclareTable | DeclarePlan
+    deadline_ns: int
+
+
+class WorkerCore:
+    """One worker: its membership, its tables, its place in the rounds.
+
+    Parameters
+    ----------
+    membership : Membership
+        The scheduler's side of this process's life.
+    limits : WorkerLimits
+        Times.
+    """
+
+    def __init__(self, membership: Membership, limits: WorkerLimits) -> None:
+        self.membership = membership
+        self.limits = limits
+        self.story = Story()
+        self.view: View | None = None
+        self.tables: dict[int, Table] = {}
+        self.plan: LoopPlan | None = None
+        self.position = 0
+        self.local: LocalRound | None = None
+        self.failure: Exception | None = None
+        self.is_draining = False
+        self._declarations: dict[int, Declaration] = {}
+        self._undeclared: dict[int, DeclareCalled] = {}
+        self._task_call: int | None = None
+        self._leave_call: int | None = None
+        self._task_ns = 0
+        self._wait_note_ns: int | None = None
+        self._started_ns: int | None = None
+        self._server_ns = 0
+        self._is_silence_noted = False
+        self._servers: dict[int, str] = {}
+        self._out: list[Effect] = []
+
+    # ---- the interface of every core -----------------------------------------------------------------
+
+    def handle(self, now_ns: int, event: Event) -> list[Effect]:
+        """Take in one event and say what is to be done."""
+        self._out = []
+        if self._started_ns is None:
+            self._started_ns = self._server_ns = now_ns
+        match event:
+            case Received(peer, message, payload) if peer == SCHEDULER:
+                del payload
+                self._on_control(now_ns, message)
+            case Received(_, message, payload):
+                self._server_ns = now_ns
+                self._on_server(now_ns, message, payload)
+            case Contributed():
+                self._on_contributed(event)
+            case SlotFinished():
+                self._on_finished(now_ns, event)
+            case Reported(samples, loss):
+                self.membership.vitals.samples = samples
+                self.membership.vitals.loss = loss
+            case DrainAsked():
+                self.is_draining = True
+                self._serve_task(now_ns)
+            case PeerLost() | Tick():
+                pass
+            case _:
+                self._on_call(now_ns, event)
+        self._on_time(now_ns)
+        return self._out
+
+    def next_deadline_ns(self) -> int | None:
+        """When a `Tick` is needed at the latest."""
+        times = [self.membership.next_deadline_ns(), self._wait_note_ns]
+        times += [declaration.deadline_ns for declaration in self._declarations.values()]
+        for table in self.tables.values():
+            times += [pull.deadline_ns for pull in table.pulls.values() if not pull.is_complete]
+        return min((time for time in times if time is not None), default=None)
+
+    def check_invariants(self) -> None:
+        """Raise `InvariantError` if the state contradicts itself."""
+        local = self.local
+        if local is None:
+            return
+        if local.number != self.position:
+            raise errors.InvariantError(f"round {local.number} at version {self.position}", self.story.lines())
+        payloads = local.payloads()
+        if len(payloads) != len(dict.fromkeys(payloads)):
+            raise errors.InvariantError("a payload is held twice", self.story.lines())
+
+    # ---- calls of the training thread ------------------------------------------------------------------
+
+    def _on_call(self, now_ns: int, event: DeclareCalled | LoopCalled | TaskCalled | LeaveCalled) -> None:
+        if isinstance(event, LeaveCalled):
+            self._on_leave_called(now_ns, event)
+        elif self.failure is not None:
+            self._out.append(Fail(event.call, self.failure))
+        elif isinstance(event, DeclareCalled):
+            self._undeclared[event.call] = event
+            self._declare(now_ns)
+        elif isinstance(event, LoopCalled):
+            self.plan = event.plan
+            self.local = None
+            message = DeclarePlan(self.membership.incarnation, event.call, event.plan)
+            self._announce(now_ns, event.call, message)
+        else:
+            self._task_call = event.call
+            self._wait_note_ns = now_ns + WAIT_NOTE_S * 1000 * MS
+            self._serve_task(now_ns)
+
+    def _on_leave_called(self, now_ns: int, event: LeaveCalled) -> None:
+        self._leave_call = event.call
+        self._out += self.membership.leave(now_ns, event.outcome, event.text)
+
+    def _declare(self, now_ns: int) -> None:
+        """Tell the scheduler of tables that it does not know from this incarnation yet."""
+        if not self.membership.is_member:
+            return
+        for event in self._undeclared.values():
+            message = DeclareTable(self.membership.incarnation, event.call, event.spec)
+            self._announce(now_ns, event.call, message)
+
+    def _announce(self, now_ns: int, call: int, message: DeclareTable | DeclarePlan) -> None:
+        self._declarations[call] = Declaration(call, message, now_ns + DECLARE_RETRY_MS * MS)
+        self._out.append(Send(SCHEDULER, message))
+
+    # ---- the scheduler -------------------------------------------------------------------------------
+
+    def _on_control(self, now_ns: int, message: object) -> None:
+        match message:
+            case Registered():
+                self._on_registered(now_ns, message)
+            case HeartbeatSeen():
+                self.membership.on_heartbeat_seen(now_ns, message)
+            case Fenced():
+                if self.membership.on_fenced(now_ns, message):
+                    text = "the scheduler had given this worker up; it registers again and goes on"
+                    self._out.append(Note(Level.WARNING, text))
+            case Accepted():
+                self._on_accepted(now_ns, message)
+            case View():
+                self._on_view(now_ns, message)
+            case Grant():
+                if self.local is not None and message.round == self.local.number:
+                    self.local.assign(message.slots)
+                    self._serve_task(now_ns)
+            case Flush():
+                if self.local is not None and message.round == self.local.number:
+                    for key, pushed in self.local.flush():
+                        self._push(key, pushed)
+            case Refused():
+                self._on_refused(message)
+            case Stop():
+                self._on_stop(message)
+            case _:
+                text = f"the scheduler sent {type(message).__name__}: ignored"
+                self._out.append(Note(Level.WARNING, text))
+
+    def _on_registered(self, now_ns: int, message: Registered) -> None:
+        if self.membership.job not in (0, message.job):
+            self._fail(errors.JobFailedError("the scheduler at this address runs another job now"))
+            return
+        if not self.membership.on_registered(now_ns, message):
+            return
+        self.membership.job = message.job
+        self._declare(now_ns)
+        for table in self.tables.values():
+            again = DeclareTable(self.membership.incarnation, 0, table.spec)
+            self._out.append(Send(SCHEDULER, again))
+        for declaration in list(self._declarations.values()):
+            if isinstance(declaration.message, DeclarePlan):
+                plan = DeclarePlan(self.membership.incarnation, declaration.call, declaration.message.plan)
+                self._announce(now_ns, declaration.call, plan)
+
+    def _on_accepted(self, now_ns: int, message: Accepted) -> None:
+        if self._declarations.pop(message.call, None) is None:
+            return
+        declared = self._undeclared.pop(message.call, None)
+        if declared is None:
+            self._out.append(Complete(message.call, None))
+            return
+        table = Table(declared.spec, message.number, message.call)
+        self.tables[message.number] = table
+        self._settle_tables(now_ns)
+
+    def _on_view(self, now_ns: int, view: View) -> None:
+        if self.view is not None and view.number <= self.view.number:
+            return
+        self.view = view
+        self.membership.vitals.view = view.number
+        self.story.add(now_ns, f"view {view.number}")
+        for member in view.members:
+            if member.role is Role.SERVER and member.incarnation not in self._servers:
+                self._servers[member.incarnation] = member.address
+                self._out.append(Connect(member.incarnation, member.address))
+        self._settle_tables(now_ns)
+        self._serve_task(now_ns)
+
+    def _settle_tables(self, now_ns: int) -> None:
+        """Begin the first pull of every table that has its place by now."""
+        for place in self.view.tables if self.view else []:
+            table = self.tables.get(place.table)
+            if table is None:
+                continue
+            table.settle(place)
+            if table.declare_call is not None and not table.pulls:
+                self._pull(now_ns, table, 0, attempt=1)
+
+    def _on_refused(self, message: Refused) -> None:
+        if message.code is Code.STALE_VIEW:
+            return  # the newer view is on its way, and the next retry names it
+        error = ERRORS[message.code](message.text)
+        if message.call and message.call in self._declarations:
+            del self._declarations[message.call]
+            self._undeclared.pop(message.call, None)
+            self._out.append(Fail(message.call, error))
+        else:
+            self._fail(error)
+
+    def _on_stop(self, message: Stop) -> None:
+        self.membership.on_stop(message)
+        if self._leave_call is not None:
+            self._finish_leaving()
+            return
+        self._out.append(Send(SCHEDULER, Leave(self.membership.incarnation, message.outcome, "")))
+        kind = errors.FormationError if message.outcome is Outcome.NOT_FORMED else errors.JobFailedError
+        self._fail(kind(message.text))
+
+    def _finish_leaving(self) -> None:
+        if self._leave_call is not None:
+            self._out.append(Complete(self._leave_call, None))
+            self._leave_call = None
+
+    def _fail(self, error: Exception) -> None:
+        """Nothing can go on: every call that waits fails now, every later one at once."""
+        self.failure = error
+        waiting = [*self._declarations, *(t.declare_call for t in self.tables.values())]
+        waiting += [*self._undeclared, self._task_call]
+        for call in dict.fromkeys(call for call in waiting if call is not None):
+            self._out.append(Fail(call, error))
+        self._declarations.clear()
+        self._undeclared.clear()
+        self._task_call = self._wait_note_ns = None
+        for table in self.tables.values():
+            table.declare_call = None
+            table.pulls = {}
+
+    # ---- servers -------------------------------------------------------------------------------------
+
+    def _on_server(self, now_ns: int, message: object, payload: int | None) -> None:
+        if isinstance(message, Pulled) and payload is not None:
+            self._on_pulled(now_ns, message, payload)
+            return
+        if payload is not None:
+            self._out.append(ReleasePayload(payload))
+        if isinstance(message, RoundStatus):
+            self._on_status(message)
+        elif isinstance(message, Refused):
+            self._on_refused(message)
+
+    def _on_pulled(self, now_ns: int, pulled: Pulled, payload: int) -> None:
+        table = self.tables.get(pulled.table)
+        pull = table.pulls.get(pulled.shard) if table else None
+        if table is None or pull is None or pull.is_complete or pulled.part >= pull.parts_count:
+            self._out.append(ReleasePayload(payload))
+            return
+        pull.take(pulled, payload, self._out)
+        pull.deadline_ns = now_ns + pull.delay_ns
+        pull.status = None
+        if not table.is_pulled:
+            return
+        if table.declare_call is None:
+            self._serve_task(now_ns)
+        elif self._is_consistent(now_ns, table):
+            call, table.declare_call = table.declare_call, None
+            if table.spec.rule is Rule.OPTIMIZER:
+                self.position = max(self.position, table.pulled_version)
+            self._out.append(Complete(call, table.snapshot()))
+
+    def _is_consistent(self, now_ns: int, table: Table) -> bool:
+        """Whether all shards are at one version; pulls those again that lag."""
+        version = table.pulled_version
+        lagging = [shard for shard, pull in table.pulls.items() if pull.version < version]
+        for shard in lagging:
+            self._pull_shard(now_ns, table, shard, version, attempt=0)
+        return not lagging
+
+    def _on_status(self, status: RoundStatus) -> None:
+        """A server says what it lacks: send again what of it is ours."""
+        table = self.tables.get(status.table)
+        if table is None or table.shard(status.shard) is None:
+            return
+        if status.shard in table.pulls:
+            table.pulls[status.shard].status = status
+        if status.round == INITIAL_ROUND:
+            self._push_initial(table, status)
+        if self.local is None or status.round != self.local.number:
+            return
+        for missing in status.missing:
+            part = table.part_id(status.shard, missing.part)
+            if part is None:
+                continue
+            for pushed in self.local.parts[table.number, part].pushed:
+                low = pushed.node.index << pushed.node.level
+                high = (pushed.node.index + 1) << pushed.node.level
+                if not missing.slots or any(low <= slot < high for slot in missing.slots):
+                    self._push((table.number, part), pushed)
+        if status.is_meta_missing and table.number in self.local.metas:
+            self._send_meta(table, status.shard)
+
+    def _push_initial(self, table: Table, status: RoundStatus) -> None:
+        place = table.shard(status.shard)
+        is_ours = table.place is not None and table.place.initializer == self.membership.incarnation
+        if place is None or not is_ours:
+            return
+        wanted = [missing.part for missing in status.missing]
+        for part in table.parts:
+            if part.shard == status.shard and part.number in wanted:
+                marks = bytes(-(-part.pieces // 8))
+                frame = Frame(Dtype.FLOAT32, part.stop - part.start)
+                push = Push(
+                    self.membership.job, self.membership.incarnation, place.view, table.number, part.shard,
+                    part.number, INITIAL_ROUND, 1, 0, 0, marks, frame,
+                )  # fmt: skip
+                self._out.append(Send(place.server, push, Initial(table.number, part.start, part.stop)))
+
+    def _pull(self, now_ns: int, table: Table, version: int, attempt: int) -> None:
+        for shard in table.place.shards if table.place else []:
+            self._pull_shard(now_ns, table, shard.shard, version, attempt)
+
+    def _pull_shard(self, now_ns: int, table: Table, shard: int, version: int, attempt: int) -> None:
+        old = table.pulls.get(shard)
+        if old is not None:
+            self._out += [ReleasePayload(payload) for payload in old.got.values()]
+        is_first = table.declare_call is not None
+        delay_ns = FIRST_RETRY_MS * MS if is_first else self.limits.retry_ns
+        parts_count = table.parts_of(shard)
+        table.pulls[shard] = ShardPull(version, parts_count, attempt, now_ns + delay_ns, delay_ns)
+        self._send_pull(table, shard)
+
+    def _send_pull(self, table: Table, shard: int) -> None:
+        place, pull = table.shard(shard), table.pulls[shard]
+        if place is None:
+            return
+        message = Pull(
+            self.membership.job, self.membership.incarnation, place.view, table.number, shard,
+            pull.version, pull.attempt, pull.missing(),
+        )  # fmt: skip
+        self._out.append(Send(place.server, message))
+
+    # ---- rounds --------------------------------------------------------------------------------------
+
+    def _trained(self) -> list[Table]:
+        return [table for table in self.tables.values() if table.spec.rule is Rule.OPTIMIZER]
+
+    def _is_loop_over(self) -> bool:
+        plan = self.plan
+        return plan is None or (plan.kind is PlanKind.SLOTS and self.position >= plan.end_round)
+
+    def _serve_task(self, now_ns: int) -> None:
+        """Answer the script's call for its next slot, if there is an answer."""
+        if self._task_call is None or self.view is None or self._is_catching_up(now_ns):
+            return
+        snapshots = self._advance(now_ns)
+        if self.is_draining or self._is_loop_over():
+            for key, pushed in self.local.flush() if self.local else []:
+                self._push(key, pushed)
+            self._answer_task(LoopEnd(self.position, snapshots, self.is_draining))
+            return
+        local = self._open_round(now_ns)
+        slot = local.next_slot()
+        if slot is not None:
+            local.in_hand = slot
+            self._task_ns = now_ns
+            self._answer_task(Task(self.position, slot, snapshots))
+        elif snapshots:
+            self._answer_task(Task(self.position, -1, snapshots))
+
+    def _is_catching_up(self, now_ns: int) -> bool:
+        """Whether tables declared at different versions are still being brought to one."""
+        trained = self._trained()
+        if all(table.held == self.position for table in trained):
+            return False
+        for table in trained:
+            if not table.pulls:
+                self._pull(now_ns, table, self.position, attempt=0)
+        return not all(table.is_pulled for table in trained)
+
+    def _answer_task(self, value: Task | LoopEnd) -> None:
+        if self._task_call is not None:
+            self._out.append(Complete(self._task_call, value))
+        self._task_call = self._wait_note_ns = None
+
+    def _advance(self, now_ns: int) -> list[Snapshot]:
+        """Move on to the newest version that every table is at, if it is a newer one."""
+        trained = self._trained()
+        if not trained or not all(table.is_pulled for table in trained):
+            return []
+        newest = max(table.pulled_version for table in trained)
+        lagging = False
+        for table in trained:
+            if table.pulled_version < newest:
+                self._pull(now_ns, table, newest, attempt=0)
+            lagging |= table.pulled_version < newest or not self._is_consistent(now_ns, table)
+        if lagging or any(not table.is_pulled for table in trained):
+            return []
+        if self.local is not None:
+            self._out += [ReleasePayload(payload) for payload in self.local.payloads()]
+            self.local = None
+        self.position = newest
+        self.membership.vitals.round = newest
+        return [table.snapshot() for table in trained]
+
+    def _open_round(self, now_ns: int) -> LocalRound:
+        """The round being computed, with the slots that this worker leases in it."""
+        if self.plan is None or self.view is None:
+            raise errors.InvariantError("a round without a plan", self.story.lines())
+        if self.local is None:
+            parts = {table.number: len(table.parts) for table in self._trained()}
+            self.local = LocalRound(self.position, self.plan, parts)
+            for table in self._trained():
+                if not table.pulls:
+                    self._pull(now_ns, table, self.position + 1, attempt=0)
+        leases = self.view.leases
+        if self.position < leases.from_round:
+            leases = self.view.previous
+        me = self.membership.incarnation
+        self.local.assign([slot for slot, who in enumerate(leases.workers) if who == me])
+        return self.local
+
+    def _on_contributed(self, leaf: Contributed) -> None:
+        local = self.local
+        key = (leaf.table, leaf.part)
+        is_over = leaf.table in self.tables and self.tables[leaf.table].is_pulled
+        if local is None or leaf.round != local.number or is_over or local.has(key, leaf.slot):
+            if leaf.payload is not None:
+                self._out.append(ReleasePayload(leaf.payload))
+            return
+        for pushed in local.contribute(key, leaf, self._out):
+            self._push(key, pushed)
+
+    def _on_finished(self, now_ns: int, event: SlotFinished) -> None:
+        took_ns = max(1, now_ns - self._task_ns)
+        vitals = self.membership.vitals
+        vitals.slot_time_ns = (vitals.slot_time_ns + took_ns) // 2 if vitals.slot_time_ns else took_ns
+        local = self.local
+        if local is None or event.round != local.number:
+            return
+        local.in_hand = None
+        local.done[event.slot] = None
+        for table in self._trained():
+            for number, part in enumerate(table.parts):
+                if not local.has((table.number, number), event.slot):
+                    marks = ((1 << part.pieces) - 1).to_bytes(-(-part.pieces // 8), "little")
+                    self._on_contributed(
+                        Contributed(table.number, number, event.round, event.slot, None, marks)
+                    )
+            if event.slot == 0 and table.number in event.metas:
+                local.metas[table.number] = event.metas[table.number]
+                for shard in table.place.shards if table.place else []:
+                    self._send_meta(table, shard.shard)
+
+    def _push(self, key: tuple[int, int], pushed: Pushed) -> None:
+        table, local = self.tables[key[0]], self.local
+        part = table.parts[key[1]]
+        place = table.shard(part.shard)
+        if place is None or local is None:
+            return
+        marks = pushed.held.absent.to_bytes(-(-part.pieces // 8), "little")
+        has_payload = pushed.held.payload is not None
+        frame = Frame(Dtype.FLOAT32, part.stop - part.start) if has_payload else None
+        push = Push(
+            self.membership.job, self.membership.incarnation, place.view, key[0], part.shard, part.number,
+            local.number, local.active, pushed.node.level, pushed.node.index, marks, frame,
+        )  # fmt: skip
+        self._out.append(Send(place.server, push, pushed.held.payload))
+
+    def _send_meta(self, table: Table, shard: int) -> None:
+        place, local = table.shard(shard), self.local
+        if place is None or local is None:
+            return
+        meta = local.metas[table.number]
+        message = RoundMeta(
+            self.membership.job, self.membership.incarnation, place.view, table.number, shard,
+            local.number, local.active, meta.groups, meta.norm_max, meta.state,
+        )  # fmt: skip
+        self._out.append(Send(place.server, message))
+
+    # ---- time ----------------------------------------------------------------------------------------
+
+    def _on_time(self, now_ns: int) -> None:
+        due_ns = self.membership.next_deadline_ns()
+        if due_ns is not None and now_ns >= due_ns:
+            self.membership.vitals.tables = len(self.tables)
+            self.membership.vitals.waiting = self._waiting_for()
+            self._out += self.membership.tick(now_ns)
+        for declaration in list(self._declarations.values()):
+            if now_ns >= declaration.deadline_ns and self.membership.is_member:
+                self._announce(now_ns, declaration.call, declaration.message)
+        for table in self.tables.values():
+            for shard, pull in table.pulls.items():
+                if not pull.is_complete and now_ns >= pull.deadline_ns:
+                    pull.backoff(now_ns, self.limits.retry_ns)
+                    self._send_pull(table, shard)
+        if self.membership.standing is Standing.GONE:
+            self._finish_leaving()
+        self._check_waits(now_ns)
+
+    def _check_waits(self, now_ns: int) -> None:
+        waited_ns = now_ns - (self._started_ns or 0)
+        is_unknown = self.membership.standing is Standing.JOINING and self.membership.incarnation == 0
+        if is_unknown and waited_ns > self.limits.connect_timeout_ns and self.failure is None:
+            self.membership.give_up()
+            text = f"no scheduler answered within {waited_ns / 1e9:.0f} s; is it running at this address?"
+            self._fail(errors.SchedulerLostError(text))
+        silent = self.membership.is_silent(now_ns)
+        if silent and not self._is_silence_noted:
+            text = "the scheduler does not answer; training goes on, changes wait for it"
+            self._out.append(Note(Level.WARNING, text))
+        self._is_silence_noted = silent
+        if self._task_call is None:
+            return
+        waiting = any(table.pulls and not table.is_pulled for table in self.tables.values())
+        if waiting and now_ns - self._server_ns > self.limits.unreachable_ns:
+            text = f"no server answered for {(now_ns - self._server_ns) / 1e9:.0f} s; {self._waiting_for()}"
+            self._fail(errors.UnavailableError(text))
+        elif self._wait_note_ns is not None and now_ns >= self._wait_note_ns:
+            self._wait_note_ns = now_ns + WAIT_NOTE_S * 1000 * MS
+            self._out.append(Note(Level.WARNING, f"still waiting: {self._waiting_for()}"))
+
+    def _waiting_for(self) -> str:
+        """What this worker waits for, in words; empty while it computes."""
+        if self.membership.standing is Standing.JOINING:
+            return "the scheduler's answer"
+        if self._task_call is None and not any(t.declare_call is not None for t in self.tables.values()):
+            return ""
+        for table in self.tables.values():
+            for shard, pull in table.pulls.items():
+                if not pull.is_complete:
+                    return self._describe(table, shard, pull)
+        return "a slot"
+
+    def _describe(self, table: Table, shard: int, pull: ShardPull) -> str:
+        names = {m.incarnation: f"server-{m.rank}" for m in self.view.members} if self.view else {}
+        place = table.shard(shard)
+        server = names.get(place.server, "a server that is gone") if place else "no server yet"
+        text = f"version {pull.version} of table {table.spec.name} shard {shard} from {server}"
+        if pull.status is None:
+            return text
+        slots = sorted({slot: None for missing in pull.status.missing for slot in missing.slots})
+        return f"{text}, which lacks slots {', '.join(map(str, slots)) or 'all'} of round {pull.status.round}"

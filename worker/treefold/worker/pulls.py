@@ -1,0 +1,139 @@
+"""Pulls in progress: which parts of which version of a shard are here. Pure bookkeeping."""
+
+import math
+from dataclasses import dataclass, field
+
+from treefold.common.layout import Layout, ShardSpan
+from treefold.common.spec import TableSpec
+from treefold.wire.messages import Pulled, RoundStatus, ShardPlace, TablePlace
+from treefold.worker.effects import Effect, ReleasePayload, Snapshot
+
+BACKOFF_MAX = 8  # retries slow down to this multiple of the first delay
+
+
+@dataclass(frozen=True, slots=True)
+class PartRange:
+    """A part as a worker counts them, over all shards of a table: where it is and what it covers."""
+
+    shard: int
+    number: int
+    start: int
+    stop: int
+    pieces: int
+
+
+@dataclass(slots=True)
+class ShardPull:
+    """The pull of one version of one shard.
+
+    Attributes
+    ----------
+    version : int
+        What is being pulled; moves up if the server has gone on.
+    attempt : int
+        How often it was asked for before.
+    deadline_ns, delay_ns : int
+        When to ask again, and how long that is after the last time.
+    got : dict of int to int
+        Payload of each part that is here.
+    """
+
+    version: int
+    parts_count: int
+    attempt: int
+    deadline_ns: int
+    delay_ns: int
+    got: dict[int, int] = field(default_factory=dict)
+    state: bytes = b""
+    norm: float = math.nan
+    status: RoundStatus | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every part is here."""
+        return len(self.got) == self.parts_count
+
+    def missing(self) -> list[int]:
+        """Parts still to come; empty means all of them, as in a `Pull`."""
+        return [part for part in range(self.parts_count) if part not in self.got] if self.got else []
+
+    def take(self, pulled: Pulled, payload: int, effects: list[Effect]) -> None:
+        """Take in a part; a newer version than asked for replaces what is here."""
+        if pulled.version < self.version or (pulled.version == self.version and pulled.part in self.got):
+            effects.append(ReleasePayload(payload))
+            return
+        if pulled.version > self.version:
+            effects += [ReleasePayload(old) for old in self.got.values()]
+            self.got.clear()
+            self.version = pulled.version
+        self.got[pulled.part] = payload
+        self.norm = pulled.norm
+        if pulled.part == 0:
+            self.state = pulled.state
+
+    def backoff(self, now_ns: int, retry_ns: int) -> None:
+        """Count one more attempt and say when the next is due."""
+        self.attempt += 1
+        self.delay_ns = min(2 * self.delay_ns, BACKOFF_MAX * retry_ns)
+        self.deadline_ns = now_ns + self.delay_ns
+
+
+@dataclass(slots=True)
+class Table:
+    """A declared table as its worker knows it."""
+
+    spec: TableSpec
+    number: int
+    declare_call: int | None
+    place: TablePlace | None = None
+    layout: Layout = field(init=False)
+    parts: list[PartRange] = field(default_factory=list)
+    pulls: dict[int, ShardPull] = field(default_factory=dict)
+    held: int = 0
+
+    def __post_init__(self) -> None:
+        """Work out the flat space."""
+        self.layout = Layout(self.spec)
+
+    def settle(self, place: TablePlace) -> None:
+        """Learn, or learn anew, where the shards are."""
+        self.place = place
+        if self.parts:
+            return
+        for shard in place.shards:
+            cut = self.layout.parts(ShardSpan(shard.first_block, shard.blocks))
+            self.parts += [
+                PartRange(shard.shard, n, a, b, len(self.layout.pieces(a, b))) for n, (a, b) in enumerate(cut)
+            ]
+
+    def shard(self, number: int) -> ShardPlace | None:
+        """Where a shard is."""
+        shards = self.place.shards if self.place else []
+        return shards[number] if number < len(shards) else None
+
+    def part_id(self, shard: int, number: int) -> int | None:
+        """This worker's number for part ``number`` of shard ``shard``."""
+        found = (n for n, p in enumerate(self.parts) if (p.shard, p.number) == (shard, number))
+        return next(found, None)
+
+    def parts_of(self, shard: int) -> int:
+        """How many parts a shard has."""
+        return sum(1 for part in self.parts if part.shard == shard)
+
+    @property
+    def is_pulled(self) -> bool:
+        """Whether every shard is here (not necessarily at one version)."""
+        return bool(self.pulls) and all(pull.is_complete for pull in self.pulls.values())
+
+    @property
+    def pulled_version(self) -> int:
+        """The newest version among the shards pulled."""
+        return max(pull.version for pull in self.pulls.values())
+
+    def snapshot(self) -> Snapshot:
+        """Hand over what was pulled; the pulls begin anew afterwards."""
+        payloads = [self.pulls[part.shard].got[part.number] for part in self.parts]
+        first = self.pulls[0]
+        self.held = first.version
+        self.pulls = {}
+        return Snapshot(self.number, first.version, first.state, first.norm, payloads)

@@ -1,0 +1,122 @@
+"""What a worker does in one round: its slots, its half of the fold, what it pushed. Pure bookkeeping."""
+
+from dataclasses import dataclass, field
+
+from treefold.common.plan import LoopPlan
+from treefold.common.tree import FoldSet, Node, canonical, root_level, sibling, span
+from treefold.worker.effects import Contributed, Effect, FoldPayloads, ReleasePayload, SlotMeta
+
+
+@dataclass(slots=True)
+class Held:
+    """What a node holds: a payload (None if no tensor has a gradient) and which tensors have none."""
+
+    payload: int | None
+    absent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """A node that was pushed and is kept until the round's version is there."""
+
+    node: Node
+    held: Held
+
+
+@dataclass(slots=True)
+class LocalPart:
+    """One part of one table: nodes still being folded here, and those pushed."""
+
+    fold: FoldSet[Held]
+    pushed: list[Pushed] = field(default_factory=list)
+    slots: dict[int, None] = field(default_factory=dict)
+
+
+class LocalRound:
+    """One worker's share of round ``number``.
+
+    Parameters
+    ----------
+    number : int
+        The round.
+    plan : LoopPlan
+        The pass over the data that it belongs to.
+    parts : dict of int to int
+        Number of parts of each table that has rounds.
+
+    Notes
+    -----
+    A node is kept for folding as long as this worker is to compute its sibling's slots too, and pushed
+    otherwise. A pushed payload is never folded into again: it may still be on its way out.
+    """
+
+    def __init__(self, number: int, plan: LoopPlan, parts: dict[int, int]) -> None:
+        self.number = number
+        self.active = plan.active_slots(number)
+        self.assigned: dict[int, None] = {}
+        self.done: dict[int, None] = {}
+        self.in_hand: int | None = None
+        self.metas: dict[int, SlotMeta] = {}
+        self.is_flushed = False
+        self.parts = {
+            (table, part): LocalPart(FoldSet(self.active))
+            for table, count in parts.items()
+            for part in range(count)
+        }
+
+    def assign(self, slots: list[int]) -> None:
+        """Take on more slots; those without samples in this round are left out."""
+        for slot in slots:
+            if slot < self.active:
+                self.assigned[slot] = None
+
+    def next_slot(self) -> int | None:
+        """The first slot that is still to be computed."""
+        return min((slot for slot in self.assigned if slot not in self.done), default=None)
+
+    def contribute(self, key: tuple[int, int], leaf: Contributed, effects: list[Effect]) -> list[Pushed]:
+        """Take in one part of one slot, fold what meets, and return what is to be pushed now."""
+        part = self.parts[key]
+        part.slots[leaf.slot] = None
+        held = Held(leaf.payload, int.from_bytes(leaf.absent, "little"))
+        added = part.fold.add(Node(0, leaf.slot), held)
+        if added is None:
+            if leaf.payload is not None:
+                effects.append(ReleasePayload(leaf.payload))
+            return []
+        for merge in added[0]:
+            left, right = merge.left, merge.right
+            if left.payload is None:
+                left.payload = right.payload
+            elif right.payload is not None:
+                effects.append(FoldPayloads(left.payload, right.payload))
+            left.absent &= right.absent
+        return self._push_ready(part)
+
+    def flush(self) -> list[tuple[tuple[int, int], Pushed]]:
+        """Give up folding further: everything held is to be pushed, now and later in this round."""
+        self.is_flushed = True
+        return [(key, pushed) for key, part in self.parts.items() for pushed in self._push_ready(part)]
+
+    def has(self, key: tuple[int, int], slot: int) -> bool:
+        """Whether this part of the slot's contribution was taken in."""
+        return slot in self.parts[key].slots
+
+    def payloads(self) -> list[int]:
+        """Every payload that the round still holds."""
+        held = [h for part in self.parts.values() for h in part.fold.nodes.values()]
+        held += [pushed.held for part in self.parts.values() for pushed in part.pushed]
+        return [h.payload for h in held if h.payload is not None]
+
+    def _push_ready(self, part: LocalPart) -> list[Pushed]:
+        ready = [node for node in part.fold.nodes if self.is_flushed or not self._can_grow(node)]
+        pushed = [Pushed(node, part.fold.nodes.pop(node)) for node in ready]
+        part.pushed += pushed
+        return pushed
+
+    def _can_grow(self, node: Node) -> bool:
+        node = canonical(node, self.active)
+        if node.level >= root_level(self.active):
+            return False
+        low, high = span(sibling(node), self.active)
+        return all(slot in self.assigned for slot in range(low, high))
