@@ -134,7 +134,11 @@ def load(arguments: Mapping[str, object], file: str | None = None) -> Loaded:
     values: dict[str, object] = {}
     origins = dict.fromkeys(KEYS, "default")
     given = {key: value for key, value in arguments.items() if value is not None}
-    for origin, source in (_from_file(file), ("environment", _from_environment()), ("argument", given)):
+    for origin, source in (
+        _from_file(file),
+        ("environment", _from_environment()),
+        ("argument", given),
+    ):
         for key, value in source.items():
             _check_known(key, origin)
             values[key] = value
@@ -159,7 +163,9 @@ def environment_of(values: Mapping[str, object]) -> dict[str, str]:
 
 def _from_environment() -> dict[str, object]:
     return {
-        key: os.environ[PREFIX + key.upper()] for key in KEYS if os.environ.get(PREFIX + key.upper(), "") != ""
+        key: os.environ[PREFIX + key.upper()]
+        for key in KEYS
+        if os.environ.get(PREFIX + key.upper(), "") != ""
     }
 
 

@@ -105,7 +105,9 @@ def entries(folder: str, table: int = 0, shard: int = 0) -> list[Entry]:
             if round_ >= 0 and not slots:
                 msg = f"version {record.version}: nobody recorded the samples of slots {low} to {high - 1}"
                 raise KeyError(msg)
-            found += [Entry(record.version, slot, sender, samples[sender, round_, slot]) for slot in slots]
+            found += [
+                Entry(record.version, slot, sender, samples[sender, round_, slot]) for slot in slots
+            ]
     return found
 
 

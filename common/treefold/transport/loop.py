@@ -6,7 +6,7 @@ from. A message that does not decode is counted, answered with a coded error and
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -23,12 +23,14 @@ BATCH_MAX = 64  # messages taken from one socket before the clock is looked at
 REFUSAL_TEXT_MAX = 500
 EventT = TypeVar("EventT")
 EffectT = TypeVar("EffectT")
+SeenT = TypeVar("SeenT", contravariant=True)
+DoneT = TypeVar("DoneT", covariant=True)
 
 
-class Core(Protocol[EventT, EffectT]):
+class Core(Protocol[SeenT, DoneT]):
     """What every core offers."""
 
-    def handle(self, now_ns: int, event: EventT) -> list[EffectT]:
+    def handle(self, now_ns: int, event: SeenT) -> Sequence[DoneT]:
         """Take in one event and say what is to be done."""
 
     def next_deadline_ns(self) -> int | None:

@@ -84,7 +84,11 @@ class Hub:
         check_reach(address, insecure=insecure)
         new = self._open(zmq.ROUTER, frame_bytes_max)
         new.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        wanted = address[:-2] + ":*" if address.startswith("tcp://") and address.endswith(":0") else address
+        wanted = (
+            address[:-2] + ":*"
+            if address.startswith("tcp://") and address.endswith(":0")
+            else address
+        )
         try:
             new.bind(wanted)
         except zmq.ZMQError as error:
@@ -178,7 +182,7 @@ class Hub:
                 sock.send_multipart(frames, zmq.DONTWAIT)
                 return True
             sock.send_multipart(frames, zmq.DONTWAIT | zmq.SNDMORE)
-            view = memoryview(payload.detach().numpy()).cast("B")
+            view = payload.detach().numpy().data.cast("B")
             tracker = sock.send(view, zmq.DONTWAIT, copy=False, track=True)
         except zmq.ZMQError as error:
             if error.errno in (errno.EHOSTUNREACH, zmq.EAGAIN):
@@ -226,7 +230,9 @@ class Hub:
         self._poller.register(new, zmq.POLLIN)
         return new
 
-    def _receive(self, name: Hashable, sock: zmq.Socket[bytes], batch_max: int) -> Iterator[Arrival]:
+    def _receive(
+        self, name: Hashable, sock: zmq.Socket[bytes], batch_max: int
+    ) -> Iterator[Arrival]:
         is_router = sock.getsockopt(zmq.TYPE) == zmq.ROUTER
         for _ in range(batch_max):
             try:

@@ -141,7 +141,7 @@ class Leases(msgspec.Struct, frozen=True, array_like=True, gc=False):
     workers: Annotated[list[Count], Meta(max_length=SLOTS_MAX)]
 
 
-# ---- member and scheduler ------------------------------------------------------------------------
+# ---- member and scheduler --------------------------------------------------------------------
 
 
 class Register(Message, tag=1, frozen=True):
@@ -319,7 +319,7 @@ class Fenced(Message, tag=20, frozen=True):
     incarnation: Count
 
 
-# ---- worker and server ---------------------------------------------------------------------------
+# ---- worker and server -----------------------------------------------------------------------
 
 
 class Push(Message, tag=32, frozen=True):

@@ -26,9 +26,18 @@ def counts(slots: int, slot_time_ns: Mapping[int, int]) -> dict[int, int]:
     """
     given = dict.fromkeys(slot_time_ns, 0)
     for _ in range(slots):
-        who = min(given, key=lambda worker: ((given[worker] + 1) * slot_time_ns[worker], given[worker]))
+        who = min(
+            given, key=lambda worker: ((given[worker] + 1) * slot_time_ns[worker], given[worker])
+        )
         given[who] += 1
     return given
+
+
+def speeds(measured_ns: Mapping[int, int]) -> dict[int, int]:
+    """Predicted time per slot of each worker: as measured, or the mean of the others where it is 0."""
+    known = [time_ns for time_ns in measured_ns.values() if time_ns]
+    usual = sum(known) // len(known) if known else 1
+    return {who: max(1, time_ns or usual) for who, time_ns in measured_ns.items()}
 
 
 def round_time_ns(given: Mapping[int, int], slot_time_ns: Mapping[int, int]) -> int:
@@ -41,7 +50,9 @@ def lay_out(given: Mapping[int, int]) -> list[int]:
     return [who for who, count in given.items() for _ in range(count)]
 
 
-def is_worth_it(current: Sequence[int], wanted: Sequence[int], slot_time_ns: Mapping[int, int]) -> bool:
+def is_worth_it(
+    current: Sequence[int], wanted: Sequence[int], slot_time_ns: Mapping[int, int]
+) -> bool:
     """Whether moving from ``current`` to ``wanted`` shortens the predicted round enough."""
     before = round_time_ns(_tally(current), slot_time_ns)
     after = round_time_ns(_tally(wanted), slot_time_ns)

@@ -6,7 +6,9 @@ Source: longest-processing-time list scheduling (Graham 1969), at most 4/3 of th
 from treefold.common.layout import Layout, ShardSpan
 from treefold.common.spec import TableSpec
 
-SHARDS_PER_SERVER = 2  # more balance better and cost more messages; two let a later server take its share
+SHARDS_PER_SERVER = (
+    2  # more balance better and cost more messages; two let a later server take its share
+)
 
 
 def cut(spec: TableSpec, servers: int) -> list[ShardSpan]:

@@ -8,7 +8,13 @@ import zmq
 from treefold.common.config import Settings
 from treefold.common.log import logger
 from treefold.common.seeds import random_number
-from treefold.scheduler.core import Effect, Event, SchedulerCore, SchedulerLimits, SchedulerStopAsked
+from treefold.scheduler.core import (
+    Effect,
+    Event,
+    SchedulerCore,
+    SchedulerLimits,
+    SchedulerStopAsked,
+)
 from treefold.transport.loop import Loop
 from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Arrival, Hub, advertised
 from treefold.wire.codec import encode
@@ -30,10 +36,15 @@ class SchedulerShell:
         Shared with other roles when several live in one process.
     """
 
-    def __init__(self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None
+    ) -> None:
         self._hub = Hub(context)
         bound = self._hub.listen(
-            LISTENER, settings.bind, insecure=settings.insecure, frame_bytes_max=CONTROL_FRAME_BYTES_MAX
+            LISTENER,
+            settings.bind,
+            insecure=settings.insecure,
+            frame_bytes_max=CONTROL_FRAME_BYTES_MAX,
         )
         self.address = advertised(bound, settings.advertise)
         self._core = SchedulerCore(limits_of(settings))

@@ -21,7 +21,9 @@ def status_of(core: SchedulerCore, now_ns: int) -> bytes:
         "view": core.view.number,
         "job": core.limits.job,
         "expected": {"servers": core.limits.servers, "workers": core.limits.workers},
-        "round": max((s.beat.round for s in states if s.beat and s.member.role is Role.WORKER), default=0),
+        "round": max(
+            (s.beat.round for s in states if s.beat and s.member.role is Role.WORKER), default=0
+        ),
         "rounds_per_second": round(core.round_rate, 3),
         "slots": len(core.view.leases.workers),
         "plan": _plan(core),

@@ -17,6 +17,7 @@ from treefold.server.effects import (
     Event,
     NormComputed,
     OpenShard,
+    PartRef,
     PublishVersion,
     RecordVersion,
     ReleasePayload,
@@ -25,7 +26,17 @@ from treefold.server.effects import (
     ServerFailed,
 )
 from treefold.server.rounds import Round, RoundState, Shard, Wait
-from treefold.wire.exchange import SCHEDULER, Halt, Level, Note, Peer, PeerLost, Received, Send, Tick
+from treefold.wire.exchange import (
+    SCHEDULER,
+    Halt,
+    Level,
+    Note,
+    Peer,
+    PeerLost,
+    Received,
+    Send,
+    Tick,
+)
 from treefold.wire.membership import MS, Membership
 from treefold.wire.messages import (
     INITIAL_ROUND,
@@ -96,7 +107,7 @@ class ServerCore:
         self._is_silence_noted = False
         self._out: list[Effect] = []
 
-    # ---- the interface of every core -----------------------------------------------------------------
+    # ---- the interface of every core ----------------------------------------------------------
 
     def handle(self, now_ns: int, event: Event) -> list[Effect]:
         """Take in one event and say what is to be done."""
@@ -116,7 +127,9 @@ class ServerCore:
                 for held in self.shards.values():
                     held.waits.pop(peer, None)
             case ServerDrainAsked():
-                self._out += self.membership.leave(now_ns, Outcome.DRAINED, "the server was asked to stop")
+                self._out += self.membership.leave(
+                    now_ns, Outcome.DRAINED, "the server was asked to stop"
+                )
             case ServerFailed(text):
                 self._out.append(Note(Level.ERROR, text))
                 self._out += self.membership.leave(now_ns, Outcome.FAILED, text)
@@ -129,7 +142,9 @@ class ServerCore:
         """When a `Tick` is needed at the latest."""
         times = [self.membership.next_deadline_ns()]
         times += [shard.late_ns for shard in self.shards.values() if shard.late_ns is not None]
-        times += [shard.norm_retry_ns for shard in self.shards.values() if shard.norm_retry_ns is not None]
+        times += [
+            shard.norm_retry_ns for shard in self.shards.values() if shard.norm_retry_ns is not None
+        ]
         return min((time for time in times if time is not None), default=None)
 
     def check_invariants(self) -> None:
@@ -140,11 +155,14 @@ class ServerCore:
                 continue
             complete = current.is_complete(shard.parts_count)
             if complete and current.state is RoundState.OPEN:
-                raise InvariantError(f"round {current.number} of shard {key} is complete and open", self.story.lines())
+                raise InvariantError(
+                    f"round {current.number} of shard {key} is complete and open",
+                    self.story.lines(),
+                )
             if current.number != shard.version:
                 raise InvariantError(f"shard {key} collects {current.number}", self.story.lines())
 
-    # ---- the scheduler -------------------------------------------------------------------------------
+    # ---- the scheduler ------------------------------------------------------------------------
 
     def _on_control(self, now_ns: int, message: object) -> None:
         match message:
@@ -158,7 +176,9 @@ class ServerCore:
                 self.membership.on_heartbeat_seen(now_ns, message)
             case Fenced():
                 if self.membership.on_fenced(now_ns, message):
-                    self._out.append(Halt(1, "the scheduler gave this server up for dead; its shards are lost"))
+                    self._out.append(
+                        Halt(1, "the scheduler gave this server up for dead; its shards are lost")
+                    )
             case AssignTable(table, spec):
                 self.specs.setdefault(table, spec)
                 self.membership.vitals.tables = len(self.specs)
@@ -176,7 +196,9 @@ class ServerCore:
                 status = {Outcome.FAILED: 1, Outcome.NOT_FORMED: 3}.get(message.outcome, 0)
                 self._out.append(Halt(status, message.text))
             case _:
-                self._out.append(Note(Level.WARNING, f"the scheduler sent {type(message).__name__}: ignored"))
+                self._out.append(
+                    Note(Level.WARNING, f"the scheduler sent {type(message).__name__}: ignored")
+                )
 
     def _on_view(self, view: View) -> None:
         if view.number <= self.view or view.phase is Phase.ENDED:
@@ -201,11 +223,9 @@ class ServerCore:
             self.shards[table, number] = Shard(table, number, place.view, spec, parts, pieces)
             self._out.append(OpenShard(table, number, spec, span))
 
-    # ---- workers -------------------------------------------------------------------------------------
+    # ---- workers ------------------------------------------------------------------------------
 
-    def _on_worker(
-        self, now_ns: int, peer: Peer, message: object, payload: int | None
-    ) -> None:
+    def _on_worker(self, now_ns: int, peer: Peer, message: object, payload: int | None) -> None:
         if not isinstance(message, Push | RoundMeta | Pull):
             text = f"a server takes pushes and pulls, not {type(message).__name__}"
             self._out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))
@@ -234,7 +254,9 @@ class ServerCore:
             return None  # the same for the table's spec
         elif shard is None:
             known = ", ".join(f"{table}/{number}" for table, number in self.shards) or "none"
-            text = f"this server has no shard {message.shard} of table {message.table}; it has {known}"
+            text = (
+                f"this server has no shard {message.shard} of table {message.table}; it has {known}"
+            )
             refusal = Refused(0, Code.UNKNOWN_TABLE, text)
         elif message.view < shard.view:
             text = f"view {message.view} is too old for this shard, it is {shard.view} now"
@@ -274,7 +296,9 @@ class ServerCore:
             return Refused(0, Code.FUTURE_ROUND, text)
         current = shard.round
         if current is not None and round_ == current.number and current.active not in (0, active):
-            text = f"round {round_} has {current.active} active slots, not {active}: data plans differ"
+            text = (
+                f"round {round_} has {current.active} active slots, not {active}: data plans differ"
+            )
             return Refused(0, Code.SPEC_MISMATCH, text)
         return None
 
@@ -296,9 +320,7 @@ class ServerCore:
     def _late_after_ns(self, shard: Shard) -> int:
         return max(LATE_AFTER_MS * MS, shard.round_time_ns // 2)
 
-    def _on_meta(
-        self, now_ns: int, peer: Peer, shard: Shard, meta: RoundMeta
-    ) -> None:
+    def _on_meta(self, now_ns: int, peer: Peer, shard: Shard, meta: RoundMeta) -> None:
         refusal = shard.refusal_of_meta(meta) or self._out_of_turn(shard, meta.round, meta.active)
         if refusal is not None:
             self._out.append(Send(peer, refusal))
@@ -311,7 +333,7 @@ class ServerCore:
             current.meta = meta
             self._advance(now_ns, shard)
 
-    # ---- a round's way to its version ------------------------------------------------------------------
+    # ---- a round's way to its version ---------------------------------------------------------
 
     def _advance(self, now_ns: int, shard: Shard) -> None:
         current = shard.round
@@ -322,7 +344,9 @@ class ServerCore:
         if current.meta is not None and current.meta.norm_max > 0:
             current.state = RoundState.MEASURING
             shard.norm_retry_ns = now_ns + NORM_RETRY_MS * MS
-            self._out.append(ComputeNorm(shard.table, shard.number, current.number, current.roots()))
+            self._out.append(
+                ComputeNorm(shard.table, shard.number, current.number, current.roots())
+            )
             return
         self._publish(now_ns, shard, float("nan"))
 
@@ -358,7 +382,9 @@ class ServerCore:
         version = current.number + 1
         absent = [current.folds[part].root_absent() for part in range(shard.parts_count)]
         self._out.append(
-            PublishVersion(shard.table, shard.number, version, current.roots(), absent, current.meta, norm)
+            PublishVersion(
+                shard.table, shard.number, version, current.roots(), absent, current.meta, norm
+            )
         )
         self._out.append(RecordVersion(shard.table, shard.number, version, current.contributors()))
         self.story.add(now_ns, f"table {shard.table} shard {shard.number}: version {version}")
@@ -370,7 +396,7 @@ class ServerCore:
                 del shard.waits[peer]
                 self._answer(peer, shard, version, wait.parts)
 
-    # ---- pulls ---------------------------------------------------------------------------------------
+    # ---- pulls --------------------------------------------------------------------------------
 
     def _on_pull(self, peer: Peer, shard: Shard, pull: Pull) -> None:
         parts = pull.parts or list(range(shard.parts_count))
@@ -386,17 +412,16 @@ class ServerCore:
             if pull.attempt > 0:
                 self._out.append(Send(peer, shard.status(STATUS_PARTS_MAX)))
 
-    def _answer(
-        self, peer: Peer, shard: Shard, version: int, parts: list[int]
-    ) -> None:
+    def _answer(self, peer: Peer, shard: Shard, version: int, parts: list[int]) -> None:
         kept = shard.kept[version]
         for part in parts:
             state = kept.state if part == 0 else b""
             frame = shard.frame(part)
             reply = Pulled(shard.table, shard.number, part, version, state, kept.norm, frame)
-            self._out.append(Send(peer, reply, (shard.table, shard.number, version, part)))
+            ref = PartRef(shard.table, shard.number, version, part)
+            self._out.append(Send(peer, reply, ref))
 
-    # ---- time ----------------------------------------------------------------------------------------
+    # ---- time ---------------------------------------------------------------------------------
 
     def _on_time(self, now_ns: int) -> None:
         for shard in self.shards.values():
@@ -421,7 +446,9 @@ class ServerCore:
             return
         shard.late_ns = now_ns + self._late_after_ns(shard)
         missing = current.missing()
-        self._out.append(Send(SCHEDULER, RoundLate(self.membership.incarnation, current.number, missing)))
+        self._out.append(
+            Send(SCHEDULER, RoundLate(self.membership.incarnation, current.number, missing))
+        )
 
     def _check_orphaned(self, now_ns: int) -> None:
         started = self._started_ns or 0
@@ -434,7 +461,11 @@ class ServerCore:
         quiet = now_ns - max(self._traffic_ns, self.membership.heard_ns)
         if self.membership.is_member and quiet > self.limits.orphan_after_ns:
             self.membership.give_up()
-            self._out.append(Halt(1, f"neither scheduler nor workers were heard for {quiet / 1e9:.0f} s"))
+            self._out.append(
+                Halt(1, f"neither scheduler nor workers were heard for {quiet / 1e9:.0f} s")
+            )
         if self.membership.is_silent(now_ns) and not self._is_silence_noted:
-            self._out.append(Note(Level.WARNING, "the scheduler does not answer; rounds go on, changes wait"))
+            self._out.append(
+                Note(Level.WARNING, "the scheduler does not answer; rounds go on, changes wait")
+            )
         self._is_silence_noted = self.membership.is_silent(now_ns)

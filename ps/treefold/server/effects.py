@@ -89,6 +89,16 @@ class PublishVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class PartRef:
+    """Reference to one part of a published version, as the payload of a `Send`."""
+
+    table: int
+    shard: int
+    version: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseVersion:
     """This version will not be asked for any more."""
 

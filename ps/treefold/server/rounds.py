@@ -19,7 +19,9 @@ from treefold.wire.messages import (
     RoundStatus,
 )
 
-VERSIONS_KEPT = 2  # shards of one table are at most one version apart, so a reader needs the last two
+VERSIONS_KEPT = (
+    2  # shards of one table are at most one version apart, so a reader needs the last two
+)
 
 
 class RoundState(Enum):
@@ -181,7 +183,9 @@ class Shard:
         self.kept[self.version] = Kept(b"" if done.meta is None else done.meta.state, norm)
         if self.published_ns:
             took_ns = now_ns - self.published_ns
-            self.round_time_ns = (3 * self.round_time_ns + took_ns) // 4 if self.round_time_ns else took_ns
+            self.round_time_ns = (
+                (3 * self.round_time_ns + took_ns) // 4 if self.round_time_ns else took_ns
+            )
         self.published_ns = now_ns
         self.late_ns = self.norm_retry_ns = None
         closed = self.spec.rule is Rule.CONSTANT
@@ -193,7 +197,9 @@ class Shard:
         """Why a push cannot be meant for this shard, None if it can."""
         where = f"table {self.spec.name!r} shard {self.number}"
         if push.part >= self.parts_count:
-            return Refused(0, Code.BAD_NODE, f"{where} has {self.parts_count} parts, not part {push.part}")
+            return Refused(
+                0, Code.BAD_NODE, f"{where} has {self.parts_count} parts, not part {push.part}"
+            )
         if not is_valid(Node(push.level, push.index), push.active):
             text = f"no node ({push.level}, {push.index}) in a fold of {push.active} slots"
             return Refused(0, Code.BAD_NODE, text)

@@ -118,7 +118,7 @@ class ShardState:
             self._norm_ranges = self._ranges_by_block(span)
             self._optimizer = self._build_optimizer()
 
-    # ---- round by round --------------------------------------------------------------------------
+    # ---- round by round -----------------------------------------------------------------------
 
     def initialize(self, parts: Sequence[Tensor]) -> None:
         """Set the values of version 0.
@@ -270,7 +270,7 @@ class ShardState:
             found += [_state_piece(state, piece, run, self._is_whole) for piece in pieces]
         return found
 
-    # ---- runs ------------------------------------------------------------------------------------
+    # ---- runs ---------------------------------------------------------------------------------
 
     @property
     def _is_whole(self) -> bool:

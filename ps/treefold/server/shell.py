@@ -25,6 +25,7 @@ from treefold.server.effects import (
     FoldPayloads,
     NormComputed,
     OpenShard,
+    PartRef,
     PublishVersion,
     RecordVersion,
     ReleasePayload,
@@ -60,11 +61,17 @@ class ServerShell:
         Shared with other roles when several live in one process.
     """
 
-    def __init__(self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None
+    ) -> None:
         self._settings = settings
+        warm_up()
         self._hub = Hub(context)
         bound = self._hub.listen(
-            LISTENER, settings.bind, insecure=settings.insecure, frame_bytes_max=DATA_FRAME_BYTES_MAX
+            LISTENER,
+            settings.bind,
+            insecure=settings.insecure,
+            frame_bytes_max=DATA_FRAME_BYTES_MAX,
         )
         self.address = advertised(bound, settings.advertise)
         self._hub.connect(SCHEDULER, settings.scheduler, CONTROL_FRAME_BYTES_MAX)
@@ -112,7 +119,7 @@ class ServerShell:
         self._is_drain_asked = True
         self._hub.bell.ring()
 
-    # ---- effects -------------------------------------------------------------------------------------
+    # ---- effects ------------------------------------------------------------------------------
 
     def _perform(self, effect: Effect) -> list[Event]:
         match effect:
@@ -140,19 +147,18 @@ class ServerShell:
             self._hub.send(SCHEDULER, None, header)
             return []
         payload = None
-        if effect.payload is not None:
-            table, shard, version, part = effect.payload  # type: ignore[misc]  # the core's reference to a part
-            payload = self._slice(table, shard, version, part)
+        if isinstance(effect.payload, PartRef):
+            payload = self._slice(effect.payload)
         key = None if effect.payload is None else (effect.peer, effect.payload)
         if self._hub.send(LISTENER, _identity(effect.peer), header, payload, key):
             return []
         return [PeerLost(effect.peer)]
 
-    def _slice(self, table: int, shard: int, version: int, part: int) -> torch.Tensor:
-        parts = self._states[table, shard].parts
-        start, stop = parts[part]
+    def _slice(self, ref: PartRef) -> torch.Tensor:
+        parts = self._states[ref.table, ref.shard].parts
+        start, stop = parts[ref.part]
         first = parts[0][0]
-        return self._published[table, shard, version][start - first : stop - first]
+        return self._published[ref.table, ref.shard, ref.version][start - first : stop - first]
 
     def _fold(self, effect: FoldPayloads) -> None:
         left, right = self._loop.payloads.get(effect.left), self._loop.payloads.get(effect.right)
@@ -205,7 +211,9 @@ class ServerShell:
         key = (effect.table, effect.shard)
         state = self._states[key]
         if effect.meta is None:
-            state.initialize([self._loop.payloads.get(root) for root in effect.roots if root is not None])
+            state.initialize(
+                [self._loop.payloads.get(root) for root in effect.roots if root is not None]
+            )
         else:
             self._place_roots(key, effect.meta.round, effect.roots)
             limit = effect.meta.norm_max
@@ -224,7 +232,16 @@ class ServerShell:
         if self._ledger is None:
             name = f"server-{self._core.membership.incarnation}"
             self._ledger = Writer(self._settings.ledger, name)
-        self._ledger.add(VersionRecord(effect.table, effect.shard, effect.version, effect.contributors))
+        self._ledger.add(
+            VersionRecord(effect.table, effect.shard, effect.version, effect.contributors)
+        )
+
+
+def warm_up() -> None:
+    """Make torch import now what it imports with the first optimizer: about a second, silent if it came later."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    torch.optim.SGD([parameter], lr=0.0).step()
 
 
 def main(settings: Settings, announce: Callable[[str], None]) -> int:

@@ -22,6 +22,8 @@ class Gradient:
 
     Attributes
     ----------
+    number : int
+        Position of the parameter in the table.
     flat : Tensor, dtype of the parameter [elements]
         Its place in a flat buffer, in row-major order.
     view : Tensor, dtype and shape of the parameter
@@ -36,6 +38,8 @@ class Gradient:
         Whether the gradient, or a part of it, is that of an earlier slot.
     fires : int
         How often backward finished it in this slot.
+    sent, checksum :
+        What `mark` and `sum` gave when it was sent, or finished, before the step.
     """
 
     __slots__ = (
@@ -47,12 +51,14 @@ class Gradient:
         "is_present",
         "is_stale",
         "name",
+        "number",
         "parameter",
         "sent",
         "view",
     )
 
-    def __init__(self, name: str, parameter: nn.Parameter, flat: Tensor) -> None:
+    def __init__(self, number: int, name: str, parameter: nn.Parameter, flat: Tensor) -> None:
+        self.number = number
         self.name = name
         self.parameter = parameter
         self.flat = flat
@@ -105,10 +111,10 @@ class Gradients:
         self.buffers = _flat_buffers([parameter for _, parameter in parameters])
         self.items: list[Gradient] = []
         used = dict.fromkeys(self.buffers, 0)
-        for name, parameter in parameters:
+        for number, (name, parameter) in enumerate(parameters):
             key = (parameter.dtype, parameter.device)
             start, stop = used[key], used[key] + parameter.numel()
-            self.items.append(Gradient(name, parameter, self.buffers[key][start:stop]))
+            self.items.append(Gradient(number, name, parameter, self.buffers[key][start:stop]))
             used[key] = stop
             parameter.grad = None
 
@@ -137,14 +143,12 @@ class Gradients:
 
     def begin_slot(self) -> None:
         """Take what is there now for an earlier slot's; watch parameters that were unfrozen."""
-        for number, gradient in enumerate(self.items):
+        for gradient in self.items:
             gradient.fires = 0
             gradient.sent = gradient.checksum = None
             gradient.is_stale = gradient.is_present and gradient.parameter.grad is not None
-            if number not in self._hooks and gradient.parameter.requires_grad:
-                hook = partial(self._on_accumulated, number)
-                handle = gradient.parameter.register_post_accumulate_grad_hook(hook)
-                self._hooks[number] = [handle]
+            if gradient.number not in self._hooks and gradient.parameter.requires_grad:
+                self._watch(gradient)
 
     def zero(self, set_to_none: bool) -> None:
         """Do as ``Optimizer.zero_grad``; ``.grad`` stays a view, filled with -0.0 for None."""
@@ -154,7 +158,7 @@ class Gradients:
             if set_to_none or not gradient.is_present:
                 self._clear(gradient)
             elif gradient.parameter.grad is not None:
-                gradient.parameter.grad.detach_().zero_()
+                gradient.parameter.grad.detach().zero_()
             gradient.is_stale = False
 
     def settle(self, gradient: Gradient) -> None:
@@ -176,6 +180,17 @@ class Gradients:
             self._take(gradient, grad.detach())
             gradient.is_present = True
 
+    def _watch(self, gradient: Gradient) -> None:
+        hook = partial(self._on_accumulated, gradient)
+        handle = gradient.parameter.register_post_accumulate_grad_hook(hook)
+        self._hooks[gradient.number] = [handle]
+        if gradient.is_packed:
+            self._watch_packed(gradient)
+
+    def _watch_packed(self, gradient: Gradient) -> None:
+        hook = partial(self._before_accumulation, gradient)
+        self._hooks[gradient.number].append(gradient.parameter.register_hook(hook))
+
     def _clear(self, gradient: Gradient) -> None:
         is_view = not gradient.is_packed and gradient.parameter.grad is not None
         if gradient.parameter.grad is not gradient.view:
@@ -183,9 +198,8 @@ class Gradients:
         gradient.clean_version = gradient.view._version
         gradient.is_present = False
 
-    def _on_accumulated(self, number: int, parameter: Tensor) -> None:
-        """Autograd has finished the gradient of parameter ``number`` (for this backward)."""
-        gradient = self.items[number]
+    def _on_accumulated(self, gradient: Gradient, parameter: Tensor) -> None:
+        """Autograd has finished this gradient (for this backward)."""
         grad = parameter.grad
         if grad is None:
             return
@@ -195,18 +209,19 @@ class Gradients:
         gradient.is_present = True
         if not self._is_paused:
             gradient.fires += 1
-            self._listener(number)
+            self._listener(gradient.number)
 
-    def _before_accumulation(self, number: int, _: Tensor) -> None:
+    def _before_accumulation(self, gradient: Gradient, _: Tensor) -> None:
         """A packed gradient is no earlier slot's if the script has dropped that one."""
-        gradient = self.items[number]
         gradient.is_stale = gradient.is_stale and gradient.parameter.grad is not None
 
     def _take(self, gradient: Gradient, grad: Tensor) -> None:
         """Copy a gradient that is not the view; from then on let autograd add to the view itself."""
         self._check_layout(gradient, grad)
         if grad.is_sparse:
-            self._pack_from_now_on(gradient)
+            if not gradient.is_packed:
+                gradient.is_packed = True
+                self._watch_packed(gradient)
             _densify(grad, gradient.flat.view(grad.shape))
             return
         gradient.view.copy_(grad)
@@ -225,14 +240,6 @@ class Gradients:
         if not grad.is_sparse and self._is_sparse:
             text = f"{what} is dense; SparseAdam takes sparse gradients only"
             raise DataError(text)
-
-    def _pack_from_now_on(self, gradient: Gradient) -> None:
-        if gradient.is_packed:
-            return
-        gradient.is_packed = True
-        number = self.items.index(gradient)
-        hook = partial(self._before_accumulation, number)
-        self._hooks[number].append(gradient.parameter.register_hook(hook))
 
 
 def check_not_stale(gradients: Sequence[Gradient]) -> None:

@@ -100,7 +100,9 @@ class Client:
         There is no scheduler address.
     """
 
-    def __init__(self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None
+    ) -> None:
         if not settings.scheduler:
             msg = "a client needs the scheduler's address: set scheduler, or TREEFOLD_SCHEDULER"
             raise ConfigError(msg)
@@ -116,7 +118,7 @@ class Client:
         self._is_drain_asked = False
         self._shell.start()
 
-    # ---- who we are ----------------------------------------------------------------------------------
+    # ---- who we are ---------------------------------------------------------------------------
 
     @property
     def rank(self) -> int:
@@ -134,7 +136,7 @@ class Client:
         view, membership = self._shell.core.view, self._shell.core.membership
         return view is not None and view.chief == membership.incarnation
 
-    # ---- tables and passes ---------------------------------------------------------------------------
+    # ---- tables and passes --------------------------------------------------------------------
 
     def declare(self, spec: TableSpec, initial: torch.Tensor) -> Snapshot:
         """Declare a table and wait for its newest version.
@@ -181,7 +183,7 @@ class Client:
         self._plan = plan
         self._call(call, effects.LoopCalled(call, plan), "enter_loop")
 
-    # ---- slots ---------------------------------------------------------------------------------------
+    # ---- slots --------------------------------------------------------------------------------
 
     def next_task(self) -> Task | LoopEnd:
         """Wait for this worker's next slot.
@@ -258,7 +260,7 @@ class Client:
         finite = loss if loss is not None and math.isfinite(loss) else None
         self._shell.post(effects.Reported(samples, finite))
 
-    # ---- push, pull, wait ----------------------------------------------------------------------------
+    # ---- push, pull, wait ---------------------------------------------------------------------
 
     def push(self, table: int, gradient: torch.Tensor, groups: list[Hyper]) -> int:
         """Push this worker's gradient of the current round; every worker is one slot.
@@ -323,7 +325,7 @@ class Client:
         snapshot.copy_to(flat)
         snapshot.release()
 
-    # ---- leaving -------------------------------------------------------------------------------------
+    # ---- leaving ------------------------------------------------------------------------------
 
     def drain(self) -> None:
         """Stop after the current slot. May be called from a signal handler of the training thread."""

@@ -13,30 +13,24 @@ from treefold.common.story import Story
 from treefold.wire.exchange import SCHEDULER, Level, Note, PeerLost, Received, Send, Tick
 from treefold.wire.membership import MS, Membership, Standing
 from treefold.wire.messages import (
-    INITIAL_ROUND,
     Accepted,
     Code,
-    DeclarePlan,
     DeclareTable,
     Fenced,
     Flush,
-    Frame,
     Grant,
     HeartbeatSeen,
     Leave,
     Outcome,
-    Pull,
     Pulled,
-    Push,
     Refused,
     Registered,
     Role,
-    RoundMeta,
     RoundStatus,
     Stop,
     View,
 )
-from treefold.common.spec import Dtype
+from treefold.worker.declarations import Declarations
 from treefold.worker.effects import (
     Complete,
     Connect,
@@ -46,7 +40,6 @@ from treefold.worker.effects import (
     Effect,
     Event,
     Fail,
-    Initial,
     LeaveCalled,
     LoopCalled,
     LoopEnd,
@@ -57,11 +50,10 @@ from treefold.worker.effects import (
     Task,
     TaskCalled,
 )
-from treefold.worker.pulls import ShardPull, Table
-from treefold.worker.rounds import LocalRound, Pushed
+from treefold.worker.exchange import Exchange
+from treefold.worker.pulls import Table
+from treefold.worker.rounds import LocalRound
 
-DECLARE_RETRY_MS = 500
-FIRST_RETRY_MS = 20  # a server may hear of a new table a little later than its workers; doubles each time
 WAIT_NOTE_S = 30  # a wait this long is told to the operator, with what it waits for
 ERRORS: dict[Code, type[errors.TreefoldError]] = {
     Code.PROTOCOL_VERSION: errors.RemoteProtocolError,
@@ -98,15 +90,6 @@ class WorkerLimits:
     unreachable_ns: int = 60_000 * MS
 
 
-@dataclass(slots=True)
-class Declaration:
-    """A declaration on its way to the scheduler."""
-
-    call: int
-    message: DeclareTable | DeclarePlan
-    deadline_ns: int
-
-
 class WorkerCore:
     """One worker: its membership, its tables, its place in the rounds.
 
@@ -123,14 +106,10 @@ class WorkerCore:
         self.limits = limits
         self.story = Story()
         self.view: View | None = None
-        self.tables: dict[int, Table] = {}
         self.plan: LoopPlan | None = None
         self.position = 0
-        self.local: LocalRound | None = None
         self.failure: Exception | None = None
         self.is_draining = False
-        self._declarations: dict[int, Declaration] = {}
-        self._undeclared: dict[int, DeclareCalled] = {}
         self._task_call: int | None = None
         self._leave_call: int | None = None
         self._task_ns = 0
@@ -140,12 +119,23 @@ class WorkerCore:
         self._is_silence_noted = False
         self._servers: dict[int, str] = {}
         self._out: list[Effect] = []
+        self.exchange = Exchange(membership, limits.retry_ns, self._out)
+        self.declarations = Declarations(membership, self._out)
 
-    # ---- the interface of every core -----------------------------------------------------------------
+    @property
+    def tables(self) -> dict[int, Table]:
+        """Declared tables, by number."""
+        return self.exchange.tables
+
+    @property
+    def local(self) -> LocalRound | None:
+        """The round being computed."""
+        return self.exchange.local
+
+    # ---- the interface of every core ----------------------------------------------------------
 
     def handle(self, now_ns: int, event: Event) -> list[Effect]:
         """Take in one event and say what is to be done."""
-        self._out = []
         if self._started_ns is None:
             self._started_ns = self._server_ns = now_ns
         match event:
@@ -170,14 +160,15 @@ class WorkerCore:
             case _:
                 self._on_call(now_ns, event)
         self._on_time(now_ns)
-        return self._out
+        effects = list(self._out)
+        self._out.clear()
+        return effects
 
     def next_deadline_ns(self) -> int | None:
         """When a `Tick` is needed at the latest."""
         times = [self.membership.next_deadline_ns(), self._wait_note_ns]
-        times += [declaration.deadline_ns for declaration in self._declarations.values()]
-        for table in self.tables.values():
-            times += [pull.deadline_ns for pull in table.pulls.values() if not pull.is_complete]
+        times.append(self.exchange.next_deadline_ns())
+        times.append(self.declarations.next_deadline_ns())
         return min((time for time in times if time is not None), default=None)
 
     def check_invariants(self) -> None:
@@ -186,26 +177,28 @@ class WorkerCore:
         if local is None:
             return
         if local.number != self.position:
-            raise errors.InvariantError(f"round {local.number} at version {self.position}", self.story.lines())
+            raise errors.InvariantError(
+                f"round {local.number} at version {self.position}", self.story.lines()
+            )
         payloads = local.payloads()
         if len(payloads) != len(dict.fromkeys(payloads)):
             raise errors.InvariantError("a payload is held twice", self.story.lines())
 
-    # ---- calls of the training thread ------------------------------------------------------------------
+    # ---- calls of the training thread ---------------------------------------------------------
 
-    def _on_call(self, now_ns: int, event: DeclareCalled | LoopCalled | TaskCalled | LeaveCalled) -> None:
+    def _on_call(
+        self, now_ns: int, event: DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
+    ) -> None:
         if isinstance(event, LeaveCalled):
             self._on_leave_called(now_ns, event)
         elif self.failure is not None:
             self._out.append(Fail(event.call, self.failure))
         elif isinstance(event, DeclareCalled):
-            self._undeclared[event.call] = event
-            self._declare(now_ns)
+            self.declarations.add(now_ns, event)
         elif isinstance(event, LoopCalled):
             self.plan = event.plan
-            self.local = None
-            message = DeclarePlan(self.membership.incarnation, event.call, event.plan)
-            self._announce(now_ns, event.call, message)
+            self.exchange.local = None
+            self.declarations.add(now_ns, event)
         else:
             self._task_call = event.call
             self._wait_note_ns = now_ns + WAIT_NOTE_S * 1000 * MS
@@ -215,19 +208,7 @@ class WorkerCore:
         self._leave_call = event.call
         self._out += self.membership.leave(now_ns, event.outcome, event.text)
 
-    def _declare(self, now_ns: int) -> None:
-        """Tell the scheduler of tables that it does not know from this incarnation yet."""
-        if not self.membership.is_member:
-            return
-        for event in self._undeclared.values():
-            message = DeclareTable(self.membership.incarnation, event.call, event.spec)
-            self._announce(now_ns, event.call, message)
-
-    def _announce(self, now_ns: int, call: int, message: DeclareTable | DeclarePlan) -> None:
-        self._declarations[call] = Declaration(call, message, now_ns + DECLARE_RETRY_MS * MS)
-        self._out.append(Send(SCHEDULER, message))
-
-    # ---- the scheduler -------------------------------------------------------------------------------
+    # ---- the scheduler ------------------------------------------------------------------------
 
     def _on_control(self, now_ns: int, message: object) -> None:
         match message:
@@ -250,7 +231,7 @@ class WorkerCore:
             case Flush():
                 if self.local is not None and message.round == self.local.number:
                     for key, pushed in self.local.flush():
-                        self._push(key, pushed)
+                        self.exchange.push(key, pushed)
             case Refused():
                 self._on_refused(message)
             case Stop():
@@ -266,25 +247,18 @@ class WorkerCore:
         if not self.membership.on_registered(now_ns, message):
             return
         self.membership.job = message.job
-        self._declare(now_ns)
+        self.declarations.announce(now_ns)
         for table in self.tables.values():
             again = DeclareTable(self.membership.incarnation, 0, table.spec)
             self._out.append(Send(SCHEDULER, again))
-        for declaration in list(self._declarations.values()):
-            if isinstance(declaration.message, DeclarePlan):
-                plan = DeclarePlan(self.membership.incarnation, declaration.call, declaration.message.plan)
-                self._announce(now_ns, declaration.call, plan)
 
     def _on_accepted(self, now_ns: int, message: Accepted) -> None:
-        if self._declarations.pop(message.call, None) is None:
-            return
-        declared = self._undeclared.pop(message.call, None)
-        if declared is None:
+        declared = self.declarations.pop(message.call)
+        if isinstance(declared, LoopCalled):
             self._out.append(Complete(message.call, None))
-            return
-        table = Table(declared.spec, message.number, message.call)
-        self.tables[message.number] = table
-        self._settle_tables(now_ns)
+        elif declared is not None:
+            self.tables[message.number] = Table(declared.spec, message.number, message.call)
+            self._settle_tables(now_ns)
 
     def _on_view(self, now_ns: int, view: View) -> None:
         if self.view is not None and view.number <= self.view.number:
@@ -307,15 +281,13 @@ class WorkerCore:
                 continue
             table.settle(place)
             if table.declare_call is not None and not table.pulls:
-                self._pull(now_ns, table, 0, attempt=1)
+                self.exchange.pull(now_ns, table, 0, attempt=1)
 
     def _on_refused(self, message: Refused) -> None:
         if message.code is Code.STALE_VIEW:
             return  # the newer view is on its way, and the next retry names it
         error = ERRORS[message.code](message.text)
-        if message.call and message.call in self._declarations:
-            del self._declarations[message.call]
-            self._undeclared.pop(message.call, None)
+        if message.call and self.declarations.pop(message.call) is not None:
             self._out.append(Fail(message.call, error))
         else:
             self._fail(error)
@@ -326,7 +298,11 @@ class WorkerCore:
             self._finish_leaving()
             return
         self._out.append(Send(SCHEDULER, Leave(self.membership.incarnation, message.outcome, "")))
-        kind = errors.FormationError if message.outcome is Outcome.NOT_FORMED else errors.JobFailedError
+        kind = (
+            errors.FormationError
+            if message.outcome is Outcome.NOT_FORMED
+            else errors.JobFailedError
+        )
         self._fail(kind(message.text))
 
     def _finish_leaving(self) -> None:
@@ -337,18 +313,16 @@ class WorkerCore:
     def _fail(self, error: Exception) -> None:
         """Nothing can go on: every call that waits fails now, every later one at once."""
         self.failure = error
-        waiting = [*self._declarations, *(t.declare_call for t in self.tables.values())]
-        waiting += [*self._undeclared, self._task_call]
+        waiting = [*self.declarations.clear(), self._task_call]
+        waiting += [table.declare_call for table in self.tables.values()]
         for call in dict.fromkeys(call for call in waiting if call is not None):
             self._out.append(Fail(call, error))
-        self._declarations.clear()
-        self._undeclared.clear()
         self._task_call = self._wait_note_ns = None
         for table in self.tables.values():
             table.declare_call = None
             table.pulls = {}
 
-    # ---- servers -------------------------------------------------------------------------------------
+    # ---- servers ------------------------------------------------------------------------------
 
     def _on_server(self, now_ns: int, message: object, payload: int | None) -> None:
         if isinstance(message, Pulled) and payload is not None:
@@ -357,104 +331,23 @@ class WorkerCore:
         if payload is not None:
             self._out.append(ReleasePayload(payload))
         if isinstance(message, RoundStatus):
-            self._on_status(message)
+            self.exchange.on_status(message)
         elif isinstance(message, Refused):
             self._on_refused(message)
 
     def _on_pulled(self, now_ns: int, pulled: Pulled, payload: int) -> None:
-        table = self.tables.get(pulled.table)
-        pull = table.pulls.get(pulled.shard) if table else None
-        if table is None or pull is None or pull.is_complete or pulled.part >= pull.parts_count:
-            self._out.append(ReleasePayload(payload))
-            return
-        pull.take(pulled, payload, self._out)
-        pull.deadline_ns = now_ns + pull.delay_ns
-        pull.status = None
-        if not table.is_pulled:
+        table = self.exchange.take(now_ns, pulled, payload)
+        if table is None:
             return
         if table.declare_call is None:
             self._serve_task(now_ns)
-        elif self._is_consistent(now_ns, table):
+        elif self.exchange.is_consistent(now_ns, table):
             call, table.declare_call = table.declare_call, None
             if table.spec.rule is Rule.OPTIMIZER:
                 self.position = max(self.position, table.pulled_version)
             self._out.append(Complete(call, table.snapshot()))
 
-    def _is_consistent(self, now_ns: int, table: Table) -> bool:
-        """Whether all shards are at one version; pulls those again that lag."""
-        version = table.pulled_version
-        lagging = [shard for shard, pull in table.pulls.items() if pull.version < version]
-        for shard in lagging:
-            self._pull_shard(now_ns, table, shard, version, attempt=0)
-        return not lagging
-
-    def _on_status(self, status: RoundStatus) -> None:
-        """A server says what it lacks: send again what of it is ours."""
-        table = self.tables.get(status.table)
-        if table is None or table.shard(status.shard) is None:
-            return
-        if status.shard in table.pulls:
-            table.pulls[status.shard].status = status
-        if status.round == INITIAL_ROUND:
-            self._push_initial(table, status)
-        if self.local is None or status.round != self.local.number:
-            return
-        for missing in status.missing:
-            part = table.part_id(status.shard, missing.part)
-            if part is None:
-                continue
-            for pushed in self.local.parts[table.number, part].pushed:
-                low = pushed.node.index << pushed.node.level
-                high = (pushed.node.index + 1) << pushed.node.level
-                if not missing.slots or any(low <= slot < high for slot in missing.slots):
-                    self._push((table.number, part), pushed)
-        if status.is_meta_missing and table.number in self.local.metas:
-            self._send_meta(table, status.shard)
-
-    def _push_initial(self, table: Table, status: RoundStatus) -> None:
-        place = table.shard(status.shard)
-        is_ours = table.place is not None and table.place.initializer == self.membership.incarnation
-        if place is None or not is_ours:
-            return
-        wanted = [missing.part for missing in status.missing]
-        for part in table.parts:
-            if part.shard == status.shard and part.number in wanted:
-                marks = bytes(-(-part.pieces // 8))
-                frame = Frame(Dtype.FLOAT32, part.stop - part.start)
-                push = Push(
-                    self.membership.job, self.membership.incarnation, place.view, table.number, part.shard,
-                    part.number, INITIAL_ROUND, 1, 0, 0, marks, frame,
-                )  # fmt: skip
-                self._out.append(Send(place.server, push, Initial(table.number, part.start, part.stop)))
-
-    def _pull(self, now_ns: int, table: Table, version: int, attempt: int) -> None:
-        for shard in table.place.shards if table.place else []:
-            self._pull_shard(now_ns, table, shard.shard, version, attempt)
-
-    def _pull_shard(self, now_ns: int, table: Table, shard: int, version: int, attempt: int) -> None:
-        old = table.pulls.get(shard)
-        if old is not None:
-            self._out += [ReleasePayload(payload) for payload in old.got.values()]
-        is_first = table.declare_call is not None
-        delay_ns = FIRST_RETRY_MS * MS if is_first else self.limits.retry_ns
-        parts_count = table.parts_of(shard)
-        table.pulls[shard] = ShardPull(version, parts_count, attempt, now_ns + delay_ns, delay_ns)
-        self._send_pull(table, shard)
-
-    def _send_pull(self, table: Table, shard: int) -> None:
-        place, pull = table.shard(shard), table.pulls[shard]
-        if place is None:
-            return
-        message = Pull(
-            self.membership.job, self.membership.incarnation, place.view, table.number, shard,
-            pull.version, pull.attempt, pull.missing(),
-        )  # fmt: skip
-        self._out.append(Send(place.server, message))
-
-    # ---- rounds --------------------------------------------------------------------------------------
-
-    def _trained(self) -> list[Table]:
-        return [table for table in self.tables.values() if table.spec.rule is Rule.OPTIMIZER]
+    # ---- rounds -------------------------------------------------------------------------------
 
     def _is_loop_over(self) -> bool:
         plan = self.plan
@@ -467,7 +360,7 @@ class WorkerCore:
         snapshots = self._advance(now_ns)
         if self.is_draining or self._is_loop_over():
             for key, pushed in self.local.flush() if self.local else []:
-                self._push(key, pushed)
+                self.exchange.push(key, pushed)
             self._answer_task(LoopEnd(self.position, snapshots, self.is_draining))
             return
         local = self._open_round(now_ns)
@@ -481,12 +374,12 @@ class WorkerCore:
 
     def _is_catching_up(self, now_ns: int) -> bool:
         """Whether tables declared at different versions are still being brought to one."""
-        trained = self._trained()
+        trained = self.exchange.trained()
         if all(table.held == self.position for table in trained):
             return False
         for table in trained:
             if not table.pulls:
-                self._pull(now_ns, table, self.position, attempt=0)
+                self.exchange.pull(now_ns, table, self.position, attempt=0)
         return not all(table.is_pulled for table in trained)
 
     def _answer_task(self, value: Task | LoopEnd) -> None:
@@ -496,20 +389,22 @@ class WorkerCore:
 
     def _advance(self, now_ns: int) -> list[Snapshot]:
         """Move on to the newest version that every table is at, if it is a newer one."""
-        trained = self._trained()
+        trained = self.exchange.trained()
         if not trained or not all(table.is_pulled for table in trained):
             return []
         newest = max(table.pulled_version for table in trained)
         lagging = False
         for table in trained:
             if table.pulled_version < newest:
-                self._pull(now_ns, table, newest, attempt=0)
-            lagging |= table.pulled_version < newest or not self._is_consistent(now_ns, table)
+                self.exchange.pull(now_ns, table, newest, attempt=0)
+            lagging |= table.pulled_version < newest or not self.exchange.is_consistent(
+                now_ns, table
+            )
         if lagging or any(not table.is_pulled for table in trained):
             return []
         if self.local is not None:
             self._out += [ReleasePayload(payload) for payload in self.local.payloads()]
-            self.local = None
+            self.exchange.local = None
         self.position = newest
         self.membership.vitals.round = newest
         return [table.snapshot() for table in trained]
@@ -518,18 +413,20 @@ class WorkerCore:
         """The round being computed, with the slots that this worker leases in it."""
         if self.plan is None or self.view is None:
             raise errors.InvariantError("a round without a plan", self.story.lines())
-        if self.local is None:
-            parts = {table.number: len(table.parts) for table in self._trained()}
-            self.local = LocalRound(self.position, self.plan, parts)
-            for table in self._trained():
+        local = self.exchange.local
+        if local is None:
+            parts = {table.number: len(table.parts) for table in self.exchange.trained()}
+            local = LocalRound(self.position, self.plan, parts)
+            self.exchange.local = local
+            for table in self.exchange.trained():
                 if not table.pulls:
-                    self._pull(now_ns, table, self.position + 1, attempt=0)
+                    self.exchange.pull(now_ns, table, self.position + 1, attempt=0)
         leases = self.view.leases
         if self.position < leases.from_round:
             leases = self.view.previous
         me = self.membership.incarnation
-        self.local.assign([slot for slot, who in enumerate(leases.workers) if who == me])
-        return self.local
+        local.assign([slot for slot, who in enumerate(leases.workers) if who == me])
+        return local
 
     def _on_contributed(self, leaf: Contributed) -> None:
         local = self.local
@@ -540,18 +437,20 @@ class WorkerCore:
                 self._out.append(ReleasePayload(leaf.payload))
             return
         for pushed in local.contribute(key, leaf, self._out):
-            self._push(key, pushed)
+            self.exchange.push(key, pushed)
 
     def _on_finished(self, now_ns: int, event: SlotFinished) -> None:
         took_ns = max(1, now_ns - self._task_ns)
         vitals = self.membership.vitals
-        vitals.slot_time_ns = (vitals.slot_time_ns + took_ns) // 2 if vitals.slot_time_ns else took_ns
+        vitals.slot_time_ns = (
+            (vitals.slot_time_ns + took_ns) // 2 if vitals.slot_time_ns else took_ns
+        )
         local = self.local
         if local is None or event.round != local.number:
             return
         local.in_hand = None
         local.done[event.slot] = None
-        for table in self._trained():
+        for table in self.exchange.trained():
             for number, part in enumerate(table.parts):
                 if not local.has((table.number, number), event.slot):
                     marks = ((1 << part.pieces) - 1).to_bytes(-(-part.pieces // 8), "little")
@@ -561,35 +460,9 @@ class WorkerCore:
             if event.slot == 0 and table.number in event.metas:
                 local.metas[table.number] = event.metas[table.number]
                 for shard in table.place.shards if table.place else []:
-                    self._send_meta(table, shard.shard)
+                    self.exchange.send_meta(table, shard.shard)
 
-    def _push(self, key: tuple[int, int], pushed: Pushed) -> None:
-        table, local = self.tables[key[0]], self.local
-        part = table.parts[key[1]]
-        place = table.shard(part.shard)
-        if place is None or local is None:
-            return
-        marks = pushed.held.absent.to_bytes(-(-part.pieces // 8), "little")
-        has_payload = pushed.held.payload is not None
-        frame = Frame(Dtype.FLOAT32, part.stop - part.start) if has_payload else None
-        push = Push(
-            self.membership.job, self.membership.incarnation, place.view, key[0], part.shard, part.number,
-            local.number, local.active, pushed.node.level, pushed.node.index, marks, frame,
-        )  # fmt: skip
-        self._out.append(Send(place.server, push, pushed.held.payload))
-
-    def _send_meta(self, table: Table, shard: int) -> None:
-        place, local = table.shard(shard), self.local
-        if place is None or local is None:
-            return
-        meta = local.metas[table.number]
-        message = RoundMeta(
-            self.membership.job, self.membership.incarnation, place.view, table.number, shard,
-            local.number, local.active, meta.groups, meta.norm_max, meta.state,
-        )  # fmt: skip
-        self._out.append(Send(place.server, message))
-
-    # ---- time ----------------------------------------------------------------------------------------
+    # ---- time ---------------------------------------------------------------------------------
 
     def _on_time(self, now_ns: int) -> None:
         due_ns = self.membership.next_deadline_ns()
@@ -597,21 +470,17 @@ class WorkerCore:
             self.membership.vitals.tables = len(self.tables)
             self.membership.vitals.waiting = self._waiting_for()
             self._out += self.membership.tick(now_ns)
-        for declaration in list(self._declarations.values()):
-            if now_ns >= declaration.deadline_ns and self.membership.is_member:
-                self._announce(now_ns, declaration.call, declaration.message)
-        for table in self.tables.values():
-            for shard, pull in table.pulls.items():
-                if not pull.is_complete and now_ns >= pull.deadline_ns:
-                    pull.backoff(now_ns, self.limits.retry_ns)
-                    self._send_pull(table, shard)
+        self.declarations.retry(now_ns)
+        self.exchange.retry(now_ns)
         if self.membership.standing is Standing.GONE:
             self._finish_leaving()
         self._check_waits(now_ns)
 
     def _check_waits(self, now_ns: int) -> None:
         waited_ns = now_ns - (self._started_ns or 0)
-        is_unknown = self.membership.standing is Standing.JOINING and self.membership.incarnation == 0
+        is_unknown = (
+            self.membership.standing is Standing.JOINING and self.membership.incarnation == 0
+        )
         if is_unknown and waited_ns > self.limits.connect_timeout_ns and self.failure is None:
             self.membership.give_up()
             text = f"no scheduler answered within {waited_ns / 1e9:.0f} s; is it running at this address?"
@@ -635,20 +504,8 @@ class WorkerCore:
         """What this worker waits for, in words; empty while it computes."""
         if self.membership.standing is Standing.JOINING:
             return "the scheduler's answer"
-        if self._task_call is None and not any(t.declare_call is not None for t in self.tables.values()):
+        if self._task_call is None and not any(
+            t.declare_call is not None for t in self.tables.values()
+        ):
             return ""
-        for table in self.tables.values():
-            for shard, pull in table.pulls.items():
-                if not pull.is_complete:
-                    return self._describe(table, shard, pull)
-        return "a slot"
-
-    def _describe(self, table: Table, shard: int, pull: ShardPull) -> str:
-        names = {m.incarnation: f"server-{m.rank}" for m in self.view.members} if self.view else {}
-        place = table.shard(shard)
-        server = names.get(place.server, "a server that is gone") if place else "no server yet"
-        text = f"version {pull.version} of table {table.spec.name} shard {shard} from {server}"
-        if pull.status is None:
-            return text
-        slots = sorted({slot: None for missing in pull.status.missing for slot in missing.slots})
-        return f"{text}, which lacks slots {', '.join(map(str, slots)) or 'all'} of round {pull.status.round}"
+        return self.exchange.describe(self.view) or "a slot"

@@ -11,6 +11,7 @@ from treefold.common.spec import Hyper, TableSpec
 from treefold.wire.exchange import Note, PeerLost, Received, Send, Tick
 from treefold.wire.messages import Outcome
 
+
 @dataclass(frozen=True, slots=True)
 class DeclareCalled:
     """The script declares a table. Completed with its first `Snapshot`."""
@@ -164,14 +165,5 @@ class Connect:
 
 
 Call = DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
-Event = (
-    Received
-    | PeerLost
-    | Tick
-    | Call
-    | Contributed
-    | SlotFinished
-    | Reported
-    | DrainAsked
-)
+Event = Received | PeerLost | Tick | Call | Contributed | SlotFinished | Reported | DrainAsked
 Effect = Send | Note | Connect | Complete | Fail | FoldPayloads | ReleasePayload

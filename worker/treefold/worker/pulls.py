@@ -55,11 +55,15 @@ class ShardPull:
 
     def missing(self) -> list[int]:
         """Parts still to come; empty means all of them, as in a `Pull`."""
-        return [part for part in range(self.parts_count) if part not in self.got] if self.got else []
+        return (
+            [part for part in range(self.parts_count) if part not in self.got] if self.got else []
+        )
 
     def take(self, pulled: Pulled, payload: int, effects: list[Effect]) -> None:
         """Take in a part; a newer version than asked for replaces what is here."""
-        if pulled.version < self.version or (pulled.version == self.version and pulled.part in self.got):
+        if pulled.version < self.version or (
+            pulled.version == self.version and pulled.part in self.got
+        ):
             effects.append(ReleasePayload(payload))
             return
         if pulled.version > self.version:
@@ -103,7 +107,8 @@ class Table:
         for shard in place.shards:
             cut = self.layout.parts(ShardSpan(shard.first_block, shard.blocks))
             self.parts += [
-                PartRange(shard.shard, n, a, b, len(self.layout.pieces(a, b))) for n, (a, b) in enumerate(cut)
+                PartRange(shard.shard, n, a, b, len(self.layout.pieces(a, b)))
+                for n, (a, b) in enumerate(cut)
             ]
 
     def shard(self, number: int) -> ShardPlace | None:

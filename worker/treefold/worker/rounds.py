@@ -74,7 +74,9 @@ class LocalRound:
         """The first slot that is still to be computed."""
         return min((slot for slot in self.assigned if slot not in self.done), default=None)
 
-    def contribute(self, key: tuple[int, int], leaf: Contributed, effects: list[Effect]) -> list[Pushed]:
+    def contribute(
+        self, key: tuple[int, int], leaf: Contributed, effects: list[Effect]
+    ) -> list[Pushed]:
         """Take in one part of one slot, fold what meets, and return what is to be pushed now."""
         part = self.parts[key]
         part.slots[leaf.slot] = None
@@ -96,7 +98,9 @@ class LocalRound:
     def flush(self) -> list[tuple[tuple[int, int], Pushed]]:
         """Give up folding further: everything held is to be pushed, now and later in this round."""
         self.is_flushed = True
-        return [(key, pushed) for key, part in self.parts.items() for pushed in self._push_ready(part)]
+        return [
+            (key, pushed) for key, part in self.parts.items() for pushed in self._push_ready(part)
+        ]
 
     def has(self, key: tuple[int, int], slot: int) -> bool:
         """Whether this part of the slot's contribution was taken in."""

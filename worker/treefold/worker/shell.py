@@ -76,7 +76,9 @@ class WorkerShell:
         Shared with other roles when several live in one process.
     """
 
-    def __init__(self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None
+    ) -> None:
         self.hub = Hub(context)
         self.hub.connect(SCHEDULER, settings.scheduler, CONTROL_FRAME_BYTES_MAX)
         identity = Identity(
@@ -128,7 +130,7 @@ class WorkerShell:
         self.hub.bell.ring()
         self._thread.join()
 
-    # ---- the thread ----------------------------------------------------------------------------------
+    # ---- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -157,7 +159,7 @@ class WorkerShell:
                 event = replace(event, payload=number)
             self._loop.feed(event)
 
-    # ---- effects -------------------------------------------------------------------------------------
+    # ---- effects ------------------------------------------------------------------------------
 
     def _perform(self, effect: Effect) -> list[Event]:
         match effect:
@@ -188,7 +190,15 @@ class WorkerShell:
             payload = self._loop.payloads.get(effect.payload)
         if isinstance(effect.message, Push) and payload is not None:
             push = effect.message
-            key = (effect.peer, push.table, push.shard, push.part, push.round, push.level, push.index)
+            key = (
+                effect.peer,
+                push.table,
+                push.shard,
+                push.part,
+                push.round,
+                push.level,
+                push.index,
+            )
         self.hub.send(effect.peer, None, encode(effect.message), payload, key)
 
     def _release(self, payload: int) -> None:

@@ -1,0 +1,91 @@
+"""Who computes which slot: leases by measured speed, mended when holders go, and backup tasks.
+
+Part of `treefold.scheduler.core` in a file of its own; just as pure. Leases carry no safety: two workers may
+compute one slot, and the second copy is a duplicate. So everything here may be late or wrong without harm.
+"""
+
+from treefold.scheduler import leases
+from treefold.scheduler.declared import Declared
+from treefold.scheduler.members import MemberState, Roster
+from treefold.wire.messages import Flush, Grant, Role, RoundLate
+
+LEASE_LEAD_MS = 100  # new leases begin so far ahead that they arrive before their first round
+UNMEASURED_DECAY = 0.9  # per check: a worker without slots is slowly given the benefit of the doubt
+
+
+class Balance:
+    """Leases of slots.
+
+    Parameters
+    ----------
+    roster : Roster
+        The members, with what they measured.
+    declared : Declared
+        How many slots there are.
+    """
+
+    def __init__(self, roster: Roster, declared: Declared) -> None:
+        self._roster = roster
+        self._declared = declared
+        self._granted: dict[int, dict[int, int]] = {}
+        self._round_seen = (0, 0)
+        self.round_rate = 0.0
+
+    def mended(self, current: list[int]) -> list[int]:
+        """Leases with every slot at a live worker; a newcomer waits for the next `check`."""
+        if not self._declared.plans:
+            return []
+        live = [state.member.incarnation for state in self._workers()]
+        if self._declared.is_loader:
+            return current or live[: self._declared.slots]
+        if not live or (current and all(who in live for who in current)):
+            return current
+        return leases.lay_out(leases.counts(self._declared.slots, self._speeds()))
+
+    def check(self, now_ns: int, current: list[int]) -> tuple[list[int], int] | None:
+        """Better leases and the round that they begin with, None to leave them as they are."""
+        self._measure_rate(now_ns)
+        if self._declared.is_loader or not self._workers():
+            return None
+        idle = [s for s in self._workers() if s.member.incarnation not in current]
+        for state in idle:
+            state.slot_time_ns = int(state.slot_time_ns * UNMEASURED_DECAY)
+        speeds = self._speeds()
+        wanted = leases.lay_out(leases.counts(self._declared.slots, speeds))
+        is_untimed = len(current) >= len(speeds) and any(s.slot_time_ns == 0 for s in idle)
+        if wanted == current or not (is_untimed or leases.is_worth_it(current, wanted, speeds)):
+            return None
+        return wanted, self._round_seen[0] + int(self.round_rate * LEASE_LEAD_MS / 1e3) + 1
+
+    def help(self, late: RoundLate, current: list[int]) -> list[tuple[MemberState, Grant | Flush]]:
+        """Give the missing slots of a late round to workers that owe none, the last slots first."""
+        if self._declared.is_loader or not current:
+            return []
+        for round_ in [number for number in self._granted if number < late.round]:
+            del self._granted[round_]
+        granted = self._granted.setdefault(late.round, {})
+        owners = [current[slot] for slot in late.missing if slot < len(current)]
+        idle = [s for s in self._workers() if s.member.incarnation not in owners]
+        todo = [slot for slot in reversed(late.missing) if slot not in granted]
+        found: list[tuple[MemberState, Grant | Flush]] = []
+        for state, slot in zip(sorted(idle, key=lambda s: s.slot_time_ns), todo, strict=False):
+            granted[slot] = state.member.incarnation
+            found.append((state, Grant(late.round, [slot])))
+        if granted:
+            owing = [s for s in self._workers() if s.member.incarnation in owners]
+            found += [(state, Flush(late.round)) for state in owing]
+        return found
+
+    def _workers(self) -> list[MemberState]:
+        return self._roster.live(Role.WORKER)
+
+    def _speeds(self) -> dict[int, int]:
+        return leases.speeds({s.member.incarnation: s.slot_time_ns for s in self._workers()})
+
+    def _measure_rate(self, now_ns: int) -> None:
+        rounds = [state.beat.round for state in self._workers() if state.beat is not None]
+        newest = max(rounds, default=0)
+        seen, at_ns = self._round_seen
+        if newest > seen:
+            self.round_rate = (newest - seen) * 1e9 / max(1, now_ns - at_ns)
+        self._round_seen = (newest, now_ns)

@@ -1,0 +1,153 @@
+"""What workers declared: tables and passes over the data. The first declaration makes it, later ones must agree.
+
+Part of `treefold.scheduler.core` in a file of its own; just as pure.
+"""
+
+from dataclasses import dataclass, field
+
+from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.spec import Rule, TableSpec, differences
+from treefold.scheduler import placement
+from treefold.wire.messages import (
+    Accepted,
+    Code,
+    DeclarePlan,
+    DeclareTable,
+    Refused,
+    ShardPlace,
+    TablePlace,
+)
+
+PLANS_KEPT_MAX = 4096  # passes over the data whose plan is remembered for late joiners
+
+
+@dataclass(slots=True)
+class TableState:
+    """A declared table, who declared it, and where it lies."""
+
+    spec: TableSpec
+    declared_by: list[int] = field(default_factory=list)
+    place: TablePlace | None = None
+
+
+class Declared:
+    """Tables and plans of a job.
+
+    Attributes
+    ----------
+    tables : list of TableState
+        By number.
+    plans : dict of int to LoopPlan
+        By index; the oldest are forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.tables: list[TableState] = []
+        self.plans: dict[int, LoopPlan] = {}
+
+    @property
+    def slots(self) -> int:
+        """V, 0 before the first pass over the data."""
+        return next(iter(self.plans.values())).slots if self.plans else 0
+
+    @property
+    def is_loader(self) -> bool:
+        """Whether every worker is one slot, with its own loader."""
+        return any(plan.kind is PlanKind.LOADER for plan in self.plans.values())
+
+    @property
+    def places(self) -> list[TablePlace]:
+        """Where the tables lie, as far as they are placed."""
+        return [table.place for table in self.tables if table.place is not None]
+
+    def table(self, name: str, message: DeclareTable) -> Accepted | Refused:
+        """A worker, called ``name`` in messages, declares a table."""
+        spec = message.spec
+        known = [n for n, table in enumerate(self.tables) if table.spec.name == spec.name]
+        if not known and self.plans and spec.rule is Rule.OPTIMIZER:
+            text = f"table {spec.name!r} is declared after training began; declare all before"
+            return Refused(message.call, Code.BAD_SPEC, text)
+        if not known:
+            self.tables.append(TableState(spec))
+        number = known[0] if known else len(self.tables) - 1
+        table = self.tables[number]
+        if table.spec != spec:
+            lines = "; ".join(differences(table.spec, spec))
+            text = (
+                f"table {spec.name!r} is declared otherwise by {name} (there) than by the first "
+                f"worker (here): {lines}"
+            )
+            return Refused(message.call, Code.SPEC_MISMATCH, text)
+        if message.incarnation not in table.declared_by:
+            table.declared_by.append(message.incarnation)
+        return Accepted(message.call, number)
+
+    def plan(self, name: str, message: DeclarePlan, workers: int) -> Accepted | Refused:
+        """A worker, called ``name`` in messages, begins a pass; the cluster expects ``workers``."""
+        plan = message.plan
+        known = self.plans.get(plan.index)
+        first = next(iter(self.plans.values()), plan)
+        if known is not None and known != plan:
+            lines = "; ".join(differences(known, plan))
+            text = (
+                f"pass {plan.index} over the data differs between {name} (there) and the first "
+                f"worker (here): {lines}"
+            )
+        elif (first.slots, first.kind) != (plan.slots, plan.kind):
+            lines = "; ".join(differences(first, plan))
+            text = f"slots and kind of loader are fixed for the life of a job: {lines}"
+        elif plan.kind is PlanKind.LOADER and plan.slots != workers:
+            text = (
+                f"with own loaders each worker is one slot: {workers} workers, {plan.slots} slots"
+            )
+        else:
+            self.plans.setdefault(plan.index, plan)
+            while len(self.plans) > PLANS_KEPT_MAX:
+                del self.plans[min(self.plans)]
+            return Accepted(message.call, plan.index)
+        return Refused(message.call, Code.SPEC_MISMATCH, text)
+
+    def place(self, view: int, servers: list[int], workers: list[int]) -> bool:
+        """Place every table that is not, and see to it that each has a live initializer.
+
+        Parameters
+        ----------
+        view : int
+            Number of the view that will say so.
+        servers, workers : list of int
+            Live ones, by rank.
+
+        Returns
+        -------
+        bool
+            Whether anything changed.
+        """
+        load = dict.fromkeys(servers, 0)
+        for place in self.places:
+            for shard in place.shards:
+                load[shard.server] = load.get(shard.server, 0) + shard.blocks
+        is_changed = False
+        for number, table in enumerate(self.tables):
+            initializer = _initializer(table, workers)
+            if table.place is not None and table.place.initializer == initializer:
+                continue
+            shards = table.place.shards if table.place else _shards(table.spec, load, view)
+            table.place = TablePlace(number, table.spec.name, initializer, shards)
+            is_changed = True
+        return is_changed
+
+
+def _initializer(table: TableState, workers: list[int]) -> int:
+    able = [who for who in workers if who in table.declared_by]
+    if table.place is not None and table.place.initializer in able:
+        return table.place.initializer
+    return able[0] if able else 0
+
+
+def _shards(spec: TableSpec, load: dict[int, int], view: int) -> list[ShardPlace]:
+    spans = placement.cut(spec, len(load))
+    owners = placement.place([span.blocks for span in spans], load)
+    return [
+        ShardPlace(number, view, span.first_block, span.blocks, owner)
+        for number, (span, owner) in enumerate(zip(spans, owners, strict=True))
+    ]

@@ -1,0 +1,204 @@
+"""A worker's exchange with servers: pulls, pushes, and what is sent again when a server asks.
+
+Part of `treefold.worker.core` in a file of its own; just as pure. Effects are appended to the core's list.
+"""
+
+from treefold.common.spec import Dtype, Rule
+from treefold.wire.exchange import Send
+from treefold.wire.membership import MS, Membership
+from treefold.wire.messages import (
+    INITIAL_ROUND,
+    Frame,
+    Pull,
+    Pulled,
+    Push,
+    RoundMeta,
+    RoundStatus,
+    View,
+)
+from treefold.worker.effects import Effect, Initial, ReleasePayload
+from treefold.worker.pulls import ShardPull, Table
+from treefold.worker.rounds import LocalRound, Pushed
+
+FIRST_RETRY_MS = (
+    20  # a server may hear of a new table a little later than its workers; doubles each time
+)
+
+
+class Exchange:
+    """Tables of a worker and the messages about them.
+
+    Parameters
+    ----------
+    membership : Membership
+        Who this worker is.
+    retry_ns : int
+        Silence after which a server is asked again.
+    out : list of Effect
+        The core's effects.
+
+    Attributes
+    ----------
+    tables : dict of int to Table
+        By number.
+    local : LocalRound or None
+        The round being computed.
+    """
+
+    def __init__(self, membership: Membership, retry_ns: int, out: list[Effect]) -> None:
+        self.membership = membership
+        self.retry_ns = retry_ns
+        self.tables: dict[int, Table] = {}
+        self.local: LocalRound | None = None
+        self._out = out
+
+    def trained(self) -> list[Table]:
+        """Tables that have rounds."""
+        return [table for table in self.tables.values() if table.spec.rule is Rule.OPTIMIZER]
+
+    def next_deadline_ns(self) -> int | None:
+        """When a pull is to be sent again."""
+        pulls = [pull for table in self.tables.values() for pull in table.pulls.values()]
+        return min((pull.deadline_ns for pull in pulls if not pull.is_complete), default=None)
+
+    def take(self, now_ns: int, pulled: Pulled, payload: int) -> Table | None:
+        """Take in a part; the table if all of its shards are here now."""
+        table = self.tables.get(pulled.table)
+        pull = table.pulls.get(pulled.shard) if table else None
+        if table is None or pull is None or pull.is_complete or pulled.part >= pull.parts_count:
+            self._out.append(ReleasePayload(payload))
+            return None
+        pull.take(pulled, payload, self._out)
+        pull.deadline_ns = now_ns + pull.delay_ns
+        pull.status = None
+        return table if table.is_pulled else None
+
+    def retry(self, now_ns: int) -> None:
+        """Send again what was not answered in time."""
+        for table in self.tables.values():
+            for shard, pull in table.pulls.items():
+                if not pull.is_complete and now_ns >= pull.deadline_ns:
+                    pull.backoff(now_ns, self.retry_ns)
+                    self._send_pull(table, shard)
+
+    def is_consistent(self, now_ns: int, table: Table) -> bool:
+        """Whether all shards are at one version; pulls those again that lag."""
+        version = table.pulled_version
+        lagging = [shard for shard, pull in table.pulls.items() if pull.version < version]
+        for shard in lagging:
+            self._pull_shard(now_ns, table, shard, version, attempt=0)
+        return not lagging
+
+    def on_status(self, status: RoundStatus) -> None:
+        """A server says what it lacks: send again what of it is ours."""
+        table = self.tables.get(status.table)
+        if table is None or table.shard(status.shard) is None:
+            return
+        if status.shard in table.pulls:
+            table.pulls[status.shard].status = status
+        if status.round == INITIAL_ROUND:
+            self._push_initial(table, status)
+        if self.local is None or status.round != self.local.number:
+            return
+        for missing in status.missing:
+            part = table.part_id(status.shard, missing.part)
+            if part is None:
+                continue
+            for pushed in self.local.parts[table.number, part].pushed:
+                low = pushed.node.index << pushed.node.level
+                high = (pushed.node.index + 1) << pushed.node.level
+                if not missing.slots or any(low <= slot < high for slot in missing.slots):
+                    self.push((table.number, part), pushed)
+        if status.is_meta_missing and table.number in self.local.metas:
+            self.send_meta(table, status.shard)
+
+    def _push_initial(self, table: Table, status: RoundStatus) -> None:
+        place = table.shard(status.shard)
+        is_ours = table.place is not None and table.place.initializer == self.membership.incarnation
+        if place is None or not is_ours:
+            return
+        wanted = [missing.part for missing in status.missing]
+        for part in table.parts:
+            if part.shard == status.shard and part.number in wanted:
+                marks = bytes(-(-part.pieces // 8))
+                frame = Frame(Dtype.FLOAT32, part.stop - part.start)
+                push = Push(
+                    self.membership.job, self.membership.incarnation, place.view, table.number, part.shard,
+                    part.number, INITIAL_ROUND, 1, 0, 0, marks, frame,
+                )  # fmt: skip
+                self._out.append(
+                    Send(place.server, push, Initial(table.number, part.start, part.stop))
+                )
+
+    def pull(self, now_ns: int, table: Table, version: int, attempt: int) -> None:
+        """Ask for a version of every shard of a table."""
+        for shard in table.place.shards if table.place else []:
+            self._pull_shard(now_ns, table, shard.shard, version, attempt)
+
+    def _pull_shard(
+        self, now_ns: int, table: Table, shard: int, version: int, attempt: int
+    ) -> None:
+        old = table.pulls.get(shard)
+        if old is not None:
+            self._out += [ReleasePayload(payload) for payload in old.got.values()]
+        is_first = table.declare_call is not None
+        delay_ns = FIRST_RETRY_MS * MS if is_first else self.retry_ns
+        parts_count = table.parts_of(shard)
+        table.pulls[shard] = ShardPull(version, parts_count, attempt, now_ns + delay_ns, delay_ns)
+        self._send_pull(table, shard)
+
+    def _send_pull(self, table: Table, shard: int) -> None:
+        place, pull = table.shard(shard), table.pulls[shard]
+        if place is None:
+            return
+        message = Pull(
+            self.membership.job, self.membership.incarnation, place.view, table.number, shard,
+            pull.version, pull.attempt, pull.missing(),
+        )  # fmt: skip
+        self._out.append(Send(place.server, message))
+
+    def push(self, key: tuple[int, int], pushed: Pushed) -> None:
+        """Send one node, for part ``key = (table, part)``."""
+        table, local = self.tables[key[0]], self.local
+        part = table.parts[key[1]]
+        place = table.shard(part.shard)
+        if place is None or local is None:
+            return
+        marks = pushed.held.absent.to_bytes(-(-part.pieces // 8), "little")
+        has_payload = pushed.held.payload is not None
+        frame = Frame(Dtype.FLOAT32, part.stop - part.start) if has_payload else None
+        push = Push(
+            self.membership.job, self.membership.incarnation, place.view, key[0], part.shard, part.number,
+            local.number, local.active, pushed.node.level, pushed.node.index, marks, frame,
+        )  # fmt: skip
+        self._out.append(Send(place.server, push, pushed.held.payload))
+
+    def send_meta(self, table: Table, shard: int) -> None:
+        """Send one shard what slot 0 brings."""
+        place, local = table.shard(shard), self.local
+        if place is None or local is None:
+            return
+        meta = local.metas[table.number]
+        message = RoundMeta(
+            self.membership.job, self.membership.incarnation, place.view, table.number, shard,
+            local.number, local.active, meta.groups, meta.norm_max, meta.state,
+        )  # fmt: skip
+        self._out.append(Send(place.server, message))
+
+    def describe(self, view: View | None) -> str:
+        """What the first pull that is not answered waits for, in words; empty if there is none."""
+        for table in self.tables.values():
+            for shard, pull in table.pulls.items():
+                if not pull.is_complete:
+                    return self._describe(view, table, shard, pull)
+        return ""
+
+    def _describe(self, view: View | None, table: Table, shard: int, pull: ShardPull) -> str:
+        names = {m.incarnation: f"server-{m.rank}" for m in view.members} if view else {}
+        place = table.shard(shard)
+        server = names.get(place.server, "a server that is gone") if place else "no server yet"
+        text = f"version {pull.version} of table {table.spec.name} shard {shard} from {server}"
+        if pull.status is None:
+            return text
+        slots = sorted({slot: None for missing in pull.status.missing for slot in missing.slots})
+        return f"{text}, which lacks slots {', '.join(map(str, slots)) or 'all'} of round {pull.status.round}"
