@@ -40,7 +40,7 @@ EXAMPLES: list[m.AnyMessage] = [
     m.Register(1, m.Role.WORKER, 123456789, "", "node-1", 4711, "0.1.0"),
     m.Registered(123456789, 99, 6, 0, 500, 2000, 2, 4),
     m.Refused(12, m.Code.SPEC_MISMATCH, "tensors: 2 entries here, 1 there"),
-    m.Heartbeat(6, 3, 1, 17, 2_500_000, 4096, 0.25, "model shard 0", 1 << 28, 97.5),
+    m.Heartbeat(6, 3, 1, 17, 2_500_000, 4096, 0.25, "model shard 0", 1 << 28, 97.5, {"fold": 5}),
     m.HeartbeatSeen(6, 3),
     m.DeclareTable(6, 1, TABLE),
     m.DeclarePlan(6, 2, PLAN),

@@ -1,36 +1,35 @@
-"""Shards: however a table is cut, the optimizer's step has the bits of one plain `torch.optim`.
-
-The oracle is `Plain`: whole tensors, torch's own optimizer, ``grad = None`` where there is none.
-"""
+"""Shards: however a table is cut, the optimizer's step has the bits of one plain `torch.optim`."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from unittest import mock
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from treefold.common import layout as layouts
-from treefold.common.errors import DataError
-from treefold.common.layout import Layout, ShardSpan
-from treefold.common.optim import optimizer_class, placement_of
-from treefold.common.spec import (
-    BUFFER_GROUP,
-    Dtype,
-    Hyper,
-    OptimizerSpec,
-    Placement,
-    Rule,
-    TableSpec,
-    TensorSpec,
+from tests.unit.shard_jobs import (
+    Cluster,
+    Job,
+    Plain,
+    Round,
+    blocks_of,
+    differences,
+    is_same,
+    jobs,
+    make_job,
+    make_spec,
+    marks,
 )
+from treefold.common.errors import DataError, UnsupportedError
+from treefold.common.layout import BLOCK_ELEMENTS, Layout, ShardSpan
+from treefold.common.optim import hyper_of
+from treefold.common.spec import BUFFER_GROUP, Dtype, Hyper, Placement, Rule
 from treefold.server import shard as shard_module
-from treefold.server.shard import ShardState, StatePiece, clip_coefficient
+from treefold.server.shard import ShardState, clip_coefficient
 
 CASES: list[tuple[str, Hyper]] = [
     ("SGD", {}),
@@ -77,274 +76,22 @@ TENSORWISE: list[tuple[str, Hyper]] = [
 ]
 
 
-# ---- what a round brings, the oracle, the shards -------------------------------------------------
-
-
-@dataclass
-class Round:
-    """One gradient (or new buffer) per tensor, None for none, and the hyper-parameters."""
-
-    gradients: list[Tensor | None]
-    groups: list[Hyper]
-    coefficient: float = 1.0
-
-
-@contextmanager
-def blocks_of(elements: int, blocks_per_part: int = 2) -> Iterator[None]:
-    """Small blocks, so that small tensors are cut."""
-    with (
-        mock.patch.object(layouts, "BLOCK_ELEMENTS", elements),
-        mock.patch.object(layouts, "PART_BLOCKS_MAX", blocks_per_part),
-    ):
-        yield
-
-
-def make_spec(name: str, hypers: list[Hyper], tensors: list[tuple[list[int], int]]) -> TableSpec:
-    """A table of tensors, each given by its shape and param group."""
-    specs = [TensorSpec(f"t{n}", s, Dtype.FLOAT32, g) for n, (s, g) in enumerate(tensors)]
-    return TableSpec("net", Rule.OPTIMIZER, placement_of(name), specs, OptimizerSpec(name, hypers))
-
-
-class Plain:
-    """The reference: torch alone, tensor by tensor."""
-
-    def __init__(self, spec: TableSpec, initial: list[Tensor]) -> None:
-        assert spec.optimizer is not None
-        self.spec = spec
-        self.values = [nn.Parameter(value.clone()) for value in initial]
-        self.groups: list[dict[str, object]] = [
-            {"params": self._of_group(number), **_tuples(hyper)}
-            for number, hyper in enumerate(spec.optimizer.groups)
-        ]
-        # Adagrad takes this from its constructor only.
-        key = "initial_accumulator_value"
-        first = {k: v for k, v in spec.optimizer.groups[0].items() if k == key}
-        self.optimizer = optimizer_class(spec.optimizer.name)(self.groups, **first)
-
-    def _of_group(self, number: int) -> list[nn.Parameter]:
-        pairs = zip(self.spec.tensors, self.values, strict=True)
-        return [value for tensor, value in pairs if tensor.group == number]
-
-    def step(self, round_: Round) -> None:
-        """One round on whole tensors."""
-        for group, hyper in zip(self.optimizer.param_groups, round_.groups, strict=True):
-            group.update(_tuples(hyper))
-        for tensor, value, gradient in zip(
-            self.spec.tensors, self.values, round_.gradients, strict=True
-        ):
-            if tensor.group == BUFFER_GROUP:
-                value.data = value.data if gradient is None else gradient.clone()
-                continue
-            value.grad = None if gradient is None else gradient * round_.coefficient
-            if gradient is not None and isinstance(self.optimizer, torch.optim.SparseAdam):
-                value.grad = by_rows(gradient)
-        self.optimizer.step()
-
-
-def _tuples(hyper: Hyper) -> dict[str, object]:
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in hyper.items()}
-
-
-def by_rows(gradient: Tensor) -> Tensor:
-    """A gradient as `torch.nn.Embedding` makes it: the rows that are not all -0.0."""
-    rows = gradient.reshape(gradient.shape[0], -1) if gradient.dim() else gradient.reshape(1, 1)
-    touched = ~((rows == 0) & rows.signbit()).all(dim=1)
-    where = touched.nonzero().t()
-    return torch.sparse_coo_tensor(where, gradient[touched], gradient.shape, check_invariants=True)
-
-
-@dataclass
-class Cluster:
-    """The same table on shards."""
-
-    spec: TableSpec
-    spans: list[ShardSpan]
-    shards: list[ShardState] = field(default_factory=list)
-
-    def start(self, initial: list[Tensor]) -> None:
-        """Make the shards and bring the initial values."""
-        flat = self.flat(list(initial))
-        for span in self.spans:
-            shard = ShardState(self.spec, span)
-            shard.initialize([flat[start:stop] for start, stop in shard.parts])
-            self.shards.append(shard)
-
-    def flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Tensors at their places in the flat space, -0.0 where there is none."""
-        layout = Layout(self.spec)
-        flat = torch.full((layout.elements,), -0.0)
-        for tensor, start, size in zip(tensors, layout.starts, layout.sizes, strict=True):
-            if tensor is not None:
-                flat[start : start + size] = tensor.flatten()
-        return flat
-
-    def step(self, round_: Round) -> None:
-        """One round on the shards, every part by itself."""
-        flat = self.flat(round_.gradients)
-        for shard in self.shards:
-            for number, (start, stop) in enumerate(shard.parts):
-                shard.gradient_part(number).copy_(flat[start:stop])
-            shard.step(round_.groups, marks(shard, round_), round_.coefficient)
-
-    def values(self) -> list[Tensor]:
-        """The tensors of the newest version."""
-        layout = Layout(self.spec)
-        flat = torch.full((layout.elements,), math.nan)
-        for span, shard in zip(self.spans, self.shards, strict=True):
-            start, stop = layout.shard_range(span)
-            shard.copy_to(flat[start:stop])
-        pairs = zip(layout.starts, layout.sizes, self.spec.tensors, strict=True)
-        return [flat[start : start + size].view(tensor.shape) for start, size, tensor in pairs]
-
-    def pieces(self) -> list[StatePiece]:
-        """The optimizer's state on all shards."""
-        return [piece for shard in self.shards for piece in shard.state_pieces()]
-
-
-def marks(shard: ShardState, round_: Round) -> list[bytes]:
-    """The bitmaps of absent tensors, part by part."""
-    found = []
-    for start, stop in shard.parts:
-        pieces = shard.layout.pieces(start, stop)
-        absent = [round_.gradients[piece.tensor] is None for piece in pieces]
-        mask = sum(1 << number for number, is_absent in enumerate(absent) if is_absent)
-        found.append(mask.to_bytes(-(-len(pieces) // 8), "little"))
-    return found
-
-
-def is_same(left: object, right: object) -> bool:
-    """Equal bit by bit: the sign of zero counts."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        left, right = left.detach().flatten(), right.detach().flatten()
-        return torch.equal(left.view(torch.int32), right.view(torch.int32))
-    return left == right
-
-
-def differences(plain: Plain, cluster: Cluster) -> list[str]:
-    """Names of tensors whose values or optimizer state are not the same on both."""
-    found = []
-    named = zip(cluster.spec.tensors, plain.values, cluster.values(), strict=True)
-    found += [tensor.name for tensor, one, other in named if not is_same(one, other)]
-    is_whole = cluster.spec.placement is Placement.TENSORWISE
-    covered = [0] * len(plain.values)
-    for piece in cluster.pieces():
-        covered[piece.tensor] += piece.elements
-        state = plain.optimizer.state.get(plain.values[piece.tensor], {})
-        where = slice(piece.offset, piece.offset + piece.elements)
-        wanted = {key: _part(value, where, is_whole) for key, value in state.items()}
-        name = cluster.spec.tensors[piece.tensor].name
-        if wanted.keys() != piece.state.keys():
-            found.append(f"{name}: {sorted(wanted)}, {sorted(piece.state)}")
-        found += [f"{name}.{k}" for k in wanted if not is_same(wanted[k], piece.state.get(k))]
-    sizes = [t.elements if t.group != BUFFER_GROUP else 0 for t in cluster.spec.tensors]
-    return found if covered == sizes else [*found, f"state of {covered} elements, not {sizes}"]
-
-
-def _part(value: object, where: slice, is_whole: bool) -> object:
-    if not isinstance(value, Tensor):
-        return value
-    if value.dim() == 0:
-        return value.item()
-    return value if is_whole else value.flatten()[where]
-
-
-# ---- jobs at random ------------------------------------------------------------------------------
-
-
-@dataclass
-class Job:
-    """A table, where it is cut, and what happens to it."""
-
-    spec: TableSpec
-    block: int
-    shards: int
-    initial: list[Tensor]
-    rounds: list[Round]
-
-    def run(self) -> tuple[Plain, Cluster]:
-        """Run it on both."""
-        with blocks_of(self.block):
-            cluster = Cluster(self.spec, Layout(self.spec).cut(self.shards))
-            plain = Plain(self.spec, self.initial)
-            cluster.start(self.initial)
-            for round_ in self.rounds:
-                plain.step(round_)
-                cluster.step(round_)
-            return plain, cluster
-
-    def differences(self) -> list[str]:
-        """Run it on both, and compare."""
-        with blocks_of(self.block):
-            return differences(*self.run())
-
-
-@dataclass
-class Draw:
-    """Tensors and hyper-parameters from one seed."""
-
-    seed: int
-    is_sparse: bool
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-
-    def tensor(self, shape: list[int]) -> Tensor:
-        """Normal values of one of several magnitudes."""
-        scale = 10.0 ** torch.randint(-3, 3, (), generator=self.generator).item()
-        return torch.randn(shape, generator=self.generator) * scale
-
-    def gradient(self, shape: list[int]) -> Tensor:
-        """A gradient, some elements of it 0; of a sparse class some rows -0.0 all over."""
-        gradient = self.tensor(shape)
-        gradient[torch.rand(shape, generator=self.generator) < 0.1] = 0.0
-        if self.is_sparse and shape:
-            gradient[torch.rand(shape[0], generator=self.generator) < 0.5] = -0.0
-        return gradient
-
-    def hyper(self, declared: Hyper, round_: int) -> Hyper:
-        """A learning rate, and where there is one a momentum, of this round."""
-        cycled: Hyper = {"lr": 0.1 / (1 + round_)}
-        if declared.get("momentum"):
-            cycled["momentum"] = 0.9 - 0.01 * round_
-        if "betas" in declared:
-            cycled["betas"] = [0.6 + 0.01 * round_, 0.7]
-        return {**declared, **cycled}
-
-
-SHAPES = st.sampled_from([[1], [2], [7], [3, 5], [64], [33, 47], [2, 3, 4], [0], [501]])
-
-
-@st.composite
-def jobs(draw: st.DrawFn, name: str, hyper: Hyper) -> Job:
-    """A table of two param groups and buffers, some tensors of it absent in some rounds."""
-    groups: list[Hyper] = [{**hyper, "lr": 0.1}, {**hyper, "lr": 0.02}]
-    shapes = [draw(st.lists(SHAPES, min_size=1, max_size=4)) for _ in range(3)]
-    if name == "Muon":
-        shapes = [[s for s in some if len(s) == 2] or [[4, 6]] for some in shapes]
-    tensors = [(s, g) for g, some in zip([0, 1, BUFFER_GROUP], shapes, strict=True) for s in some]
-    spec = make_spec(name, groups, tensors)
-    values = Draw(draw(st.integers(0, 1 << 30)), name == "SparseAdam")
-    present = st.lists(st.integers(0, 3), min_size=len(tensors), max_size=len(tensors))
-    patterns = draw(st.lists(present, min_size=4, max_size=6))
-    patterns[0] = [1] * len(tensors) if draw(st.booleans()) else patterns[0]
-    rounds = [
-        Round(
-            [
-                values.gradient(s) if there else None
-                for (s, _), there in zip(tensors, p, strict=True)
-            ],
-            [values.hyper(group, number) for group in groups],
-        )
-        for number, p in enumerate(patterns)
-    ]
-    initial = [values.tensor(shape) for shape, _ in tensors]
-    return Job(
-        spec, draw(st.sampled_from([1, 5, 16, 37, 256])), draw(st.integers(1, 4)), initial, rounds
-    )
+THREE = [([3, 5], 0), ([40], 0), ([7], 0)]
+MIXED = [*THREE, ([20], 1), ([9], BUFFER_GROUP), ([30], BUFFER_GROUP)]
+ALL = [1] * len(MIXED)
 
 
 def _ids(case: object) -> str:
     return case if isinstance(case, str) else ",".join(case) if isinstance(case, dict) else "?"
+
+
+def _parameters(cluster: Cluster) -> list[int]:
+    """How many parameters torch steps, shard by shard."""
+    optimizers = [shard._optimizer for shard in cluster.shards]
+    return [sum(len(g["params"]) for g in o.param_groups) for o in optimizers if o is not None]
+
+
+# ---- the same bits -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "hyper"), [*CASES, *FOREACH, *FUSED, *TENSORWISE], ids=_ids)
@@ -355,3 +102,43 @@ def test_a_table_cut_anywhere_steps_to_the_bits_of_plain_torch(name: str, hyper:
         assert job.differences() == []
 
     check()
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "SparseAdam"])
+def test_blocks_of_the_real_size_step_to_the_same_bits(name: str) -> None:
+    tensors = [([301, 257], 0), ([13], 0), ([99, 801], 1), ([70_001], BUFFER_GROUP)]
+    job = make_job(name, {}, tensors, [[1, 1, 1, 1], [1, 0, 1, 1]], 0)
+    job = replace(job, block=BLOCK_ELEMENTS)
+    assert len(job.run()[1].shards) == 3
+    assert job.differences() == []
+
+
+def test_what_a_class_sees_of_a_whole_tensor_would_change_if_it_were_cut() -> None:
+    """The negative control: the comparison notices what may not be cut."""
+    job = make_job("Adafactor", {}, THREE, [[1, 1, 1]] * 3, 0)
+    assert job.differences() == []
+    job.spec = msgspec.structs.replace(job.spec, placement=Placement.ELEMENTWISE)
+    with mock.patch.object(shard_module, "placement_of", return_value=Placement.ELEMENTWISE):
+        assert job.differences() != []
+
+
+def test_fused_kernels_of_a_whole_tensor_would_change_if_it_were_cut() -> None:
+    job = make_job("AdamW", {"fused": True}, THREE, [[1, 1, 1]] * 3, 0)
+    assert job.differences() == []
+    job.spec = msgspec.structs.replace(job.spec, placement=Placement.ELEMENTWISE)
+    with pytest.raises(DataError, match="AdamW with .*'fused': True.* needs tensorwise placement"):
+        job.run()
+
+
+@pytest.mark.parametrize("flag", ["foreach", "fused"])
+@pytest.mark.parametrize("name", ["NAdam", "AdamW"])
+def test_the_kernel_that_is_pinned_is_the_one_that_runs(name: str, flag: str) -> None:
+    if (name, flag) in {("NAdam", "fused"), ("AdamW", "foreach")}:
+        return  # torch has none, or one of the same bits
+    job = make_job(name, {flag: True}, THREE, [[1, 1, 1]] * 4, 0)
+    plain = job.run()[0]
+    loop = make_job(name, {}, THREE, [[1, 1, 1]] * 4, 0)
+    cluster = loop.run()[1]
+    assert job.differences() == loop.differences() == []
+    with blocks_of(loop.block):
+        assert differences(plain, cluster) != []

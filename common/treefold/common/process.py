@@ -1,4 +1,7 @@
-"""Figures of the running process for heartbeats: memory and processor time."""
+"""Figures of the running process for heartbeats: memory, processor time, and what time was spent on."""
+
+import time
+from types import TracebackType
 
 import psutil
 
@@ -22,3 +25,42 @@ class ProcessFigures:
         self.rss_bytes = self._process.memory_info().rss
         self.cpu_percent = self._process.cpu_percent()
         return True
+
+
+class Spent:
+    """How long a process did what, in nanoseconds by name. Each name is added to by one thread only."""
+
+    def __init__(self) -> None:
+        self.ns: dict[str, int] = {}
+
+    def add(self, what: str, ns: int) -> None:
+        """Count ``ns`` more for ``what``."""
+        self.ns[what] = self.ns.get(what, 0) + ns
+
+    def on(self, what: str) -> "Stopwatch":
+        """A context that counts the time spent in it."""
+        return Stopwatch(self, what)
+
+
+class Stopwatch:
+    """Counts the time between entering and leaving for one name of a `Spent`."""
+
+    __slots__ = ("_began_ns", "_spent", "_what")
+
+    def __init__(self, spent: Spent, what: str) -> None:
+        self._spent = spent
+        self._what = what
+        self._began_ns = 0
+
+    def __enter__(self) -> None:
+        """Start counting."""
+        self._began_ns = time.perf_counter_ns()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop counting."""
+        self._spent.add(self._what, time.perf_counter_ns() - self._began_ns)

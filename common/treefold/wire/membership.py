@@ -87,6 +87,7 @@ class Vitals:
     waiting: str = ""
     rss_bytes: int = 0
     cpu_percent: float = 0.0
+    spent_ns: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -209,6 +210,7 @@ class Membership:
             v.waiting,
             v.rss_bytes,
             v.cpu_percent,
+            dict(v.spent_ns),
         )
 
     def _register(self) -> Register:

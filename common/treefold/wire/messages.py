@@ -34,6 +34,7 @@ PartNumber = Annotated[int, Meta(ge=0, lt=PARTS_MAX)]
 Round = Annotated[int, Meta(ge=-1, lt=1 << 62)]
 Active = Annotated[int, Meta(ge=1, le=SLOTS_MAX)]
 Address = Annotated[str, Meta(max_length=1_024)]
+Spent = Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)]
 State = Annotated[bytes, Meta(max_length=STATE_BYTES_MAX)]
 
 INITIAL_ROUND = -1  # the "round" that brings initial values and makes version 0
@@ -195,6 +196,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     waiting: Text
     rss_bytes: Count
     cpu_percent: float
+    spent_ns: Spent = {}
 
 
 class HeartbeatSeen(Message, tag=5, frozen=True):

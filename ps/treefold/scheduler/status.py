@@ -71,6 +71,7 @@ def _member(core: SchedulerCore, state: MemberState, now_ns: int) -> dict[str, o
         "waiting": beat.waiting if beat else "",
         "rss_bytes": beat.rss_bytes if beat else 0,
         "cpu_percent": beat.cpu_percent if beat else 0.0,
+        "spent_s": {k: round(ns / 1e9, 6) for k, ns in beat.spent_ns.items()} if beat else {},
     }
 
 

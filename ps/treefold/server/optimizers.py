@@ -5,13 +5,13 @@ knows shards or flat spaces: a parameter is a tensor, and it may be cut into sev
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
-from treefold.common.errors import DataError
+from treefold.common.errors import DataError, UnsupportedError
 from treefold.common.optim import PINNED, complete_hyper, default_hyper, optimizer_class
 from treefold.common.spec import Hyper, HyperValue, OptimizerSpec
 
@@ -85,6 +85,33 @@ def apply_hyper(optimizer: Optimizer, groups: Sequence[Hyper]) -> None:
         group.update(_torch_values(hyper))
 
 
+def step(optimizer: Optimizer) -> None:
+    """Step every parameter that has a gradient.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Made by `build`.
+
+    Raises
+    ------
+    UnsupportedError
+        If torch cannot take this step; no parameter is changed then.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        if isinstance(optimizer, SGD) and group["fused"] and group["momentum"]:
+            stepped = [p for p in group["params"] if p.grad is not None]
+            first = [p for p in stepped if not optimizer.state.get(p)]
+            if first and len(first) < len(stepped):
+                text = (
+                    f"param group {number}: {len(first)} of {len(stepped)} parameters get their "
+                    "first gradient later than the others, which torch.optim.SGD with momentum and "
+                    "fused=True cannot step; leave out fused=True"
+                )
+                raise UnsupportedError(text)
+    optimizer.step()
+
+
 def split_parameter(
     optimizer: Optimizer, parameter: nn.Parameter, values: Sequence[Tensor]
 ) -> list[nn.Parameter]:
@@ -97,7 +124,7 @@ def split_parameter(
     parameter : Parameter, float32 [n]
         One of the optimizer's parameters.
     values : sequence of Tensor, float32 [n_i]
-        Consecutive views of it that cover it; they become the new parameters.
+        Consecutive views of it that cover it, made by `rebased_view`; the new parameters.
 
     Returns
     -------
@@ -107,9 +134,7 @@ def split_parameter(
     """
     pieces = [nn.Parameter(value) for value in values]
     state = optimizer.state.pop(parameter, {})
-    bounds = [0]
-    for piece in pieces:
-        bounds.append(bounds[-1] + piece.numel())
+    bounds = [0, *accumulate(piece.numel() for piece in pieces)]
     if state:
         for piece, (start, stop) in zip(pieces, pairwise(bounds), strict=True):
             optimizer.state[piece] = slice_state(state, start, stop)
@@ -138,10 +163,31 @@ def slice_state(state: dict[str, object], start: int, stop: int) -> dict[str, ob
     return {key: _slice(value, start, stop) for key, value in state.items()}
 
 
+def rebased_view(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Some elements of a flat tensor, as a tensor that begins its own storage.
+
+    Adding a sparse tensor to a view, as SparseAdam does to parameters and state, counts the view's
+    storage offset twice (torch 2.13 on CPU) and so writes beside it, or outside of all memory.
+
+    Parameters
+    ----------
+    tensor : Tensor, float32 [n]
+        Without autograd history.
+    start, stop : int
+        Which elements.
+
+    Returns
+    -------
+    Tensor, float32 [stop - start]
+        The same memory; its ``storage_offset()`` is 0.
+    """
+    return torch.from_numpy(tensor.numpy()[start:stop])
+
+
 def _slice(value: object, start: int, stop: int) -> object:
     if not isinstance(value, Tensor):
         return value
-    return value.clone() if value.dim() == 0 else value[start:stop]
+    return value.clone() if value.dim() == 0 else rebased_view(value, start, stop)
 
 
 def _complete(name: str, groups: Sequence[Hyper], wanted: int) -> list[Hyper]:

@@ -23,7 +23,14 @@ from treefold.common.errors import DataError
 from treefold.common.layout import Layout, Piece, ShardSpan
 from treefold.common.optim import placement_of
 from treefold.common.spec import BUFFER_GROUP, Hyper, Placement, Rule, TableSpec
-from treefold.server.optimizers import apply_hyper, build, slice_state, split_parameter
+from treefold.server.optimizers import (
+    apply_hyper,
+    build,
+    rebased_view,
+    slice_state,
+    split_parameter,
+    step,
+)
 
 SUM_ELEMENTS = 16_384
 """Elements summed at once for a norm: from 32,768 on torch cuts a sum by its number of threads."""
@@ -215,7 +222,9 @@ class ShardState:
         Raises
         ------
         DataError
-            If anything does not fit the table; nothing is changed then.
+            If anything does not fit the table.
+        UnsupportedError
+            If torch cannot take this step. In both cases the version stays as it was.
         """
         self._refuse_constant()
         is_changed = list(absent) != self._absent
@@ -228,9 +237,13 @@ class ShardState:
             self._mark_absent(ranges)
             self._absent = list(absent)
         for run in self._runs:
-            self._prepare(run, coefficient)
+            if run.parameter is not None:
+                run.parameter.grad = None if run.is_absent else self._scaled(run, coefficient)
         if self._optimizer is not None:
-            self._optimizer.step()
+            step(self._optimizer)
+        for run in self._runs:
+            if run.parameter is None and not run.is_absent:
+                run.values.copy_(run.gradient)
 
     def copy_to(self, out: Tensor) -> None:
         """Copy the newest version.
@@ -302,8 +315,9 @@ class ShardState:
         return runs
 
     def _run(self, group: int, start: int, stop: int) -> _Run:
-        where = slice(start - self._start, stop - self._start)
-        return _Run(group, start, stop, self._master[where], self._gradient[where])
+        where = start - self._start, stop - self._start
+        values, gradient = rebased_view(self._master, *where), self._gradient[slice(*where)]
+        return _Run(group, start, stop, values, gradient)
 
     def _refuse_cut(self, piece: Piece) -> None:
         tensor = self.spec.tensors[piece.tensor]
@@ -334,8 +348,9 @@ class ShardState:
                 raise DataError(self._text(text))
         if spec is None:
             return None
-        if placement_of(spec.name) is Placement.TENSORWISE and not self._is_whole:
-            raise DataError(self._text(f"{spec.name} needs tensorwise placement"))
+        if placement_of(spec.name, spec.groups) is Placement.TENSORWISE and not self._is_whole:
+            text = f"{spec.name} with {spec.groups} needs tensorwise placement"
+            raise DataError(self._text(text))
         groups: list[list[nn.Parameter]] = [[] for _ in range(count)]
         for run in self._runs:
             if run.group != BUFFER_GROUP:
@@ -385,19 +400,11 @@ class ShardState:
                 cut.parameter = parameter
         return cuts
 
-    def _prepare(self, run: _Run, coefficient: float) -> None:
-        """Set a buffer to its folded value; give a parameter its gradient."""
-        if run.parameter is None:
-            if not run.is_absent:
-                run.values.copy_(run.gradient)
-        elif run.is_absent:
-            run.parameter.grad = None
-        elif isinstance(self._optimizer, SparseAdam):
-            run.parameter.grad = _touched(run.gradient, coefficient)
-        else:
-            if coefficient != 1.0:
-                run.gradient.mul_(coefficient)
-            run.parameter.grad = run.gradient
+    def _scaled(self, run: _Run, coefficient: float) -> Tensor:
+        """The run's gradient as its optimizer wants it."""
+        if isinstance(self._optimizer, SparseAdam):
+            return _touched(run.gradient, coefficient)
+        return run.gradient if coefficient == 1.0 else run.gradient.mul_(coefficient)
 
 
 def _touched(gradient: Tensor, coefficient: float) -> Tensor:

@@ -15,7 +15,7 @@ from treefold.common.errors import DataError, UnsupportedError
 from treefold.common.fold import fold
 from treefold.common.ledger import VersionRecord, Writer
 from treefold.common.log import logger
-from treefold.common.process import ProcessFigures
+from treefold.common.process import ProcessFigures, Spent
 from treefold.common.seeds import random_number
 from treefold.server.core import ServerCore, ServerLimits
 from treefold.server.effects import (
@@ -92,6 +92,7 @@ class ServerShell:
         self._own: dict[int, None] = {}
         self._halt: Halt | None = None
         self._figures = ProcessFigures()
+        self._spent = Spent()
         self._log = logger("server")
         self._ledger: Writer | None = None
         self._is_drain_asked = False
@@ -104,6 +105,7 @@ class ServerShell:
             if self._figures.sample(time.monotonic_ns()):
                 vitals.rss_bytes = self._figures.rss_bytes
                 vitals.cpu_percent = self._figures.cpu_percent
+                vitals.spent_ns = self._spent.ns
             if self._is_drain_asked:
                 self._is_drain_asked = False
                 self._loop.feed(ServerDrainAsked())
@@ -126,7 +128,8 @@ class ServerShell:
             case Send():
                 return self._send(effect)
             case FoldPayloads():
-                self._fold(effect)
+                with self._spent.on("fold"):
+                    self._fold(effect)
             case ReleasePayload(payload):
                 self._release(payload)
             case OpenShard() | ComputeNorm() | PublishVersion():
@@ -201,11 +204,12 @@ class ServerShell:
             return
         self._placed[key] = round_
         state = self._states[key]
-        for part, root in enumerate(roots):
-            if root is None:
-                state.clear_gradient(part)
-            else:
-                state.gradient_part(part).copy_(self._loop.payloads.get(root))
+        with self._spent.on("fold"):
+            for part, root in enumerate(roots):
+                if root is None:
+                    state.clear_gradient(part)
+                else:
+                    state.gradient_part(part).copy_(self._loop.payloads.get(root))
 
     def _publish(self, effect: PublishVersion) -> None:
         key = (effect.table, effect.shard)
@@ -218,12 +222,14 @@ class ServerShell:
             self._place_roots(key, effect.meta.round, effect.roots)
             limit = effect.meta.norm_max
             coefficient = clip_coefficient(limit, effect.norm) if limit > 0 else 1.0
-            state.step(effect.meta.groups, effect.absent, coefficient)
+            with self._spent.on("optimizer"):
+                state.step(effect.meta.groups, effect.absent, coefficient)
         for root in effect.roots:
             if root is not None:
                 self._release(root)
         out = self._hub.pool.take(state.parts[-1][1] - state.parts[0][0])
-        state.copy_to(out)
+        with self._spent.on("publish"):
+            state.copy_to(out)
         self._published[(*key, effect.version)] = out
 
     def _record(self, effect: RecordVersion) -> None:

@@ -6,6 +6,7 @@
 import itertools
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from treefold.common.config import Settings
 from treefold.common.errors import ConfigError, LocalProtocolError
 from treefold.common.ledger import SamplesRecord, Writer
 from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.process import Spent
 from treefold.common.spec import Hyper, TableSpec
 from treefold.wire.messages import Outcome
 from treefold.worker import effects
@@ -115,7 +117,7 @@ class Client:
         self._pid = os.getpid()
         self._is_closed = False
         self._waits_for = ""
-        self._is_drain_asked = False
+        self._task_ns = self._pushed_ns = 0
         self._shell.start()
 
     # ---- who we are ---------------------------------------------------------------------------
@@ -200,7 +202,8 @@ class Client:
         newest: dict[int, Snapshot] = {}
         while True:
             call = next(self._calls)
-            answer = self._call(call, effects.TaskCalled(call), "next_task")
+            with self.spent.on("wait"):
+                answer = self._call(call, effects.TaskCalled(call), "next_task")
             newest |= {item.snapshot.table: _snapshot(item) for item in answer.tensors}
             snapshots = list(newest.values())
             if isinstance(answer.value, effects.LoopEnd):
@@ -209,6 +212,7 @@ class Client:
                     raise SystemExit(0)
                 return LoopEnd(answer.value.version, snapshots)
             if isinstance(answer.value, effects.Task) and answer.value.slot != STANDING_BY:
+                self._task_ns, self._pushed_ns = time.perf_counter_ns(), self._not_computing_ns()
                 return Task(answer.value.round, answer.value.slot, snapshots)
 
     def scratch(self, elements: int) -> torch.Tensor:
@@ -245,6 +249,8 @@ class Client:
             For every table with an optimizer; used if this is slot 0.
         """
         self._shell.post(effects.SlotFinished(task.round, task.slot, metas))
+        took_ns = time.perf_counter_ns() - self._task_ns
+        self.spent.add("compute", took_ns - (self._not_computing_ns() - self._pushed_ns))
 
     def record_samples(self, task: Task, samples: Sequence[int]) -> None:
         """Write down which samples a slot has, if the job keeps a ledger."""
@@ -259,6 +265,14 @@ class Client:
         """Figures for the progress display: samples so far, and the last loss."""
         finite = loss if loss is not None and math.isfinite(loss) else None
         self._shell.post(effects.Reported(samples, finite))
+
+    @property
+    def spent(self) -> Spent:
+        """What this worker's time went into: compute, push, fold, pull, wait."""
+        return self._shell.spent
+
+    def _not_computing_ns(self) -> int:
+        return self.spent.ns.get("push", 0) + self.spent.ns.get("pull", 0)
 
     # ---- push, pull, wait ---------------------------------------------------------------------
 
@@ -329,7 +343,6 @@ class Client:
 
     def drain(self) -> None:
         """Stop after the current slot. May be called from a signal handler of the training thread."""
-        self._is_drain_asked = True
         self._shell.post(effects.DrainAsked())
         if self._waits_for in ("declare", "enter_loop"):
             raise SystemExit(0)

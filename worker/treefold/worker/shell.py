@@ -18,7 +18,7 @@ import zmq
 from treefold.common.config import Settings
 from treefold.common.fold import fold
 from treefold.common.log import logger
-from treefold.common.process import ProcessFigures
+from treefold.common.process import ProcessFigures, Spent
 from treefold.common.seeds import random_number
 from treefold.transport.loop import Loop
 from treefold.transport.sockets import (
@@ -97,6 +97,7 @@ class WorkerShell:
         self._initials: dict[str, torch.Tensor] = {}
         self._own: dict[int, None] = {}
         self._figures = ProcessFigures()
+        self.spent = Spent()
         self._log = logger("worker")
         self._is_closing = False
         self._crash: Exception | None = None
@@ -140,6 +141,7 @@ class WorkerShell:
                     vitals = self.core.membership.vitals
                     vitals.rss_bytes = self._figures.rss_bytes
                     vitals.cpu_percent = self._figures.cpu_percent
+                    vitals.spent_ns = self.spent.ns
                 self._loop.turn(_peer_of)
             self._take_events()
         except Exception as error:  # noqa: BLE001 - whatever it is, the training thread must hear of it
@@ -167,7 +169,8 @@ class WorkerShell:
                 self._send(effect)
             case FoldPayloads(left, right):
                 values = self._loop.payloads.get(left)
-                fold(values, self._loop.payloads.get(right), values)
+                with self.spent.on("fold"):
+                    fold(values, self._loop.payloads.get(right), values)
                 self._release(right)
             case ReleasePayload(payload):
                 self._release(payload)

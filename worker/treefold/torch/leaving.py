@@ -1,0 +1,69 @@
+"""How a script ends: as done, or as failed and with which error. Watches, and changes nothing."""
+
+import atexit
+import os
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn
+
+from treefold.wire.messages import Outcome
+
+Leave = Callable[[Outcome, str], None]
+
+
+class ExitWatch:
+    """Calls ``leave`` once when the interpreter ends, with what the script ended with.
+
+    Parameters
+    ----------
+    leave : callable
+        Called with the outcome and one line of text.
+
+    Notes
+    -----
+    An exit status is seen if it is given to ``sys.exit``; a bare ``raise SystemExit(n)`` passes
+    every hook of the interpreter unseen and counts as done here, though not for the process itself.
+    """
+
+    def __init__(self, leave: Leave) -> None:
+        self._leave = leave
+        self._failure = ""
+        self._pid = os.getpid()
+        self._hook = sys.excepthook
+        self._exit = sys.exit
+
+    def install(self) -> None:
+        """Begin to watch."""
+        self._hook, self._exit = sys.excepthook, sys.exit
+        sys.excepthook = self.on_exception
+        sys.exit = self.on_exit
+        atexit.register(self.on_end)
+
+    def remove(self) -> None:
+        """Stop watching."""
+        atexit.unregister(self.on_end)
+        if sys.excepthook == self.on_exception:
+            sys.excepthook = self._hook
+        if sys.exit == self.on_exit:
+            sys.exit = self._exit
+
+    def on_exception(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """Note what the script failed with, and let it be shown as always."""
+        lines = str(error).strip().splitlines()
+        self._failure = f"{kind.__name__}: {lines[0]}" if lines else kind.__name__
+        self._hook(kind, error, trace)
+
+    def on_exit(self, status: str | int | None = None) -> NoReturn:
+        """Note with which status the script wants to end."""
+        self._failure = "" if status in (None, 0) else f"exit status {status}"
+        self._exit(status)
+
+    def on_end(self) -> None:
+        """Leave the cluster. A forked process has nothing to leave."""
+        if os.getpid() != self._pid:
+            return
+        outcome = Outcome.FAILED if self._failure else Outcome.DONE
+        self._leave(outcome, self._failure)

@@ -1,0 +1,97 @@
+"""The parameters of one version, for evaluation and for files."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from treefold.common.errors import ConfigError, LocalProtocolError
+from treefold.torch import session
+from treefold.torch.table import Table
+
+
+def state_dict() -> dict[str, Tensor]:
+    """The model at the version that this worker is at; between loops the same on every worker.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Copies, in the dtypes and on the devices of the model, under the names of
+        ``model.state_dict()``, so that ``load_state_dict`` takes it; tied weights stand under each
+        of their names. With several models the names begin with the table's: ``model.``,
+        ``model-1.`` and so on. In a loop body buffers are those that the round began with.
+
+    Raises
+    ------
+    LocalProtocolError
+        There is no `DistributedOptimizer` yet.
+    """
+    models = _models()
+    if len(models) == 1:
+        ((_, tables),) = models
+        return _values(tables)
+    return {
+        f"{tables[0].options.name}.{name}": value
+        for _, tables in models
+        for name, value in _values(tables).items()
+    }
+
+
+def save(path: str | os.PathLike[str]) -> None:
+    """Write `state_dict` to a safetensors file, which appears whole or not at all.
+
+    Parameters
+    ----------
+    path : str or path
+        The file; its folder must exist. The round is in the file's metadata.
+
+    Raises
+    ------
+    ConfigError
+        There is no such folder.
+    LocalProtocolError
+        There is no `DistributedOptimizer` yet.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        msg = f"cannot save to {target}: there is no folder {target.parent}"
+        raise ConfigError(msg)
+    tensors = {name: value.contiguous() for name, value in state_dict().items()}
+    metadata = {"format": "pt", "round": str(session.current().round)}
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    unfinished = Path(name)
+    try:
+        save_file(tensors, unfinished, metadata)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _models() -> list[tuple[nn.Module, list[Table]]]:
+    """Each model once, with its tables."""
+    found: list[tuple[nn.Module, list[Table]]] = []
+    for table in session.current().tables:
+        model = table.owned.model
+        known = next((tables for other, tables in found if other is model), None)
+        if known is None:
+            found.append((model, [table]))
+        else:
+            known.append(table)
+    if not found:
+        raise LocalProtocolError("make a ps.DistributedOptimizer first; there are no parameters yet")
+    return found
+
+
+def _values(tables: list[Table]) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    for name, value in tables[0].owned.model.state_dict().items():
+        if isinstance(value, Tensor):
+            values[name] = value.detach().clone()
+    for table in tables:
+        for name, value in table.buffers.round_values().items():
+            if name in values:
+                values[name] = value.clone()
+    return values

@@ -1,0 +1,337 @@
+"""The job as this process takes part in it: one connection, its tables, where the script stands.
+
+There is one session at a time, from `init` to `shutdown` or the end of the process. Here it is
+decided what the script may call when; tensors and sockets are for others.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+
+from treefold.common.config import Settings, load
+from treefold.common.errors import ConfigError, JobFailedError, LocalProtocolError
+from treefold.common.plan import LoopPlan, PlanKind
+from treefold.torch.embedded import connect_embedded
+from treefold.torch.leaving import ExitWatch
+from treefold.torch.progress import LossWatch
+from treefold.torch.pushing import Overlap
+from treefold.torch.randomness import seed_all, seed_between_loops
+from treefold.torch.table import Table
+from treefold.wire.messages import Outcome
+from treefold.worker.client import Client, LoopEnd, Task
+
+
+class Mode(Enum):
+    """How the script reads its data; decided by what it does first."""
+
+    UNDECIDED = auto()
+    SLOTS = auto()  # `batches`
+    LOADER = auto()  # its own loader: every step is a round, every worker one slot
+
+
+@dataclass(slots=True)
+class Progress:
+    """What is shown of this worker."""
+
+    watch: LossWatch = field(default_factory=LossWatch)
+    samples: int = 0
+
+
+class Session:
+    """One worker's part in a job.
+
+    Parameters
+    ----------
+    client : Client
+        The connection.
+    settings : Settings
+        The job's.
+
+    Attributes
+    ----------
+    tables : list of Table
+        In the order in which their optimizers were made.
+    plan : LoopPlan or None
+        The pass in progress.
+    task : Task or None
+        The slot whose loop body is running.
+    round : int
+        The round of that slot; between loops, the next one.
+    slots_held : list of int
+        The slots that this worker computed in the last round it saw.
+    """
+
+    def __init__(self, client: Client, settings: Settings) -> None:
+        self.client = client
+        self.settings = settings
+        self.tables: list[Table] = []
+        self.mode = Mode.UNDECIDED
+        self.plan: LoopPlan | None = None
+        self.task: Task | None = None
+        self.round = 0
+        self.loops = 0
+        self.next_round = 0
+        self.slots_held: list[int] = []
+        self.progress = Progress()
+        self._taken: dict[int, None] = {}
+
+    # ---- tables ----------------------------------------------------------------------------------
+
+    def check_can_declare(self) -> None:
+        """Refuse new tables once training has begun."""
+        if self.mode is not Mode.UNDECIDED:
+            text = "make every ps.DistributedOptimizer before the first loop or step"
+            raise LocalProtocolError(text)
+
+    def is_taken(self, tensor: Tensor) -> bool:
+        """Whether a tensor belongs to a table already."""
+        return id(tensor) in self._taken
+
+    def add(self, table: Table) -> None:
+        """Take in a declared table."""
+        self.tables.append(table)
+        bound = table.bound
+        for tensor in [*bound.parameters, *bound.buffers, *bound.opaque]:
+            self._taken[id(tensor.current)] = None
+
+    # ---- passes over the data --------------------------------------------------------------------
+
+    def check_can_loop(self) -> None:
+        """Refuse a new pass while one is running, without an optimizer, or beside an own loader."""
+        if not self.tables:
+            text = "make a ps.DistributedOptimizer before the first ps.batches()"
+            raise LocalProtocolError(text)
+        if self.mode is Mode.LOADER:
+            text = (
+                "optimizer.step() was called outside of ps.batches() before, so this job reads its "
+                "data with its own loader; one job cannot do both"
+            )
+            raise LocalProtocolError(text)
+        if self.plan is not None:
+            text = (
+                f"the loop over ps.batches() number {self.plan.index} has not ended: it is in round "
+                f"{self.round} of {self.plan.first_round} to {self.plan.end_round - 1}. A loop must "
+                "run to its end, and not inside of another one; to make it shorter, pass "
+                "max_rounds= instead of using break"
+            )
+            raise LocalProtocolError(text)
+
+    def begin_loop(self, plan: LoopPlan) -> None:
+        """Enter a pass over the data with every other worker."""
+        self.check_can_loop()
+        self.mode = Mode.SLOTS
+        for table in self.tables:
+            table.begin_loop()
+        self.client.enter_loop(plan)
+        self.plan = plan
+        self.loops += 1
+        self.next_round = plan.end_round
+
+    def next_slot(self, plan: LoopPlan) -> Task | None:
+        """Wait for the next slot and load what it needs; None if the pass is over."""
+        reply = self.client.next_task()
+        self._load(reply)
+        if isinstance(reply, LoopEnd):
+            self._end_loop(plan, reply)
+            return None
+        self._note_slot(reply)
+        self.task = reply
+        self.round = reply.round
+        for table in self.tables:
+            table.begin_slot(reply, plan)
+        return reply
+
+    def end_slot(self, samples: int) -> None:
+        """Contribute what is left of the slot and finish it.
+
+        Parameters
+        ----------
+        samples : int
+            Samples that it had.
+        """
+        task, plan = self.task, self.plan
+        if task is None or plan is None:
+            return
+        metas = {table.number: table.end_slot(task, plan) for table in self.tables}
+        self.client.finish_slot(task, metas)
+        self.task = None
+        self.progress.samples += samples
+        self.client.report(self.progress.samples, self.progress.watch.read())
+
+    def _load(self, reply: Task | LoopEnd) -> None:
+        by_number = {table.number: table for table in self.tables}
+        for snapshot in reply.snapshots:
+            by_number[snapshot.table].load(snapshot)
+
+    def _note_slot(self, task: Task) -> None:
+        if task.round != self.round:
+            self.slots_held = []
+        if task.slot not in self.slots_held:
+            self.slots_held.append(task.slot)
+
+    def _end_loop(self, plan: LoopPlan, end: LoopEnd) -> None:
+        for table in self.tables:
+            table.end_loop(is_exact=end.version == plan.end_round)
+        self.plan = None
+        self.round = plan.end_round
+        seed_between_loops(self.settings.seed, plan.end_round)
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    def step(self, table: Table) -> None:
+        """Take part in a step: within `batches` with this slot, otherwise as a round of its own."""
+        if self.mode is Mode.SLOTS:
+            if self.task is None:
+                text = (
+                    "optimizer.step() was called outside of the body of the loop over ps.batches(), "
+                    "where there is no round that it could be part of"
+                )
+                raise LocalProtocolError(text)
+            table.step()
+            return
+        if self.mode is Mode.UNDECIDED:
+            self._begin_loader()
+        table.step()
+        self.end_slot(samples=0)
+        self._next_loader_task()
+
+    def check_can_clip(self, table: Table) -> None:
+        """Refuse a norm limit that comes too late for the round."""
+        if self.task is not None and table.pushing.is_stepped:
+            raise LocalProtocolError("call ps.clip_grad_norm before optimizer.step(), not after it")
+        if self.mode is Mode.SLOTS and self.task is None:
+            text = "ps.clip_grad_norm belongs into the body of the loop over ps.batches()"
+            raise LocalProtocolError(text)
+
+    def _begin_loader(self) -> None:
+        limits = [table.norm_max for table in self.tables]
+        size = self.client.size
+        plan = LoopPlan(PlanKind.LOADER, 0, 0, 0, size, 0, size, 0, False, 0)
+        self.client.enter_loop(plan)
+        self.mode = Mode.LOADER
+        self.plan = plan
+        if len(self.tables) > 1:
+            for table in self.tables:
+                table.pushing.overlap = Overlap.OFF
+        self._next_loader_task()
+        for table, limit in zip(self.tables, limits, strict=True):
+            table.norm_max = limit
+
+    def _next_loader_task(self) -> None:
+        if self.plan is None:
+            raise LocalProtocolError("no loop of an own loader was begun")
+        if self.next_slot(self.plan) is None:
+            raise JobFailedError("the job ended while this worker still had data")
+
+
+class _Current:
+    """Holds the session of this process."""
+
+    session: Session | None = None
+    exit_watch: ExitWatch | None = None
+
+
+def init(
+    slots: int | None = None,
+    seed: int | None = None,
+    *,
+    scheduler: str | None = None,
+    threads: int = 1,
+) -> None:
+    """Join the cluster, or start one inside this process if no scheduler's address is set.
+
+    Seeds torch, numpy and `random` with the job's seed, so that every worker builds the same model.
+
+    Parameters
+    ----------
+    slots : int, optional
+        V, the slots of a round; ``TREEFOLD_SLOTS`` or 8 if not given.
+    seed : int, optional
+        The job's seed; ``TREEFOLD_SEED`` or 0 if not given.
+    scheduler : str, optional
+        The scheduler's address; ``TREEFOLD_SCHEDULER`` if not given.
+    threads : int
+        Threads that torch may compute with; all workers need the same number, since it can change
+        the bits of a sum. 0 leaves torch's own setting alone.
+
+    Raises
+    ------
+    LocalProtocolError
+        It was called before.
+    ConfigError
+        A setting is wrong.
+    """
+    if _Current.session is not None:
+        raise LocalProtocolError("ps.init() was called already; a process takes part in one job")
+    if threads < 0:
+        msg = f"threads is {threads}; it is a number of threads, or 0 for torch's own setting"
+        raise ConfigError(msg)
+    arguments = {"slots": slots, "seed": seed, "scheduler": scheduler}
+    settings = load(arguments).settings
+    client = _connect(settings)
+    if threads:
+        torch.set_num_threads(threads)
+    seed_all(settings.seed)
+    _Current.session = Session(client, settings)
+    _Current.session.progress.watch.install()
+    _Current.exit_watch = ExitWatch(_leave)
+    _Current.exit_watch.install()
+
+
+def shutdown() -> None:
+    """Leave the cluster, as done. The end of the script does it too; twice does no harm."""
+    if _Current.session is not None:
+        _leave(Outcome.DONE, "")
+
+
+def current() -> Session:
+    """The session of this process.
+
+    Raises
+    ------
+    LocalProtocolError
+        There is none.
+    """
+    if _Current.session is None:
+        raise LocalProtocolError("call ps.init() first")
+    return _Current.session
+
+
+def rank() -> int:
+    """This worker's rank: 0 up to the number of workers, and beyond for those that joined later."""
+    return current().client.rank
+
+
+def size() -> int:
+    """How many workers form the cluster."""
+    return current().client.size
+
+
+def is_chief() -> bool:
+    """Whether this is the live worker of the lowest rank: the one to print and to save."""
+    return current().client.is_chief
+
+
+def round_number() -> int:
+    """The current round: in a loop body that of its slot, between loops the one that comes next."""
+    return current().round
+
+
+def _connect(settings: Settings) -> Client:
+    return Client(settings) if settings.scheduler else connect_embedded(settings)
+
+
+def _leave(outcome: Outcome, text: str) -> None:
+    """End the session whatever happens on the way out."""
+    job, watch = _Current.session, _Current.exit_watch
+    _Current.session = _Current.exit_watch = None
+    if watch is not None:
+        watch.remove()
+    if job is None:
+        return
+    job.progress.watch.remove()
+    for table in job.tables:
+        table.pushing.gradients.close()
+    job.client.leave(outcome, text)

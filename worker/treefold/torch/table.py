@@ -1,0 +1,327 @@
+"""One DistributedOptimizer's share of the job: its tensors, its state, and how a slot uses them.
+
+Loads versions into the model, begins and ends slots, and hands contributions to the client. When
+which of it happens is the session's business.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer, SparseAdam
+
+from treefold.common.errors import CapacityError, LocalProtocolError
+from treefold.common.layout import Layout
+from treefold.common.optim import hyper_of
+from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.spec import Hyper
+from treefold.torch.binding import (
+    BoundModel,
+    BoundTensor,
+    flat_values,
+    frozen_spec,
+    table_spec,
+)
+from treefold.torch.buffers import BufferMode, Buffers
+from treefold.torch.pushing import Pushing, TablePort
+from treefold.torch.schedules import Schedule, Schedules
+from treefold.wire.messages import STATE_BYTES_MAX
+from treefold.worker.client import Client, SlotMeta, Snapshot, Task
+
+
+class RoundState(msgspec.Struct, frozen=True, array_like=True):
+    """What a round starts from beside the tensors; made by slot 0 of the round before.
+
+    Attributes
+    ----------
+    schedule : Schedule
+        Hyper-parameters and learning-rate schedulers.
+    moving : list of int
+        The float buffers that fold to the mean.
+    opaque : dict of int to bytes
+        Other buffers, where they differ from what the script began with.
+    """
+
+    schedule: Schedule
+    moving: list[int]
+    opaque: dict[int, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class TableOptions:
+    """What the user chose for one DistributedOptimizer."""
+
+    name: str
+    is_overlapped: bool
+    buffers: BufferMode
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """The user's objects that a table belongs to: optimizer, its wrapper, model."""
+
+    inner: Optimizer
+    outer: Optimizer
+    model: nn.Module
+
+
+class Table:
+    """One table of the job, as its worker uses it.
+
+    Parameters
+    ----------
+    client : Client
+        The connection.
+    owned : Owned
+        The user's objects.
+    bound : BoundModel
+        The tensors.
+    options : TableOptions
+        What the user chose.
+
+    Attributes
+    ----------
+    norm : float or None
+        Global gradient norm of the last completed round, None if none was asked for.
+    norm_max : float
+        Limit for that of the round in work, 0 for none.
+    """
+
+    def __init__(
+        self, client: Client, owned: Owned, bound: BoundModel, options: TableOptions
+    ) -> None:
+        self.owned = owned
+        self.bound = bound
+        self.options = options
+        self.norm: float | None = None
+        self.norm_max = 0.0
+        self._client = client
+        folded = [] if options.buffers is BufferMode.LOCAL else bound.buffers
+        self._tensors: list[BoundTensor] = [*bound.parameters, *folded]
+        spec = table_spec(options.name, owned.inner, self._tensors)
+        self.layout = Layout(spec)
+        self.buffers = Buffers(folded, bound.opaque, options.buffers)
+        self.schedules = Schedules(owned.inner, owned.outer)
+        self._groups: list[Hyper] = []
+        self._state: RoundState | None = None
+        self._loop_start: Schedule | None = None
+        self._versions: list[int] = []
+        initial = flat_values(self._tensors, self.layout.starts, self.layout.elements)
+        snapshot = client.declare(spec, initial)
+        self.number = snapshot.table
+        self.parameters = [_parameter(tensor) for tensor in bound.parameters]
+        names = [tensor.name for tensor in bound.parameters]
+        self.pushing = Pushing(
+            TablePort(client, self.number, self.layout),
+            list(zip(names, self.parameters, strict=True)),
+            options.is_overlapped,
+            isinstance(owned.inner, SparseAdam),
+        )
+        self.load(snapshot)
+        self.buffers.reset()
+
+    # ---- versions --------------------------------------------------------------------------------
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Take in a version: parameters at once, buffers and schedulers when the next slot begins.
+
+        Parameters
+        ----------
+        snapshot : Snapshot
+            Of this table; released afterwards.
+        """
+        copy_parameters(snapshot, self.layout, self.parameters)
+        count = len(self.parameters)
+        for start, stop, values in snapshot.parts:
+            for piece in self.layout.pieces(start, stop):
+                if piece.tensor >= count:
+                    stretch = values[piece.start - start : piece.stop - start]
+                    self.buffers.load_float(piece.tensor - count, piece.offset, stretch)
+        self.norm = None if math.isnan(snapshot.norm) else snapshot.norm
+        if snapshot.state:
+            self._state = msgspec.msgpack.decode(snapshot.state, type=RoundState)
+            self.buffers.moving = self._state.moving
+            self.buffers.load_opaque(self._state.opaque)
+        snapshot.release()
+        self._versions = [parameter._version for parameter in self.parameters]
+
+    # ---- loops and slots -------------------------------------------------------------------------
+
+    def begin_loop(self) -> None:
+        """Note what the script made of schedulers and hyper-parameters before this loop."""
+        self.schedules.scan()
+        self._loop_start = self.schedules.capture()
+
+    def begin_slot(self, task: Task, plan: LoopPlan) -> None:
+        """Give the script the state that the round started from."""
+        is_leased = plan.kind is PlanKind.SLOTS
+        if is_leased:
+            self._restore_schedule(task, plan)
+            self.buffers.reset()
+        self.norm_max = 0.0
+        self._groups = []
+        self.pushing.begin(task, share_of(task, plan), is_stale_allowed=not is_leased)
+
+    def step(self) -> None:
+        """Contribute the slot's gradients; the round uses the hyper-parameters of this moment."""
+        if self.pushing.is_stepped:
+            text = (
+                "optimizer.step() was called twice in one loop body; a body is one slot of a round "
+                "and takes part in one step"
+            )
+            raise LocalProtocolError(text)
+        self._check_unmoved()
+        self._groups = hyper_of(self.owned.inner)
+        self.pushing.step()
+
+    def end_slot(self, task: Task, plan: LoopPlan) -> SlotMeta:
+        """Contribute what is left, and say what the next round starts from.
+
+        Returns
+        -------
+        SlotMeta
+            Its state is empty but for slot 0, whose alone counts.
+        """
+        self.pushing.end(self.buffers.shares(task.slot, share_of(task, plan)))
+        groups = self._groups or hyper_of(self.owned.inner)
+        return SlotMeta(groups, self.norm_max, self._next_state() if task.slot == 0 else b"")
+
+    def end_loop(self, is_exact: bool) -> None:
+        """Leave the loop with the state of the version it ended at.
+
+        Parameters
+        ----------
+        is_exact : bool
+            Whether the model holds the version right after the loop; otherwise the job is further
+            on, and a later slot will bring its state.
+        """
+        self.buffers.reset()
+        if is_exact and self._state is not None:
+            self.schedules.restore(self._state.schedule)
+
+    def _restore_schedule(self, task: Task, plan: LoopPlan) -> None:
+        is_first = task.round == plan.first_round
+        start = self._loop_start if is_first or self._state is None else self._state.schedule
+        if start is not None:
+            self.schedules.restore(start)
+
+    def _next_state(self) -> bytes:
+        opaque = self.buffers.changed_opaque()
+        state = RoundState(self.schedules.capture(), self.buffers.moved(), opaque)
+        packed = msgspec.msgpack.encode(state)
+        if len(packed) > STATE_BYTES_MAX:
+            text = (
+                f"the state beside the tensors of table {self.options.name!r} has {len(packed)} "
+                f"bytes, at most {STATE_BYTES_MAX} (STATE_BYTES_MAX) are allowed; "
+                f"{sum(map(len, opaque.values()))} of them are buffers that hold no floats: pass "
+                "buffers='local' to ps.DistributedOptimizer, or keep them out of the model"
+            )
+            raise CapacityError(text)
+        return packed
+
+    def _check_unmoved(self) -> None:
+        for bound, parameter in zip(self.bound.parameters, self.parameters, strict=True):
+            if bound.current is not parameter:
+                text = (
+                    f"parameter {bound.name!r} was replaced in the model after ps.DistributedOptimizer "
+                    "was made; a table's tensors are fixed"
+                )
+                raise LocalProtocolError(text)
+        versions = [parameter._version for parameter in self.parameters]
+        for bound, now, then in zip(self.bound.parameters, versions, self._versions, strict=True):
+            if now != then:
+                text = (
+                    f"the script wrote to parameter {bound.name!r}, but the servers hold the "
+                    "parameters and would overwrite it; load checkpoints before making "
+                    "ps.DistributedOptimizer"
+                )
+                raise LocalProtocolError(text)
+        _check_groups(self.owned.inner, self.parameters)
+
+
+def share_of(task: Task, plan: LoopPlan) -> float:
+    """A slot's share of its round's samples."""
+    if plan.kind is PlanKind.LOADER:
+        return 1.0 / plan.slots
+    start, stop = plan.slot_range(task.round, task.slot)
+    return (stop - start) / plan.round_samples(task.round)
+
+
+def load_frozen(client: Client, name: str, tensors: Sequence[BoundTensor]) -> None:
+    """Give every worker the chief's values of the parameters that no optimizer owns.
+
+    Parameters
+    ----------
+    client : Client
+        The connection.
+    name : str
+        The table's.
+    tensors : sequence of BoundTensor
+        Its tensors; nothing is declared if there are none.
+    """
+    if not tensors:
+        return
+    spec = frozen_spec(name, tensors)
+    layout = Layout(spec)
+    snapshot = client.declare(spec, flat_values(tensors, layout.starts, layout.elements))
+    copy_parameters(snapshot, layout, [_parameter(tensor) for tensor in tensors])
+    snapshot.release()
+
+
+def copy_parameters(
+    snapshot: Snapshot, layout: Layout, parameters: Sequence[nn.Parameter]
+) -> None:
+    """Write a version into parameters, through autograd's sight but not into its graph.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        Any version.
+    layout : Layout
+        Of its table.
+    parameters : sequence of Parameter
+        The table's first tensors.
+    """
+    targets = [_row_major(parameter) for parameter in parameters]
+    with torch.no_grad():
+        for start, stop, values in snapshot.parts:
+            moved: dict[torch.device, Tensor] = {}
+            for piece in layout.pieces(start, stop):
+                if piece.tensor >= len(targets):
+                    continue
+                target = targets[piece.tensor]
+                if target.device not in moved:
+                    moved[target.device] = values.to(target.device)
+                source = moved[target.device][piece.start - start : piece.stop - start]
+                target[piece.offset : piece.offset + source.numel()].copy_(source)
+        for parameter, target in zip(parameters, targets, strict=True):
+            if not parameter.is_contiguous():
+                parameter.copy_(target.view(parameter.shape))
+
+
+def _row_major(parameter: nn.Parameter) -> Tensor:
+    """The elements in row-major order: the parameter's own memory if it is laid out so."""
+    flat = parameter.detach()
+    return flat.view(-1) if flat.is_contiguous() else flat.reshape(-1)
+
+
+def _parameter(bound: BoundTensor) -> nn.Parameter:
+    found = bound.current
+    if not isinstance(found, nn.Parameter):
+        text = f"{bound.name!r} is a {type(found).__name__}, not a parameter of the model"
+        raise LocalProtocolError(text)
+    return found
+
+
+def _check_groups(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    now = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if [id(parameter) for parameter in now] != [id(parameter) for parameter in parameters]:
+        text = (
+            "the optimizer's param groups were changed after ps.DistributedOptimizer was made; a "
+            "table's tensors are fixed: put every parameter into a group at the start (with "
+            "requires_grad=False until it is to train)"
+        )
+        raise LocalProtocolError(text)
