@@ -89,7 +89,7 @@ class Plain:
                 continue
             value.grad = None if gradient is None else gradient * round_.coefficient
             if gradient is not None and isinstance(self.optimizer, torch.optim.SparseAdam):
-                value.grad = by_rows(gradient)
+                value.grad = by_rows(gradient) * round_.coefficient
         self.optimizer.step()
 
 
@@ -115,36 +115,39 @@ class Cluster:
 
     def start(self, initial: list[Tensor]) -> None:
         """Make the shards and bring the initial values."""
-        flat = self.flat(list(initial))
-        for span in self.spans:
-            shard = ShardState(self.spec, span)
+        self.shards = [ShardState(self.spec, span) for span in self.spans]
+        flat = self.flat(initial)
+        for shard in self.shards:
             shard.initialize([flat[start:stop] for start, stop in shard.parts])
-            self.shards.append(shard)
 
     def flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Tensors at their places in the flat space, -0.0 where there is none."""
-        layout = Layout(self.spec)
+        layout = self.shards[0].layout
         flat = torch.full((layout.elements,), -0.0)
         for tensor, start, size in zip(tensors, layout.starts, layout.sizes, strict=True):
             if tensor is not None:
                 flat[start : start + size] = tensor.flatten()
         return flat
 
-    def step(self, round_: Round) -> None:
-        """One round on the shards, every part by itself."""
+    def fill(self, round_: Round) -> None:
+        """Bring a round's gradients, every part by itself."""
         flat = self.flat(round_.gradients)
         for shard in self.shards:
             for number, (start, stop) in enumerate(shard.parts):
                 shard.gradient_part(number).copy_(flat[start:stop])
+
+    def step(self, round_: Round) -> None:
+        """One round on the shards."""
+        self.fill(round_)
+        for shard in self.shards:
             shard.step(round_.groups, marks(shard, round_), round_.coefficient)
 
     def values(self) -> list[Tensor]:
         """The tensors of the newest version."""
-        layout = Layout(self.spec)
+        layout = self.shards[0].layout
         flat = torch.full((layout.elements,), math.nan)
-        for span, shard in zip(self.spans, self.shards, strict=True):
-            start, stop = layout.shard_range(span)
-            shard.copy_to(flat[start:stop])
+        for shard in self.shards:
+            shard.copy_to(flat[shard.parts[0][0] : shard.parts[-1][1]])
         pairs = zip(layout.starts, layout.sizes, self.spec.tensors, strict=True)
         return [flat[start : start + size].view(tensor.shape) for start, size, tensor in pairs]
 
@@ -226,9 +229,7 @@ class Job:
 
     def differences(self) -> list[str]:
         """Run it on both, and compare."""
-        plain, cluster = self.run()
-        with blocks_of(self.block):
-            return differences(plain, cluster)
+        return differences(*self.run())
 
 
 @dataclass

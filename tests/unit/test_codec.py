@@ -121,8 +121,18 @@ def test_a_field_that_a_newer_peer_appended_is_passed_over(message: m.AnyMessage
 @BY_NAME
 def test_a_message_with_a_field_too_few_is_refused(message: m.AnyMessage) -> None:
     fields = msgpack.unpackb(encode(message))
+    required = len(fields) - len(message.__struct_defaults__)
     with pytest.raises(RemoteProtocolError, match="at least length"):
-        decode(msgpack.packb(fields[:-1]))
+        decode(msgpack.packb(fields[: required - 1]))
+
+
+@BY_NAME
+def test_a_field_that_an_older_peer_does_not_know_takes_its_default(message: m.AnyMessage) -> None:
+    fields = msgpack.unpackb(encode(message))
+    required = len(fields) - len(message.__struct_defaults__)
+    older = plain(decode(msgpack.packb(fields[:required])))
+    newest = plain(type(message)(*msgspec.structs.astuple(message)[: required - 1]))
+    assert older == newest
 
 
 @BY_NAME

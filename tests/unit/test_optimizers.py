@@ -20,7 +20,7 @@ from treefold.common.optim import (
     placement_of,
 )
 from treefold.common.spec import Hyper, OptimizerSpec, Placement
-from treefold.server.optimizers import apply_hyper, build, split_parameter
+from treefold.server.optimizers import apply_hyper, build, rebased_view, split_parameter
 
 ALLOWED: Mapping[str, Callable[..., Optimizer]] = {**ELEMENTWISE, **TENSORWISE}
 
@@ -51,6 +51,13 @@ def test_every_class_of_torch_is_allowed_or_refused_for_a_reason() -> None:
 def test_elementwise_tables_may_be_cut_anywhere_and_tensorwise_ones_between_tensors() -> None:
     assert {placement_of(name) for name in ELEMENTWISE} == {Placement.ELEMENTWISE}
     assert {placement_of(name) for name in TENSORWISE} == {Placement.TENSORWISE}
+
+
+def test_a_fused_class_is_tensorwise_since_its_kernels_round_the_ends_of_tensors_otherwise() -> (
+    None
+):
+    assert placement_of("AdamW", [{"lr": 0.1}, {"fused": False}]) is Placement.ELEMENTWISE
+    assert placement_of("AdamW", [{"lr": 0.1}, {"fused": True}]) is Placement.TENSORWISE
 
 
 @pytest.mark.parametrize("ask", [placement_of, optimizer_class, default_hyper])
@@ -275,7 +282,8 @@ def test_the_pieces_of_a_parameter_share_its_memory_and_take_over_its_state() ->
     optimizer.step()
     before = whole.detach().clone()
     exp_avg = optimizer.state[whole]["exp_avg"].clone()
-    first, second = split_parameter(optimizer, whole, torch.split(whole.detach(), [2, 3]))
+    values = [rebased_view(whole.detach(), 0, 2), rebased_view(whole.detach(), 2, 5)]
+    first, second = split_parameter(optimizer, whole, values)
     assert list(optimizer.state) == [first, second]
     assert torch.equal(torch.cat([first.detach(), second.detach()]), before)
     states = [optimizer.state[first], optimizer.state[second]]
@@ -285,3 +293,13 @@ def test_the_pieces_of_a_parameter_share_its_memory_and_take_over_its_state() ->
     assert [state["step"].item() for state in states] == [2.0, 1.0]
     assert torch.equal(whole.detach()[2:], before[2:])
     assert not torch.equal(whole.detach()[:2], before[:2])
+
+
+def test_a_rebased_view_shares_memory_and_begins_its_storage() -> None:
+    flat = torch.zeros(6)
+    view = rebased_view(flat, 2, 5)
+    view[0] = 7.0
+    assert flat.tolist() == [0, 0, 7, 0, 0, 0]
+    assert view.storage_offset() == 0
+    view.add_(torch.tensor([0.0, 0.0, 1.0]).to_sparse())
+    assert flat.tolist() == [0, 0, 7, 0, 1, 0]

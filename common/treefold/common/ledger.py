@@ -1,9 +1,11 @@
 """The ledger: which samples entered which version, written as the job runs and read back by tests and tools.
 
-Servers write which worker's copy of each slot went into a version; workers write which samples a slot had.
-Both are MessagePack streams, one record after the other, in one folder.
+Servers write which worker's copy of each slot went into a version, and at the end of a job digests of what
+they held; workers write which samples a slot had. All are MessagePack streams, one record after the other, in
+one folder.
 """
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -33,7 +35,17 @@ class SamplesRecord(msgspec.Struct, frozen=True, array_like=True, tag=2):
     samples: list[int]
 
 
-Record = VersionRecord | SamplesRecord
+class StateRecord(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """Digests of the blocks of one shard at the end of a job: values and optimizer state."""
+
+    table: int
+    shard: int
+    version: int
+    first_block: int
+    digests: list[bytes]
+
+
+Record = VersionRecord | SamplesRecord | StateRecord
 
 
 class Writer:
@@ -94,7 +106,7 @@ def entries(folder: str, table: int = 0, shard: int = 0) -> list[Entry]:
     for record in read(folder):
         if isinstance(record, SamplesRecord):
             samples[record.incarnation, record.round, record.slot] = record.samples
-        elif (record.table, record.shard) == (table, shard):
+        elif isinstance(record, VersionRecord) and (record.table, record.shard) == (table, shard):
             versions.append(record)
     found = []
     for record in sorted(versions, key=lambda version: version.version):
@@ -109,6 +121,31 @@ def entries(folder: str, table: int = 0, shard: int = 0) -> list[Entry]:
                 Entry(record.version, slot, sender, samples[sender, round_, slot]) for slot in slots
             ]
     return found
+
+
+def state_digest(folder: str) -> str:
+    """One digest of every table's last values and optimizer state, whatever shards and servers held them.
+
+    Raises
+    ------
+    ValueError
+        There is no such record, a block of a table is missing, or shards ended at different versions.
+    """
+    found = [record for record in read(folder) if isinstance(record, StateRecord)]
+    digest = hashlib.sha256()
+    blocks: dict[int, int] = {}
+    for record in sorted(found, key=lambda state: (state.table, state.first_block)):
+        if record.first_block != blocks.get(record.table, 0):
+            msg = f"table {record.table}: block {record.first_block} follows {blocks.get(record.table, 0)}"
+            raise ValueError(msg)
+        blocks[record.table] = record.first_block + len(record.digests)
+        for block in record.digests:
+            digest.update(block)
+    versions = {(record.table, record.version): None for record in found}
+    if not found or len(versions) != len(blocks):
+        msg = f"the ledger {folder} has digests of (table, version) {sorted(versions)}"
+        raise ValueError(msg)
+    return digest.hexdigest()
 
 
 def _records(data: bytes) -> Iterator[Record]:

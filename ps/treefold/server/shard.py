@@ -33,7 +33,8 @@ from treefold.server.optimizers import (
 )
 
 SUM_ELEMENTS = 16_384
-"""Elements summed at once for a norm: from 32,768 on torch cuts a sum by its number of threads."""
+"""Elements summed at once for a norm. Torch does not share sums of less than 32,768 elements
+(`at::internal::GRAIN_SIZE`) among threads, which would make the bits depend on their number."""
 
 _NEGATIVE_ZERO_BITS = torch.iinfo(torch.int32).min
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_
@@ -341,17 +342,12 @@ class ShardState:
 
     def _build_optimizer(self) -> Optimizer | None:
         spec = self.spec.optimizer
-        count = 0 if spec is None else len(spec.groups)
-        for tensor in self.spec.tensors:
-            if tensor.group >= count:
-                text = f"{tensor.name!r} is in param group {tensor.group}, but there are {count}"
-                raise DataError(self._text(text))
         if spec is None:
             return None
         if placement_of(spec.name, spec.groups) is Placement.TENSORWISE and not self._is_whole:
             text = f"{spec.name} with {spec.groups} needs tensorwise placement"
             raise DataError(self._text(text))
-        groups: list[list[nn.Parameter]] = [[] for _ in range(count)]
+        groups: list[list[nn.Parameter]] = [[] for _ in spec.groups]
         for run in self._runs:
             if run.group != BUFFER_GROUP:
                 run.parameter = nn.Parameter(run.values)

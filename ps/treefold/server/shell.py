@@ -13,11 +13,12 @@ import zmq
 from treefold.common.config import Settings
 from treefold.common.errors import DataError, UnsupportedError
 from treefold.common.fold import fold
-from treefold.common.ledger import VersionRecord, Writer
+from treefold.common.ledger import StateRecord, VersionRecord, Writer
 from treefold.common.log import logger
 from treefold.common.process import ProcessFigures, Spent
 from treefold.common.seeds import random_number
 from treefold.server.core import ServerCore, ServerLimits
+from treefold.server.digest import block_digests
 from treefold.server.effects import (
     ComputeNorm,
     Effect,
@@ -109,9 +110,11 @@ class ServerShell:
             if self._is_drain_asked:
                 self._is_drain_asked = False
                 self._loop.feed(ServerDrainAsked())
-        self._hub.close()
         if self._ledger is not None:
+            if not self._halt.status:
+                self._record_states(self._ledger)
             self._ledger.close()
+        self._hub.close()
         if self._halt.status:
             self._log.error(self._halt.text)
         return self._halt.status
@@ -241,6 +244,13 @@ class ServerShell:
         self._ledger.add(
             VersionRecord(effect.table, effect.shard, effect.version, effect.contributors)
         )
+
+    def _record_states(self, ledger: Writer) -> None:
+        """What this server holds at the end of the job."""
+        for (table, shard), state in self._states.items():
+            version = self._core.shards[table, shard].version
+            first = self._core.places[table, shard].first_block
+            ledger.add(StateRecord(table, shard, version, first, block_digests(state)))
 
 
 def warm_up() -> None:

@@ -1,4 +1,6 @@
-"""Train a PyTorch model on a parameter server with a plain loop::
+"""Train a PyTorch model on a parameter server.
+
+The script is a plain loop::
 
     import treefold.torch as ps
 
@@ -14,7 +16,7 @@ The loop body runs once per slot that falls to this worker. Parameters change be
 within a body. The same script runs alone, with an embedded cluster.
 """
 
-from treefold.torch.batches import Batches, batches
+from treefold.torch.loop import Batches, batches
 from treefold.torch.optimizer import DistributedOptimizer, clip_grad_norm
 from treefold.torch.saving import save, state_dict
 from treefold.torch.session import init, is_chief, rank, shutdown, size

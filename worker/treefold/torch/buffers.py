@@ -136,8 +136,9 @@ class Buffers:
 
     def round_values(self) -> dict[str, Tensor]:
         """The buffers of the round, by name; none with ``local``."""
-        values = zip([*self._floats, *self._opaque], [*self._round, *self._round_opaque], strict=True)
-        return {bound.name: value for bound, value in values}
+        bounds = [*self._floats, *self._opaque]
+        values = [*self._round, *self._round_opaque]
+        return {bound.name: value for bound, value in zip(bounds, values, strict=True)}
 
     def _share(self, number: int, slot: int, scale: float) -> Tensor | None:
         if self.mode is BufferMode.MEAN and number in self.moving:

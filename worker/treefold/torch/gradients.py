@@ -1,18 +1,21 @@
-"""Gradients in flat buffers: ``.grad`` of every parameter is a view, so that sending needs no packing.
+"""Gradients in flat buffers: every ``.grad`` is a view, so that sending needs no packing.
 
-A parameter without a gradient is filled with -0.0, the exact additive identity, so that accumulating
-into the view gives the very bits of a fresh gradient. Knows nothing of rounds, parts or clients.
+Where a parameter has no gradient its view is filled with -0.0, the exact additive identity, so that
+accumulating into it gives the very bits of a fresh gradient. Knows no rounds, parts or clients.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from treefold.common.errors import DataError, LocalProtocolError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 ABSENT = -0.0
 
@@ -162,7 +165,7 @@ class Gradients:
             gradient.is_stale = False
 
     def settle(self, gradient: Gradient) -> None:
-        """Bring ``flat`` and `Gradient.is_present` up to what ``.grad`` says, as a step would see it.
+        """Bring ``flat`` and `Gradient.is_present` up to what a step would see in ``.grad``.
 
         Raises
         ------
@@ -182,14 +185,16 @@ class Gradients:
 
     def _watch(self, gradient: Gradient) -> None:
         hook = partial(self._on_accumulated, gradient)
-        handle = gradient.parameter.register_post_accumulate_grad_hook(hook)
+        watch = gradient.parameter.register_post_accumulate_grad_hook
+        handle = watch(hook)  # type: ignore[no-untyped-call] # torch's own has no types
         self._hooks[gradient.number] = [handle]
         if gradient.is_packed:
             self._watch_packed(gradient)
 
     def _watch_packed(self, gradient: Gradient) -> None:
         hook = partial(self._before_accumulation, gradient)
-        self._hooks[gradient.number].append(gradient.parameter.register_hook(hook))
+        handle = gradient.parameter.register_hook(hook)  # type: ignore[no-untyped-call] # as above
+        self._hooks[gradient.number].append(handle)
 
     def _clear(self, gradient: Gradient) -> None:
         is_view = not gradient.is_packed and gradient.parameter.grad is not None
@@ -216,7 +221,7 @@ class Gradients:
         gradient.is_stale = gradient.is_stale and gradient.parameter.grad is not None
 
     def _take(self, gradient: Gradient, grad: Tensor) -> None:
-        """Copy a gradient that is not the view; from then on let autograd add to the view itself."""
+        """Copy a gradient that is not the view; then let autograd add to the view itself."""
         self._check_layout(gradient, grad)
         if grad.is_sparse:
             if not gradient.is_packed:

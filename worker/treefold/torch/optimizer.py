@@ -186,7 +186,9 @@ class DistributedOptimizer(Optimizer):
             Always.
         """
         del state_dict
-        raise UnsupportedError("the optimizer's state is on the servers and cannot be set from here")
+        raise UnsupportedError(
+            "the optimizer's state is on the servers; it cannot be set from here"
+        )
 
 
 def clip_grad_norm(parameters: Tensor | Iterable[Tensor], max_norm: float) -> None:

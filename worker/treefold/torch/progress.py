@@ -1,4 +1,4 @@
-"""What a worker shows of its progress: samples and the last loss. Changes nothing of the training."""
+"""What a worker shows of its progress: samples and the last loss. Changes nothing."""
 
 import time
 from collections.abc import Callable
@@ -17,6 +17,7 @@ class LossWatch:
 
     def __init__(self) -> None:
         self._last: Tensor | None = None
+        self._read: float | None = None
         self._read_ns = 0
         self._original: _Backward | None = None
 
@@ -31,7 +32,8 @@ class LossWatch:
 
         backward.__doc__ = original.__doc__
         self._original = original
-        torch.Tensor.backward = backward  # type: ignore[method-assign] # looks on, then calls it
+        # Looks on, then calls torch's own with whatever arguments it was given.
+        torch.Tensor.backward = backward  # type: ignore[assignment,method-assign]
 
     def remove(self) -> None:
         """Stop looking on."""
@@ -45,9 +47,10 @@ class LossWatch:
             self._last = tensor.detach()
 
     def read(self) -> float | None:
-        """The last loss, at most every `LOSS_INTERVAL_NS`; None in between and if there is none."""
+        """The last loss, looked up at most every `LOSS_INTERVAL_NS`; None if there is none yet."""
         now_ns = time.monotonic_ns()
-        if self._last is None or now_ns - self._read_ns < LOSS_INTERVAL_NS:
-            return None
-        self._read_ns = now_ns
-        return float(self._last.item())
+        is_due = self._read is None or now_ns - self._read_ns >= LOSS_INTERVAL_NS
+        if self._last is not None and is_due:
+            self._read = float(self._last.item())
+            self._read_ns = now_ns
+        return self._read

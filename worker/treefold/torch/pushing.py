@@ -213,9 +213,7 @@ class Pushing:
             values.fill_(ABSENT)
         return values
 
-    def _add_buffers(
-        self, part: Part, packed: _Packed, buffers: Sequence[Tensor | None]
-    ) -> None:
+    def _add_buffers(self, part: Part, packed: _Packed, buffers: Sequence[Tensor | None]) -> None:
         for number, piece in part.buffers:
             share = buffers[number]
             if share is None:
@@ -239,7 +237,7 @@ class Pushing:
     # ---- what the script does with its gradients ----------------------------------------------
 
     def _learn(self) -> None:
-        """From the first slot with a backward: are gradients finished once, and then left alone?"""
+        """See from a first slot whether gradients are finished once, and then left alone."""
         if self.overlap is not Overlap.LEARNING:
             return
         finished = [gradient for gradient in self.gradients.items if gradient.fires]

@@ -1,8 +1,8 @@
-"""Samples of a slot: read in this process, or ahead of time in loader processes, with the same bits.
+"""Samples of a slot: read in this process, or ahead of time in loader processes; the same bits.
 
-A slot's samples are read under a seed of their own, so that it does not matter where and when. Which
-slots this worker will compute is only foreseen; what was read in vain is dropped, what was not
-foreseen is read on the spot.
+A slot's samples are read under a seed of their own, so that it does not matter where and when.
+Which slots this worker will compute is only foreseen; what was read in vain is dropped, what was
+not foreseen is read on the spot.
 """
 
 from collections import deque
@@ -167,7 +167,8 @@ class Source:
             self._slots = sorted(self._seen) or self._slots
             self._seen = []
             self._round = what.round
-            self._early = {key: batch for key, batch in self._early.items() if key[0] >= self._round}
+            for key in [key for key in self._early if key[0] < self._round]:
+                del self._early[key]
         self._seen.append(what.slot)
         if what.slot not in self._slots:
             self._slots = sorted([*self._slots, what.slot])
@@ -199,7 +200,7 @@ class Source:
             sampler=_Foreseen(self._following),
             num_workers=self._processes,
             collate_fn=_as_it_is,
-            generator=torch.Generator(),  # torch draws a seed from it; the script's must not be touched
+            generator=torch.Generator(),  # torch draws from it, and not from the script's own
         )
 
 

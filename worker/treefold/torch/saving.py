@@ -81,7 +81,9 @@ def _models() -> list[tuple[nn.Module, list[Table]]]:
         else:
             known.append(table)
     if not found:
-        raise LocalProtocolError("make a ps.DistributedOptimizer first; there are no parameters yet")
+        raise LocalProtocolError(
+            "there are no parameters yet; make a ps.DistributedOptimizer first"
+        )
     return found
 
 

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from treefold.common.errors import SpecMismatchError, UnsupportedError
 
 _NOT_HYPER = ("params", "param_names")
-_STEP_MARK = "_wrapped_by_lr_sched"  # what torch leaves on the step of an optimizer with a scheduler
+_STEP_MARK = "_wrapped_by_lr_sched"  # torch leaves it on the step of a scheduled optimizer
 
 _Plain = object
 """None, bool, int, float, str, bytes, or lists and dicts of these: what MessagePack carries."""
@@ -141,9 +141,7 @@ def _order(scheduler: LRScheduler) -> tuple[str, bytes]:
 
 def _captured(scheduler: LRScheduler) -> tuple[str, dict[str, object]]:
     name = _name(scheduler)
-    state = {
-        key: _plain(value, f"{name}.{key}") for key, value in scheduler.state_dict().items()
-    }
+    state = {key: _plain(value, f"{name}.{key}") for key, value in scheduler.state_dict().items()}
     return name, state
 
 

@@ -111,10 +111,10 @@ class Session:
             raise LocalProtocolError(text)
         if self.plan is not None:
             text = (
-                f"the loop over ps.batches() number {self.plan.index} has not ended: it is in round "
-                f"{self.round} of {self.plan.first_round} to {self.plan.end_round - 1}. A loop must "
-                "run to its end, and not inside of another one; to make it shorter, pass "
-                "max_rounds= instead of using break"
+                f"the loop over ps.batches() number {self.plan.index} has not ended: it is in "
+                f"round {self.round} of {self.plan.first_round} to {self.plan.end_round - 1}. A "
+                "loop must run to its end, and not inside of another one; to make it shorter, "
+                "pass max_rounds= instead of using break"
             )
             raise LocalProtocolError(text)
 
@@ -185,7 +185,7 @@ class Session:
         if self.mode is Mode.SLOTS:
             if self.task is None:
                 text = (
-                    "optimizer.step() was called outside of the body of the loop over ps.batches(), "
+                    "optimizer.step() was called outside of the body of a loop over ps.batches(), "
                     "where there is no round that it could be part of"
                 )
                 raise LocalProtocolError(text)

@@ -7,6 +7,7 @@ which of it happens is the session's business.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -17,7 +18,6 @@ from treefold.common.errors import CapacityError, LocalProtocolError
 from treefold.common.layout import Layout
 from treefold.common.optim import hyper_of
 from treefold.common.plan import LoopPlan, PlanKind
-from treefold.common.spec import Hyper
 from treefold.torch.binding import (
     BoundModel,
     BoundTensor,
@@ -29,7 +29,11 @@ from treefold.torch.buffers import BufferMode, Buffers
 from treefold.torch.pushing import Pushing, TablePort
 from treefold.torch.schedules import Schedule, Schedules
 from treefold.wire.messages import STATE_BYTES_MAX
-from treefold.worker.client import Client, SlotMeta, Snapshot, Task
+from treefold.worker.client import Client, Snapshot, Task
+from treefold.worker.effects import SlotMeta
+
+if TYPE_CHECKING:
+    from treefold.common.spec import Hyper
 
 
 class RoundState(msgspec.Struct, frozen=True, array_like=True):
@@ -226,8 +230,8 @@ class Table:
         for bound, parameter in zip(self.bound.parameters, self.parameters, strict=True):
             if bound.current is not parameter:
                 text = (
-                    f"parameter {bound.name!r} was replaced in the model after ps.DistributedOptimizer "
-                    "was made; a table's tensors are fixed"
+                    f"parameter {bound.name!r} was replaced in the model after "
+                    "ps.DistributedOptimizer was made; a table's tensors are fixed"
                 )
                 raise LocalProtocolError(text)
         versions = [parameter._version for parameter in self.parameters]
@@ -271,9 +275,7 @@ def load_frozen(client: Client, name: str, tensors: Sequence[BoundTensor]) -> No
     snapshot.release()
 
 
-def copy_parameters(
-    snapshot: Snapshot, layout: Layout, parameters: Sequence[nn.Parameter]
-) -> None:
+def copy_parameters(snapshot: Snapshot, layout: Layout, parameters: Sequence[nn.Parameter]) -> None:
     """Write a version into parameters, through autograd's sight but not into its graph.
 
     Parameters

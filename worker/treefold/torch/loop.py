@@ -1,8 +1,7 @@
 """`batches`: the loop over a data set, in which this worker gets its slots of every round."""
 
 import math
-from collections.abc import Iterator
-from typing import Generic, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, Unpack
 
 from torch.utils.data import IterableDataset
 
@@ -11,8 +10,6 @@ from treefold.common.plan import LoopPlan, PlanKind
 from treefold.torch import session
 from treefold.torch.randomness import permutation, seed_for_compute
 from treefold.torch.samples import Collate, MapStyle, Order, SlotReader, Source
-
-Batch = TypeVar("Batch", covariant=True)
 
 
 class BatchOptions(TypedDict, total=False):
@@ -64,7 +61,7 @@ class Batches:
             raise LocalProtocolError(text)
         return self
 
-    def __next__(self) -> object:
+    def __next__(self) -> Any:  # noqa: ANN401 # whatever collate_fn makes of samples
         if self._is_over:
             raise StopIteration
         if self._is_begun:
@@ -150,8 +147,8 @@ def batches(
         raise ConfigError(msg)
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, MapStyle):
         text = (
-            f"a {type(dataset).__name__} has no numbered samples (__len__ and __getitem__), so they "
-            "cannot be dealt to slots; iterate over a torch DataLoader of your own and call "
+            f"a {type(dataset).__name__} has no numbered samples (__len__ and __getitem__), so "
+            "they cannot be dealt to slots; iterate over a torch DataLoader of your own and call "
             "optimizer.step() there: then every worker is one slot"
         )
         raise UnsupportedError(text)
@@ -206,7 +203,7 @@ def _first_guess(job: session.Session, plan: LoopPlan) -> list[int]:
     return list(range(rank * plan.slots // size, min(plan.slots, (rank + 1) * plan.slots // size)))
 
 
-def _checked(name: str, value: int, least: int) -> int:
+def _checked(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         msg = f"{name} is {value!r}; it must be a whole number of at least {least}"
         raise ConfigError(msg)

@@ -1,0 +1,104 @@
+"""``treefold run``: a whole cluster on this machine, for as long as a script runs."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import msgspec
+
+from treefold.cli.display import Display
+from treefold.cli.flags import Parser
+from treefold.cli.main import NOT_STARTED
+from treefold.common.config import KEYS, Loaded, Settings
+from treefold.common.errors import ConfigError
+from treefold.launch.commands import TRANSPORTS, LaunchPlan
+from treefold.launch.shell import Launcher
+
+DESCRIPTION = (
+    "Start a scheduler, servers and workers on this machine, run SCRIPT in every worker, and end "
+    "with the script's own exit code. Nothing is left behind, on Ctrl-C neither."
+)
+CHOSEN_HERE = ("scheduler", "bind", "advertise", "insecure", "linger")
+"""Settings that a launch on one machine chooses by itself."""
+
+
+def main(words: list[str]) -> int:
+    """Run a script.
+
+    Parameters
+    ----------
+    words : list of str
+        The command line after ``treefold run``.
+
+    Returns
+    -------
+    int
+        The script's exit code; 1 the job failed, 3 the cluster did not form; from 128 on the number
+        of the signal that ended the run.
+    """
+    parser = Parser("run", DESCRIPTION, [key for key in KEYS if key not in CHOSEN_HERE])
+    parser.add_argument(
+        "--transport",
+        choices=TRANSPORTS,
+        default="ipc",
+        help="how the processes talk: sockets in a private folder, or loopback ports (default ipc)",
+    )
+    parser.add_argument(
+        "command",
+        nargs="...",
+        metavar="SCRIPT [ARG ...] | -- COMMAND [ARG ...]",
+        help="a Python script with its arguments, or after -- any command",
+    )
+    options, loaded = parser.read(words)
+    plan = LaunchPlan(
+        settings=settings_of(loaded),
+        command=command_of(options.command, parser),
+        transport=options.transport,
+        environment=os.environ,
+    )
+    with Display.on(sys.stdout) as display:
+        try:
+            code = Launcher(plan, display).run()
+        except OSError as error:
+            display.event(f"the processes cannot be started: {error}")
+            return NOT_STARTED
+        display.ended(code)
+    return code
+
+
+def command_of(words: list[str], parser: Parser) -> list[str]:
+    """What each worker runs.
+
+    Parameters
+    ----------
+    words : list of str
+        A script with its arguments, or ``--`` and a command.
+    parser : Parser
+        Ends with usage.
+
+    Raises
+    ------
+    ConfigError
+        There is no such script or command.
+    """
+    is_command = words[:1] == ["--"]
+    words = words[1:] if is_command else words
+    if not words:
+        parser.error("which script? treefold run [FLAGS] SCRIPT [ARG ...]")
+    if not is_command and not Path(words[0]).is_file():
+        msg = f"there is no script {words[0]!r} in {Path.cwd()}; for another command: -- COMMAND"
+        raise ConfigError(msg)
+    if is_command and shutil.which(words[0]) is None:
+        msg = f"there is no command {words[0]!r}"
+        raise ConfigError(msg)
+    return words if is_command else [sys.executable, *words]
+
+
+def settings_of(loaded: Loaded) -> Settings:
+    """Settings for the members: they start together, so each may wait as long as the cluster may."""
+    settings = loaded.settings
+    if loaded.origins["connect_timeout_s"] != "default":
+        return settings
+    patience_s = max(settings.connect_timeout_s, settings.form_timeout_s)
+    return msgspec.structs.replace(settings, connect_timeout_s=patience_s)

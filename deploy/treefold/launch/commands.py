@@ -1,0 +1,128 @@
+"""Which command and which environment each process of a launch gets."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from treefold.common.config import KEYS, PREFIX, Settings, environment_of
+from treefold.common.errors import ConfigError
+from treefold.launch.core import SCHEDULER
+
+IPC_PATH_MAX = 103  # bytes of a socket's path that Linux and macOS both take
+LOOPBACK = "tcp://127.0.0.1:0"
+TRANSPORTS = ("ipc", "tcp")
+CHILD = str(Path(__file__).with_name("child.py"))
+GUARD = str(Path(__file__).with_name("guard.py"))
+BARE_PYTHON = [sys.executable, "-I", "-S"]  # starts in milliseconds and sees nothing of the user's
+THREADS = "OMP_NUM_THREADS"
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """What is to be launched.
+
+    Attributes
+    ----------
+    settings : Settings
+        Handed on to every process, but for addresses.
+    command : list of str
+        What each worker runs.
+    transport : str
+        ``ipc`` or ``tcp``.
+    environment : mapping of str to str
+        Of the launcher; the processes' own is based on it.
+    """
+
+    settings: Settings
+    command: list[str]
+    transport: str = "ipc"
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Attempt:
+    """One start of the whole job: its addresses, and what follows from them.
+
+    Parameters
+    ----------
+    plan : LaunchPlan
+        What is to be launched.
+    folder : str
+        For the sockets of this attempt.
+
+    Raises
+    ------
+    ConfigError
+        The folder's path is too long for sockets.
+    """
+
+    def __init__(self, plan: LaunchPlan, folder: str) -> None:
+        self._plan = plan
+        self._folder = folder
+        self.scheduler = ""
+        if plan.transport == "ipc":
+            check_socket_path(f"{folder}/server-{plan.settings.servers}")
+            self.scheduler = self._bind(SCHEDULER)
+
+    def command(self, name: str) -> list[str]:
+        """The command of one process, by its name such as ``server-0``."""
+        role = name.partition("-")[0]
+        if role == "worker":
+            return self._plan.command
+        return [sys.executable, "-P", "-m", "treefold.cli", role]
+
+    def environment(self, name: str) -> dict[str, str]:
+        """The environment of one process: settings of the launch, and no other ones."""
+        of_member = msgspec.structs.replace(
+            self._plan.settings,
+            scheduler="" if name == SCHEDULER else self.scheduler,
+            bind=self._bind(name),
+            advertise="",
+            insecure=False,
+            linger=False,
+        )
+        values = environment_of(msgspec.to_builtins(of_member))
+        return prepared(self._plan.environment) | values | {PREFIX + "CONFIG": os.devnull}
+
+    def _bind(self, name: str) -> str:
+        is_ipc = self._plan.transport == "ipc" and not name.startswith("worker")
+        return f"ipc://{self._folder}/{name}" if is_ipc else LOOPBACK
+
+
+def prepared(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for processes of a cluster, without any setting of treefold.
+
+    Parameters
+    ----------
+    environment : mapping of str to str
+        The caller's.
+
+    Returns
+    -------
+    dict of str to str
+        Output is not held back, and one thread computes unless the caller had said how many.
+    """
+    own = {PREFIX + key.upper() for key in KEYS} | {PREFIX + "CONFIG"}
+    kept = {key: value for key, value in environment.items() if key not in own}
+    return {THREADS: "1", "PYTHONUNBUFFERED": "1"} | kept
+
+
+def check_socket_path(path: str) -> None:
+    """Refuse a path that is too long for a socket.
+
+    Raises
+    ------
+    ConfigError
+        It is.
+    """
+    length = len(os.fsencode(path))
+    if length > IPC_PATH_MAX:
+        msg = (
+            f"{path} is {length} bytes long, and a socket's path may have {IPC_PATH_MAX}; use the tcp "
+            f"transport, or set TMPDIR to something shorter than {tempfile.gettempdir()}"
+        )
+        raise ConfigError(msg)

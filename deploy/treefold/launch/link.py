@@ -1,0 +1,207 @@
+"""The scheduler's status, asked from outside: typed, and never waited for longer than told."""
+
+import time
+
+import msgspec
+
+from treefold.common.errors import RemoteProtocolError, UnavailableError
+from treefold.transport.request import Requester
+from treefold.wire.codec import decode, encode
+from treefold.wire.messages import StatusReply, StatusRequest
+
+REPEAT_MS = 500  # a question without an answer is asked again after so long
+
+
+class MemberStatus(msgspec.Struct, frozen=True):
+    """One member, live or not, as the scheduler knows it; ``docs/cli.md`` describes the fields."""
+
+    name: str
+    role: str
+    rank: int
+    incarnation: int
+    state: str
+    host: str
+    pid: int
+    address: str
+    seen_ms_ago: int
+    slots: list[int]
+    round: int
+    slot_time_ms: float
+    samples: int
+    loss: float | None
+    waiting: str
+    rss_bytes: int
+    cpu_percent: float
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the cluster counts on it."""
+        return self.state == "live"
+
+
+class ShardStatus(msgspec.Struct, frozen=True):
+    """One shard and the server that holds it."""
+
+    shard: int
+    server: str
+    first_block: int
+    blocks: int
+
+
+class TableStatus(msgspec.Struct, frozen=True):
+    """One table and its shards."""
+
+    name: str
+    rule: str
+    optimizer: str | None
+    tensors: int
+    elements: int
+    shards: list[ShardStatus]
+
+
+class PlanStatus(msgspec.Struct, frozen=True):
+    """The newest pass over the data."""
+
+    kind: str
+    epoch: int
+    first_round: int
+    end_round: int
+    batch_size: int
+    samples: int
+
+
+class Expected(msgspec.Struct, frozen=True):
+    """How many members form the cluster."""
+
+    servers: int
+    workers: int
+
+
+class Ending(msgspec.Struct, frozen=True):
+    """How the job ended, and why."""
+
+    outcome: str
+    text: str
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The whole document; ``docs/cli.md`` describes the fields."""
+
+    phase: str
+    view: int
+    job: int
+    expected: Expected
+    round: int
+    rounds_per_second: float
+    slots: int
+    plan: PlanStatus | None
+    members: list[MemberStatus]
+    tables: list[TableStatus]
+    ending: Ending | None
+
+    def live(self, role: str) -> list[MemberStatus]:
+        """Live members of a role, by rank."""
+        found = [member for member in self.members if member.is_live and member.role == role]
+        return sorted(found, key=lambda member: member.rank)
+
+
+class StatusLink:
+    """Asks one scheduler for its status, without waiting.
+
+    Parameters
+    ----------
+    address : str
+        The scheduler's.
+
+    Raises
+    ------
+    ConfigError
+        The address is malformed.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._requester = Requester(address)
+        self._call = 0
+        self._asked_ns = 0
+
+    def ask(self, now_ns: int) -> None:
+        """Ask; answers to earlier questions do not count any more."""
+        self._call += 1
+        self._asked_ns = now_ns
+        self._requester.send(encode(StatusRequest(self._call)))
+
+    def body(self, timeout_ms: int = 0) -> tuple[int, bytes] | None:
+        """When the last question was asked, and the answer to it if it has come.
+
+        Parameters
+        ----------
+        timeout_ms : int
+            How long to wait for it.
+
+        Returns
+        -------
+        (int, bytes) or None
+            Nanoseconds as given to `ask`, and the document as JSON.
+        """
+        deadline_ns = time.monotonic_ns() + timeout_ms * 1_000_000
+        while (header := self._requester.receive(timeout_ms)) is not None:
+            message = decode(header)
+            if isinstance(message, StatusReply) and message.call == self._call:
+                return self._asked_ns, message.body
+            timeout_ms = max(0, (deadline_ns - time.monotonic_ns()) // 1_000_000)
+        return None
+
+    def close(self) -> None:
+        """Close the link."""
+        self._requester.close()
+
+
+def parse(body: bytes) -> Status:
+    """The document of a status reply.
+
+    Raises
+    ------
+    RemoteProtocolError
+        It is not one that this version understands.
+    """
+    try:
+        return msgspec.json.decode(body, type=Status)
+    except msgspec.MsgspecError as error:
+        msg = f"the scheduler's status is not as expected: {error}; is it of another version?"
+        raise RemoteProtocolError(msg) from error
+
+
+def fetch(address: str, timeout_ms: int) -> bytes:
+    """Ask a scheduler for its status and wait for the answer.
+
+    Parameters
+    ----------
+    address : str
+        The scheduler's.
+    timeout_ms : int
+        How long to wait.
+
+    Returns
+    -------
+    bytes
+        The document as JSON.
+
+    Raises
+    ------
+    ConfigError
+        The address is malformed.
+    UnavailableError
+        Nobody answered.
+    """
+    link = StatusLink(address)
+    try:
+        deadline_ns = time.monotonic_ns() + timeout_ms * 1_000_000
+        while (left_ms := (deadline_ns - time.monotonic_ns()) // 1_000_000) > 0:
+            link.ask(time.monotonic_ns())
+            answer = link.body(min(REPEAT_MS, left_ms))
+            if answer is not None:
+                return answer[1]
+    finally:
+        link.close()
+    msg = f"no scheduler answered at {address} within {timeout_ms / 1000:g} s; is it running there?"
+    raise UnavailableError(msg)

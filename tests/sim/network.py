@@ -1,0 +1,138 @@
+"""The simulated network: connections that lose, repeat, delay and reorder messages, and partitions.
+
+A connection has a client's end (a DEALER socket) and a listener's end (a ROUTER socket). The
+listener knows a client by its routing identity, which is another one after a reconnection.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tests.sim.world import World
+
+Payload = tuple[object, int]
+"""Symbolic value of a payload frame, and its number of elements."""
+
+Receive = Callable[[object, bytes, Payload | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """How the network behaves. Probabilities are per message.
+
+    Attributes
+    ----------
+    is_reliable : bool
+        Like TCP: nothing is lost, repeated or reordered; what meets a partition waits.
+    is_close_lossy : bool
+        Whether what is on its way when a client dies or reconnects is lost.
+    """
+
+    latency_ns: int
+    jitter_ns: int
+    drop: float = 0.0
+    duplicate: float = 0.0
+    tail: float = 0.0
+    tail_ns: int = 0
+    is_reliable: bool = True
+    is_close_lossy: bool = True
+
+    def healed(self) -> "Weather":
+        """The same network without faults."""
+        return Weather(self.latency_ns, self.jitter_ns)
+
+
+@dataclass(eq=False, slots=True)
+class End:
+    """Where one direction of a connection leads."""
+
+    source: str
+    target: str
+    sender: object
+    receive: Receive
+    last_ns: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Connection:
+    """A client and a listener. ``up`` leads to the listener, ``down`` to the client."""
+
+    identity: bytes
+    up: End
+    down: End
+    is_open: bool = True
+
+
+@dataclass(slots=True)
+class _Flight:
+    connection: Connection
+    end: End
+    header: bytes
+    payload: Payload | None
+
+
+@dataclass(slots=True)
+class Network:
+    """All connections of one cluster."""
+
+    world: World
+    weather: Weather
+    connections: dict[bytes, Connection] = field(default_factory=dict)
+    blocked: dict[tuple[str, str], int] = field(default_factory=dict)
+    sent: int = 0
+    closed: int = 0
+    faults: int = 0
+
+    def connect(self, connection: Connection) -> None:
+        """Open a connection."""
+        self.connections[connection.identity] = connection
+
+    def close(self, connection: Connection) -> None:
+        """Close it: whoever sends to this identity from now on learns that it is gone."""
+        connection.is_open = False
+        self.closed += 1
+        self.connections.pop(connection.identity, None)
+
+    def block(self, source: str, target: str, until_ns: int) -> None:
+        """Let nothing pass in one direction until then."""
+        self.blocked[source, target] = until_ns
+
+    def heal(self) -> None:
+        """End all faults."""
+        self.weather = self.weather.healed()
+        self.blocked.clear()
+
+    def send(self, connection: Connection, end: End, header: bytes, payload: Payload | None) -> None:
+        """Send a message to one end; what happens to it is up to the weather."""
+        self.sent += 1
+        world, weather = self.world, self.weather
+        chance = world.rng.random
+        leaves_ns = world.now_ns
+        until_ns = self.blocked.get((end.source, end.target), 0)
+        if leaves_ns < until_ns:
+            self.faults += 1
+            if not weather.is_reliable:
+                return
+            leaves_ns = until_ns
+        flight = _Flight(connection, end, header, payload)
+        copies = 1
+        if not weather.is_reliable:
+            if chance() < weather.drop:
+                self.faults += 1
+                return
+            if chance() < weather.duplicate:
+                self.faults += 1
+                copies = 2
+        for _ in range(copies):
+            arrives_ns = leaves_ns + weather.latency_ns + int(chance() * weather.jitter_ns)
+            if weather.tail and chance() < weather.tail:
+                self.faults += 1
+                arrives_ns += int(chance() * weather.tail_ns)
+            if weather.is_reliable:
+                arrives_ns = max(arrives_ns, end.last_ns)
+                end.last_ns = arrives_ns
+            world.at(arrives_ns, self._arrive, flight)
+
+    def _arrive(self, argument: object) -> None:
+        assert isinstance(argument, _Flight)
+        if argument.connection.is_open or not self.weather.is_close_lossy:
+            argument.end.receive(argument.end.sender, argument.header, argument.payload)

@@ -1,0 +1,231 @@
+"""A simulated process around a core: its timer, its payloads, its connections. The shell of a shell.
+
+Subclasses carry out the effects of one role and check what they see.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from treefold.common.errors import InvariantError
+from treefold.wire import codec
+from treefold.wire.exchange import Halt, Note, Received, Tick
+from treefold.wire.messages import AnyMessage
+
+from tests.sim.network import Connection, End, Network, Payload
+from tests.sim.world import Happened, Violation, World
+
+STUCK_TICKS_MAX = 3  # ticks at one time after which a core that still asks for one is in a loop
+
+
+class Core(Protocol):
+    """What the simulator uses of a core."""
+
+    def handle(self, now_ns: int, event: object, /) -> Iterable[object]:
+        """Take in one event and say what is to be done."""
+
+    def next_deadline_ns(self) -> int | None:
+        """When a `Tick` is needed at the latest."""
+
+    def check_invariants(self) -> None:
+        """Raise `InvariantError` if the state contradicts itself."""
+
+
+class Payloads:
+    """Symbolic payloads by handle. A handle that was released is gone for good."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, Payload] = {}
+        self.sent: dict[int, None] = {}
+        self.added = 0
+
+    def add(self, payload: Payload) -> int:
+        """Hold a payload; returns its handle."""
+        self.added += 1
+        self.held[self.added] = payload
+        return self.added
+
+    def get(self, handle: int) -> Payload:
+        """The payload of a handle."""
+        if handle not in self.held:
+            raise Violation(f"payload {handle} is used, but was released or never there")
+        return self.held[handle]
+
+    def pop(self, handle: int) -> Payload:
+        """The same, held no longer."""
+        payload = self.get(handle)
+        del self.held[handle]
+        self.sent.pop(handle, None)
+        return payload
+
+    def fold(self, left: int, right: int, fold: Callable[[object, object], object]) -> None:
+        """Let ``left`` be the sum; ``right`` is released."""
+        if left in self.sent or right in self.sent:
+            raise Violation(f"payload {left if left in self.sent else right} is folded after it was sent")
+        first, second = self.get(left), self.pop(right)
+        if first[1] != second[1]:
+            raise Violation(f"a fold of {first[1]} and {second[1]} elements")
+        self.held[left] = (fold(first[0], second[0]), first[1])
+
+
+class Process:
+    """One process of the simulated cluster.
+
+    Parameters
+    ----------
+    name : str
+        Its host, which stays the same over restarts.
+    core : Core
+        Decides.
+    network : Network
+        Carries its messages.
+
+    Attributes
+    ----------
+    is_alive : bool
+        Whether it runs; a dead one never runs again.
+    halt : Halt or None
+        How it ended, if it ended itself.
+    """
+
+    def __init__(self, name: str, core: Core, network: Network) -> None:
+        self.name = name
+        self.core = core
+        self.network = network
+        self.world: World = network.world
+        self.payloads = Payloads()
+        self.is_alive = True
+        self.halt: Halt | None = None
+        self.frozen_until_ns = 0
+        self.acts: dict[type, Callable[..., Iterable[object] | None]] = {
+            Note: self._note,
+            Halt: self._halt,
+        }
+        self._armed_ns: int | None = None
+        self._ticks = (0, 0)
+        self._checked = (-1, -1)
+
+    def start(self) -> None:
+        """Let the core begin."""
+        self.feed(Tick(), b"start")
+
+    def die(self) -> None:
+        """Stop at once, without a word."""
+        self.is_alive = False
+
+    # ---- what comes in ---------------------------------------------------------------------------
+
+    def receive(self, peer: object, header: bytes, payload: Payload | None) -> None:
+        """A message arrives from the network."""
+        if not self.is_alive:
+            return
+        if self.world.now_ns < self.frozen_until_ns:
+            self.world.at(self.frozen_until_ns, self._receive_later, (peer, header, payload))
+            return
+        message = codec.decode(header)
+        self.check_frame(message, payload)
+        handle = None if payload is None else self.payloads.add(payload)
+        self.feed(Received(peer, message, handle), header)  # type: ignore[arg-type]  # hashable
+
+    def _receive_later(self, argument: object) -> None:
+        assert isinstance(argument, tuple)
+        self.receive(*argument)
+
+    def check_frame(self, message: AnyMessage, payload: Payload | None) -> None:
+        """Compare a payload with what its header announces."""
+        frame = codec.frame_of(message)
+        announced = None if frame is None else frame.elements
+        if announced != (None if payload is None else payload[1]):
+            raise Violation(f"{message} with payload {payload}")
+
+    def feed(self, event: object, mark: bytes) -> None:
+        """Give the core an event, carry out what it says, and check that all is well."""
+        self.world.note(self.name, event, mark)
+        events: deque[object] = deque([event])
+        try:
+            while events and self.is_alive:
+                for effect in self.core.handle(self.world.now_ns, events.popleft()):
+                    events.extend(self.acts[type(effect)](effect) or ())
+            self.core.check_invariants()
+        except InvariantError as error:
+            raise Violation(str(error)) from error
+        if self.is_alive:
+            self._check_payloads()
+            self.check()
+            self._arm()
+
+    def later(self, delay_ns: int, act: Callable[[object], None], argument: object = None) -> None:
+        """Let this process do something later: not if it is dead by then, and not while frozen."""
+
+        def run(_: object) -> None:
+            if not self.is_alive:
+                return
+            if self.world.now_ns < self.frozen_until_ns:
+                self.world.at(self.frozen_until_ns, run)
+                return
+            act(argument)
+
+        self.world.at(self.world.now_ns + delay_ns, run)
+
+    # ---- what goes out ---------------------------------------------------------------------------
+
+    def send(
+        self, connection: Connection, end: End, message: AnyMessage, payload: Payload | None
+    ) -> None:
+        """Send a message to one end of a connection."""
+        self.check_frame(message, payload)
+        self.network.send(connection, end, codec.encode(message), payload)
+
+    def _note(self, effect: Note) -> None:
+        self.world.recent.append(Happened(self.world.now_ns, self.name, effect))
+
+    def _halt(self, effect: Halt) -> None:
+        self.halt = effect
+        self.world.recent.append(Happened(self.world.now_ns, self.name, effect))
+        self.is_alive = False
+
+    # ---- checks ----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Check what a role promises after every event."""
+
+    def handles(self) -> int:
+        """How many payloads the core says that it holds."""
+        return 0
+
+    def _check_payloads(self) -> None:
+        state = (self.payloads.added, len(self.payloads.held))
+        if state == self._checked:
+            return
+        self._checked = state
+        if self.handles() != len(self.payloads.held):
+            raise Violation(f"{len(self.payloads.held)} payloads are held, {self.handles()} are known")
+
+    def _arm(self) -> None:
+        """See to it that the core gets its `Tick` in time."""
+        deadline_ns = self.core.next_deadline_ns()
+        if deadline_ns is None:
+            return
+        now_ns = self.world.now_ns
+        if deadline_ns <= now_ns:
+            last_ns, count = self._ticks
+            self._ticks = (now_ns, count + 1 if last_ns == now_ns else 1)
+            if self._ticks[1] > STUCK_TICKS_MAX:
+                raise Violation(f"{self.name} asks for a deadline {now_ns - deadline_ns} ns ago, again")
+        if self._armed_ns is None or deadline_ns < self._armed_ns:
+            self._armed_ns = max(deadline_ns, now_ns)
+            self.world.at(self._armed_ns, self._on_timer, self._armed_ns)
+
+    def _on_timer(self, armed_ns: object) -> None:
+        if not self.is_alive or armed_ns != self._armed_ns:
+            return
+        if self.world.now_ns < self.frozen_until_ns:
+            self.world.at(self.frozen_until_ns + 1, self._on_timer, armed_ns)  # messages come first
+            return
+        self._armed_ns = None
+        deadline_ns = self.core.next_deadline_ns()
+        if deadline_ns is not None and deadline_ns <= self.world.now_ns:
+            self.feed(Tick(), b"tick")
+        else:
+            self._arm()
+

@@ -1,0 +1,306 @@
+"""What one seed simulates: a job, a cluster, its limits, and the faults that happen to it.
+
+Each seed draws its own mix. Limits of patience are drawn so that no fault can end the job rightfully:
+whatever happens before `Scenario.heal_ns`, every script has to finish afterwards. Seeds that a server
+does not survive (`Scenario.is_doomed`) are the exception, and there every script has to end with an error.
+"""
+
+import random
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+
+from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.spec import (
+    BUFFER_GROUP,
+    Dtype,
+    OptimizerSpec,
+    Placement,
+    Rule,
+    TableSpec,
+    TensorSpec,
+)
+
+from tests.sim.network import Weather
+from tests.sim.world import MS, SECOND
+
+
+class Kind(Enum):
+    """What can happen to a process or a pair of them."""
+
+    CRASH = auto()  # the process dies; with a duration, another one is started that much later
+    FREEZE = auto()  # it does nothing for a while, then everything at once
+    PARTITION = auto()  # nothing passes from one host to another, in this direction
+    RECONNECT = auto()  # a worker's connections are made again
+    DRAIN = auto()  # a worker is asked to stop
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that happens at a time. ``other`` is the receiving end of a partition."""
+
+    at_ns: int
+    kind: Kind
+    target: str
+    for_ns: int = 0
+    other: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Limits of all members, in nanoseconds."""
+
+    heartbeat_ns: int = 500 * MS
+    dead_after_ns: int = 2 * SECOND
+    server_dead_after_ns: int = 30 * SECOND
+    form_timeout_ns: int = 120 * SECOND
+    rejoin_grace_ns: int = 60 * SECOND
+    connect_timeout_ns: int = 60 * SECOND
+    unreachable_ns: int = 60 * SECOND
+    orphan_after_ns: int = 60 * SECOND
+    retry_ns: int = 1 * SECOND
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Everything that a run depends on, beside the seed of its own chance.
+
+    Attributes
+    ----------
+    starts_ns : tuple of int
+        When each worker starts; the first ``workers`` of them form the cluster.
+    factors : tuple of float
+        How slow each worker is.
+    block_elements, part_blocks_max : int
+        In the place of the layout's constants, so that small tables have many parts.
+    absent_of : int
+        In how many of 16 cases a tensor has no gradient in a slot.
+    clip_every : int
+        Every so many rounds have a limit for the gradient norm; 0 for none.
+    """
+
+    seed: int
+    slots: int = 4
+    servers: int = 1
+    workers: int = 2
+    starts_ns: tuple[int, ...] = (0, 0)
+    factors: tuple[float, ...] = (1.0, 1.0)
+    tables: tuple[TableSpec, ...] = ()
+    plans: tuple[LoopPlan, ...] = ()
+    block_elements: int = 4
+    part_blocks_max: int = 1
+    compute_ns: int = 10 * MS
+    is_overlapped: bool = False
+    absent_of: int = 0
+    clip_every: int = 0
+    weather: Weather = field(default_factory=lambda: Weather(MS // 4, MS // 4))
+    patience: Patience = field(default_factory=Patience)
+    faults: tuple[Fault, ...] = ()
+    heal_ns: int = 0
+    is_doomed: bool = False
+    loader_rounds: int = 0
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of the whole job."""
+        return self.loader_rounds or self.plans[-1].end_round
+
+    @property
+    def deadline_ns(self) -> int:
+        """When every script has to be over: every wait has ended and all work was done thrice by one."""
+        slowest = max(self.factors)
+        work_ns = int(self.compute_ns * slowest * self.slots * (self.rounds + 2) * 3)
+        started_ns = max(self.heal_ns, *self.starts_ns)
+        return started_ns + work_ns + 60 * SECOND + max(4 * self.patience.unreachable_ns, 0)
+
+    def plan_of(self, round_: int) -> LoopPlan:
+        """The pass that a round belongs to."""
+        if self.loader_rounds:
+            return self.plans[0]
+        return next(plan for plan in self.plans if round_ < plan.end_round)
+
+    def without_faults(self) -> "Scenario":
+        """The same job in a world without faults."""
+        return replace(self, faults=(), heal_ns=0, is_doomed=False, weather=self.weather.healed())
+
+
+def table(name: str, sizes: list[tuple[int, int]], rule: Rule = Rule.OPTIMIZER) -> TableSpec:
+    """A table of tensors given as ``(elements, group)``, in the order of groups."""
+    tensors = [
+        TensorSpec(f"{name}.{number}", [size], Dtype.FLOAT32, group)
+        for number, (size, group) in enumerate(sizes)
+    ]
+    groups = max((group for _, group in sizes), default=0) + 1
+    optimizer = OptimizerSpec("SGD", [{"lr": 0.5} for _ in range(max(1, groups))])
+    return TableSpec(
+        name, rule, Placement.ELEMENTWISE, tensors, None if rule is Rule.CONSTANT else optimizer
+    )
+
+
+def passes(slots: int, rounds: list[int], batch: int, last: int) -> tuple[LoopPlan, ...]:
+    """Passes of so many rounds each, ``batch`` samples to a round and ``last`` to the last one."""
+    found: list[LoopPlan] = []
+    first = 0
+    for index, count in enumerate(rounds):
+        samples = (count - 1) * batch + last
+        found.append(
+            LoopPlan(PlanKind.SLOTS, index, first, count, slots, samples, batch, index, True, 0)
+        )
+        first += count
+    return tuple(found)
+
+
+def loader(workers: int) -> tuple[LoopPlan, ...]:
+    """The one pass of workers with loaders of their own."""
+    return (LoopPlan(PlanKind.LOADER, 0, 0, 0, workers, 0, workers, 0, False, 0),)
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+
+def draw(seed: int) -> Scenario:
+    """The scenario of a seed."""
+    rng = random.Random(f"scenario {seed}")
+    slots = min(rng.randint(1, 16), rng.randint(1, 16))
+    workers, servers = rng.randint(1, 4), rng.randint(1, 3)
+    is_loader = rng.random() < 0.07
+    heal_ns = rng.choice((0, rng.randint(500, 2_000), rng.randint(1_000, 6_000))) * MS
+    base = Scenario(
+        seed=seed,
+        slots=workers if is_loader else slots,
+        servers=servers,
+        workers=workers,
+        block_elements=rng.choice((2, 4, 8)),
+        part_blocks_max=rng.choice((1, 1, 2)),
+        compute_ns=int(MS * 10 ** rng.uniform(0.0, 2.2)),
+        is_overlapped=rng.random() < 0.3,
+        absent_of=rng.choice((0, 0, 2, 8, 15)),
+        clip_every=rng.choice((0, 0, 1, 2)),
+        weather=_weather(rng, heal_ns),
+        patience=_patience(rng, heal_ns, is_loader),
+        heal_ns=heal_ns,
+    )
+    job = _with_loader(rng, base) if is_loader else _with_slots(rng, base)
+    job = replace(job, tables=_tables(rng, job.block_elements))
+    return _with_faults(rng, job)
+
+
+def _weather(rng: random.Random, heal_ns: int) -> Weather:
+    latency_ns, jitter_ns = int(MS * 10 ** rng.uniform(-1.5, 1.0)), int(MS * 10 ** rng.uniform(-1, 1))
+    if heal_ns == 0 or rng.random() < 0.25:
+        return Weather(latency_ns, jitter_ns, is_close_lossy=rng.random() < 0.5)
+    return Weather(
+        latency_ns,
+        jitter_ns,
+        drop=rng.choice((0.0, 0.02, 0.1, 0.3)),
+        duplicate=rng.choice((0.0, 0.05, 0.3)),
+        tail=rng.choice((0.0, 0.02, 0.1)),
+        tail_ns=rng.choice((200, 2_000, 20_000)) * MS,
+        is_reliable=False,
+        is_close_lossy=rng.random() < 0.5,
+    )
+
+
+def _patience(rng: random.Random, heal_ns: int, is_loader: bool) -> Patience:
+    beat_ns = rng.choice((100, 200, 500)) * MS
+    dead_ns = heal_ns + 8 * SECOND if is_loader else beat_ns * rng.randint(2, 6)
+    return Patience(
+        heartbeat_ns=beat_ns,
+        dead_after_ns=dead_ns,
+        server_dead_after_ns=heal_ns + rng.randint(5, 15) * SECOND,
+        form_timeout_ns=heal_ns + 60 * SECOND,
+        rejoin_grace_ns=heal_ns + rng.randint(20, 40) * SECOND,
+        connect_timeout_ns=heal_ns + rng.randint(20, 40) * SECOND,
+        unreachable_ns=heal_ns + rng.randint(20, 40) * SECOND,
+        orphan_after_ns=heal_ns + rng.randint(20, 40) * SECOND,
+        retry_ns=rng.choice((50, 200, 1_000)) * MS,
+    )
+
+
+def _with_slots(rng: random.Random, job: Scenario) -> Scenario:
+    rounds = [rng.randint(1, 4) for _ in range(rng.choice((1, 1, 2, 3)))]
+    batch = rng.randint(max(1, job.slots // 2), 2 * job.slots)
+    last = rng.choice((batch, rng.randint(1, batch)))
+    joiners = rng.choice((0, 0, 1, 2)) if job.workers < 4 else 0
+    span_ns = max(job.heal_ns, 500 * MS)
+    starts = [rng.randint(0, 200) * MS for _ in range(job.workers)]
+    starts += [rng.randint(0, span_ns // MS) * MS for _ in range(joiners)]
+    return replace(
+        job,
+        plans=passes(job.slots, rounds, batch, last),
+        starts_ns=tuple(starts),
+        factors=tuple(4.0 if rng.random() < 0.25 else 1.0 for _ in starts),
+    )
+
+
+def _with_loader(rng: random.Random, job: Scenario) -> Scenario:
+    return replace(
+        job,
+        plans=loader(job.workers),
+        loader_rounds=rng.randint(1, 6),
+        starts_ns=tuple(rng.randint(0, 200) * MS for _ in range(job.workers)),
+        factors=tuple(4.0 if rng.random() < 0.25 else 1.0 for _ in range(job.workers)),
+    )
+
+
+def _tables(rng: random.Random, block: int) -> tuple[TableSpec, ...]:
+    def sizes(blocks: int) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        left = max(1, blocks * block - rng.randint(0, block - 1))
+        while left > 0 and len(found) < 4:
+            size = left if len(found) == 3 else rng.randint(1, left)
+            found.append((size, 0))
+            left -= size
+        second = rng.randint(1, len(found))
+        last = [(size, BUFFER_GROUP if rng.random() < 0.4 else 1) for size, _ in found[second:]]
+        return found[:second] + sorted(last, key=lambda item: item[1] == BUFFER_GROUP)
+
+    found = [table("a", sizes(rng.choice((1, 2, 3, 5))))]
+    if rng.random() < 0.3:
+        found.append(table("b", sizes(rng.choice((1, 2)))))
+    if rng.random() < 0.2:
+        found.insert(rng.randint(0, 1), table("frozen", sizes(1)[:1], Rule.CONSTANT))
+    return tuple(found)
+
+
+# ---- drawing faults ------------------------------------------------------------------------------
+
+
+def _with_faults(rng: random.Random, job: Scenario) -> Scenario:
+    if job.heal_ns == 0:
+        return job
+    faults: list[Fault] = []
+    for _ in range(rng.randint(0, 6)):
+        faults.append(_fault(rng, job))
+    is_doomed = not job.loader_rounds and rng.random() < 0.06
+    if is_doomed:
+        at_ns = rng.randint(0, job.heal_ns)
+        faults.append(Fault(at_ns, Kind.CRASH, f"server-{rng.randrange(job.servers)}"))
+    faults.sort(key=lambda fault: fault.at_ns)
+    return replace(job, faults=tuple(faults), is_doomed=is_doomed)
+
+
+def _fault(rng: random.Random, job: Scenario) -> Fault:
+    """One fault, over before the world heals. The first worker never leaves for good."""
+    workers = [f"worker-{number}" for number in range(len(job.starts_ns))]
+    others = ["scheduler", *(f"server-{number}" for number in range(job.servers))]
+    at_ns = rng.randint(0, job.heal_ns)
+    for_ns = rng.randint(0, job.heal_ns - at_ns)
+    if job.loader_rounds:
+        kinds = [Kind.FREEZE, Kind.PARTITION, Kind.RECONNECT]
+    else:
+        kinds = [Kind.CRASH, Kind.CRASH, Kind.FREEZE, Kind.PARTITION, Kind.RECONNECT, Kind.DRAIN]
+    kind = rng.choice(kinds)
+    worker = rng.choice(workers)
+    if kind is Kind.PARTITION:
+        pair = [worker, rng.choice(others)]
+        if rng.random() < 0.2:
+            pair = ["scheduler", rng.choice(others[1:])]
+        rng.shuffle(pair)
+        return Fault(at_ns, kind, pair[0], for_ns, pair[1])
+    if kind is Kind.FREEZE:
+        return Fault(at_ns, kind, rng.choice([worker, worker, *others]), for_ns)
+    if kind is Kind.CRASH and (worker == workers[0] or rng.random() < 0.6):
+        return Fault(at_ns, kind, worker, max(1, min(for_ns, rng.randint(1, 2_000) * MS)))
+    if kind is Kind.DRAIN and worker == workers[0]:
+        return Fault(at_ns, Kind.RECONNECT, worker)
+    return Fault(at_ns, kind, worker)
