@@ -4,15 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tests.sim.network import Payload
+from tests.sim.reference import Reference
+from tests.sim.world import Violation
 from treefold.common.tree import Node, span
 from treefold.server.effects import PublishVersion, RecordVersion
 from treefold.server.rounds import Shard
 from treefold.worker.effects import Snapshot
 from treefold.worker.pulls import PartRange
-
-from tests.sim.network import Payload
-from tests.sim.reference import Reference
-from tests.sim.world import Violation
 
 
 @dataclass(slots=True)

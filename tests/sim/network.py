@@ -101,7 +101,9 @@ class Network:
         self.weather = self.weather.healed()
         self.blocked.clear()
 
-    def send(self, connection: Connection, end: End, header: bytes, payload: Payload | None) -> None:
+    def send(
+        self, connection: Connection, end: End, header: bytes, payload: Payload | None
+    ) -> None:
         """Send a message to one end; what happens to it is up to the weather."""
         self.sent += 1
         world, weather = self.world, self.weather

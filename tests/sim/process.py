@@ -7,13 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from tests.sim.network import Connection, End, Network, Payload
+from tests.sim.world import Happened, Violation, World
 from treefold.common.errors import InvariantError
 from treefold.wire import codec
 from treefold.wire.exchange import Halt, Note, Received, Tick
 from treefold.wire.messages import AnyMessage
-
-from tests.sim.network import Connection, End, Network, Payload
-from tests.sim.world import Happened, Violation, World
 
 STUCK_TICKS_MAX = 3  # ticks at one time after which a core that still asks for one is in a loop
 
@@ -61,7 +60,9 @@ class Payloads:
     def fold(self, left: int, right: int, fold: Callable[[object, object], object]) -> None:
         """Let ``left`` be the sum; ``right`` is released."""
         if left in self.sent or right in self.sent:
-            raise Violation(f"payload {left if left in self.sent else right} is folded after it was sent")
+            raise Violation(
+                f"payload {left if left in self.sent else right} is folded after it was sent"
+            )
         first, second = self.get(left), self.pop(right)
         if first[1] != second[1]:
             raise Violation(f"a fold of {first[1]} and {second[1]} elements")
@@ -199,7 +200,9 @@ class Process:
             return
         self._checked = state
         if self.handles() != len(self.payloads.held):
-            raise Violation(f"{len(self.payloads.held)} payloads are held, {self.handles()} are known")
+            raise Violation(
+                f"{len(self.payloads.held)} payloads are held, {self.handles()} are known"
+            )
 
     def _arm(self) -> None:
         """See to it that the core gets its `Tick` in time."""
@@ -211,7 +214,9 @@ class Process:
             last_ns, count = self._ticks
             self._ticks = (now_ns, count + 1 if last_ns == now_ns else 1)
             if self._ticks[1] > STUCK_TICKS_MAX:
-                raise Violation(f"{self.name} asks for a deadline {now_ns - deadline_ns} ns ago, again")
+                raise Violation(
+                    f"{self.name} asks for a deadline {now_ns - deadline_ns} ns ago, again"
+                )
         if self._armed_ns is None or deadline_ns < self._armed_ns:
             self._armed_ns = max(deadline_ns, now_ns)
             self.world.at(self._armed_ns, self._on_timer, self._armed_ns)
@@ -228,4 +233,3 @@ class Process:
             self.feed(Tick(), b"tick")
         else:
             self._arm()
-

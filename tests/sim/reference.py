@@ -7,12 +7,11 @@ that a reader has to compare.
 
 import math
 
+from tests.sim.scenario import Scenario
 from treefold.common.layout import Layout
 from treefold.common.spec import Hyper, Rule
 from treefold.common.tree import Node, root_level, span
 from treefold.worker.effects import SlotMeta
-
-from tests.sim.scenario import Scenario
 
 
 class Reference:

@@ -4,6 +4,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tests.sim.checks import Checks
+from tests.sim.network import Connection, End, Network, Payload
+from tests.sim.process import Process
+from tests.sim.reference import fold
+from tests.sim.world import Violation
 from treefold.scheduler.core import SchedulerCore
 from treefold.server.core import ServerCore
 from treefold.server.effects import (
@@ -20,12 +25,6 @@ from treefold.server.effects import (
 from treefold.wire.codec import decode
 from treefold.wire.exchange import SCHEDULER, PeerLost, Send
 from treefold.wire.messages import StatusReply, StatusRequest
-
-from tests.sim.checks import Checks
-from tests.sim.network import Connection, End, Network, Payload
-from tests.sim.process import Process
-from tests.sim.reference import fold
-from tests.sim.world import Violation
 
 VERSIONS_HELD_MAX = 2
 NORM_ROUNDS_MAX = 6
@@ -204,7 +203,9 @@ class ServerProcess(Listener):
             raise Violation(f"view {core.view} follows view {self._view}")
         self._view = core.view
         if len(self._published) > VERSIONS_HELD_MAX * len(core.shards):
-            raise Violation(f"{len(self._published)} versions of {len(core.shards)} shards are held")
+            raise Violation(
+                f"{len(self._published)} versions of {len(core.shards)} shards are held"
+            )
         for shard in core.shards.values():
             if len(shard.waits) > len(self.network.connections) + self.network.closed:
                 raise Violation(f"{len(shard.waits)} pulls wait at a shard")

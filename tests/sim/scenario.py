@@ -9,6 +9,8 @@ import random
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
+from tests.sim.network import Weather
+from tests.sim.world import MS, SECOND
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.spec import (
     BUFFER_GROUP,
@@ -19,9 +21,6 @@ from treefold.common.spec import (
     TableSpec,
     TensorSpec,
 )
-
-from tests.sim.network import Weather
-from tests.sim.world import MS, SECOND
 
 
 class Kind(Enum):
@@ -185,7 +184,10 @@ def draw(seed: int) -> Scenario:
 
 
 def _weather(rng: random.Random, heal_ns: int) -> Weather:
-    latency_ns, jitter_ns = int(MS * 10 ** rng.uniform(-1.5, 1.0)), int(MS * 10 ** rng.uniform(-1, 1))
+    latency_ns, jitter_ns = (
+        int(MS * 10 ** rng.uniform(-1.5, 1.0)),
+        int(MS * 10 ** rng.uniform(-1, 1)),
+    )
     if heal_ns == 0 or rng.random() < 0.25:
         return Weather(latency_ns, jitter_ns, is_close_lossy=rng.random() < 0.5)
     return Weather(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from treefold.common.errors import DataError
-from treefold.server.fold import fold, view_frame
+from treefold.common.fold import fold, view_frame
 
 
 def _values(count: int, seed: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Settings of a process: read in this one file, from argument, flag, environment, file, default, in that order.
+"""Settings of a process, read here alone: argument, flag, environment, file, default.
 
-Every key is a field of `Settings`; its environment variable is ``TREEFOLD_`` and the key in capitals, its
-flag ``--`` and the key with dashes, its place in ``treefold.toml`` the key itself. ``docs/config.md`` lists
-them all.
+Every key is a field of `Settings`; its environment variable is ``TREEFOLD_`` and the key in
+capitals, its flag ``--`` and the key with dashes, its place in ``treefold.toml`` the key itself.
+``docs/config.md`` lists them all.
 """
 
 import difflib
@@ -92,8 +92,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Check what concerns several keys at once."""
         if self.dead_after_ms < 2 * self.heartbeat_ms:
             msg = (
-                f"dead_after_ms is {self.dead_after_ms} and heartbeat_ms {self.heartbeat_ms}: a member must be "
-                "allowed to miss a beat, so dead_after_ms has to be at least twice heartbeat_ms"
+                f"dead_after_ms is {self.dead_after_ms} and heartbeat_ms {self.heartbeat_ms}: a "
+                "member must be allowed to miss a beat, so dead_after_ms has to be at least twice "
+                "heartbeat_ms"
             )
             raise ConfigError(msg)
         if self.log_level not in ("debug", "info", "warning", "error"):
@@ -110,7 +111,10 @@ KEYS = Settings.__struct_fields__
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """Settings, and for every key where its value came from (``argument``, ``environment``, a file, ``default``)."""
+    """Settings, and where the value of each key came from.
+
+    That is ``argument``, ``environment``, the name of a file, or ``default``.
+    """
 
     settings: Settings
     origins: dict[str, str]
@@ -124,12 +128,14 @@ def load(arguments: Mapping[str, object], file: str | None = None) -> Loaded:
     arguments : mapping
         What the caller or the command line gave; a value of None means not given.
     file : str, optional
-        A TOML file; by default ``TREEFOLD_CONFIG`` or ``treefold.toml`` in the working directory if there is one.
+        A TOML file; by default ``TREEFOLD_CONFIG`` or ``treefold.toml`` in the working directory if
+        there is one.
 
     Raises
     ------
     ConfigError
-        An unknown key (the nearest right one is named), or a value of the wrong type or out of range.
+        An unknown key (the nearest right one is named), or a value of the wrong type or out of
+        range.
     """
     values: dict[str, object] = {}
     origins = dict.fromkeys(KEYS, "default")

@@ -1,8 +1,8 @@
-"""The ledger: which samples entered which version, written as the job runs and read back by tests and tools.
+"""The ledger: which samples entered which version, written as the job runs and read back later.
 
-Servers write which worker's copy of each slot went into a version, and at the end of a job digests of what
-they held; workers write which samples a slot had. All are MessagePack streams, one record after the other, in
-one folder.
+Servers write which worker's copy of each slot went into a version, and at the end of a job digests
+of what they held; workers write which samples a slot had. All are MessagePack streams, one record
+after the other, in one folder.
 """
 
 import hashlib
@@ -115,7 +115,8 @@ def entries(folder: str, table: int = 0, shard: int = 0) -> list[Entry]:
             low, high = span(Node(level, index), 1 << 20)
             slots = [slot for slot in range(low, high) if (sender, round_, slot) in samples]
             if round_ >= 0 and not slots:
-                msg = f"version {record.version}: nobody recorded the samples of slots {low} to {high - 1}"
+                who = f"slots {low} to {high - 1}"
+                msg = f"version {record.version}: nobody recorded the samples of {who}"
                 raise KeyError(msg)
             found += [
                 Entry(record.version, slot, sender, samples[sender, round_, slot]) for slot in slots
@@ -124,19 +125,21 @@ def entries(folder: str, table: int = 0, shard: int = 0) -> list[Entry]:
 
 
 def state_digest(folder: str) -> str:
-    """One digest of every table's last values and optimizer state, whatever shards and servers held them.
+    """One digest of every table's last values and optimizer state, wherever they were held.
 
     Raises
     ------
     ValueError
-        There is no such record, a block of a table is missing, or shards ended at different versions.
+        There is no such record, a block of a table is missing, or shards ended at different
+        versions.
     """
     found = [record for record in read(folder) if isinstance(record, StateRecord)]
     digest = hashlib.sha256()
     blocks: dict[int, int] = {}
     for record in sorted(found, key=lambda state: (state.table, state.first_block)):
         if record.first_block != blocks.get(record.table, 0):
-            msg = f"table {record.table}: block {record.first_block} follows {blocks.get(record.table, 0)}"
+            known = blocks.get(record.table, 0)
+            msg = f"table {record.table}: block {record.first_block} follows {known}"
             raise ValueError(msg)
         blocks[record.table] = record.first_block + len(record.digests)
         for block in record.digests:

@@ -1,11 +1,17 @@
-"""Figures of the running process for heartbeats: memory, processor time, and what time was spent on."""
+"""The running process: random numbers of its own, its memory, and what its time went into."""
 
+import secrets
 import time
 from types import TracebackType
 
 import psutil
 
 SAMPLE_NS = 500_000_000  # as often as a heartbeat by default; more would only cost
+
+
+def random_number() -> int:
+    """A number that no other process will draw, for nonces and job numbers; 62 bits, never 0."""
+    return secrets.randbits(62) or 1
 
 
 class ProcessFigures:
@@ -28,7 +34,7 @@ class ProcessFigures:
 
 
 class Spent:
-    """How long a process did what, in nanoseconds by name. Each name is added to by one thread only."""
+    """How long a process did what, in nanoseconds by name. Only one thread adds to each name."""
 
     def __init__(self) -> None:
         self.ns: dict[str, int] = {}

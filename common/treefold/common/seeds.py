@@ -4,7 +4,6 @@ Adding numbers (``seed + round``) makes neighbouring streams collide; a keyed ha
 """
 
 import hashlib
-import secrets
 import struct
 
 COMPUTE = 1  # a slot's forward and backward (dropout and the like)
@@ -31,8 +30,3 @@ def derive(job_seed: int, purpose: int, *path: int) -> int:
     """
     packed = struct.pack(f"<{len(path) + 2}q", job_seed, purpose, *path)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
-
-
-def random_number() -> int:
-    """A number that no other process will draw, for nonces and job numbers; 62 bits, never 0."""
-    return secrets.randbits(62) or 1

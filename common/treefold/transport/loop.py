@@ -1,7 +1,8 @@
 """The turn of every shell: wait, decode, let the core decide, carry out what it says.
 
-A shell owns a `Loop` and gives it three things: its core, how to carry out an effect, and whom an arrival is
-from. A message that does not decode is counted, answered with a coded error and otherwise ignored.
+A shell owns a `Loop` and gives it three things: its core, how to carry out an effect, and whom an
+arrival is from. A message that does not decode is counted, answered with a coded error and
+otherwise ignored.
 """
 
 import time

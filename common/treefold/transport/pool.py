@@ -13,8 +13,8 @@ class BufferPool:
 
     Notes
     -----
-    A no-copy send aliases the tensor. ZeroMQ's tracker of a send says when the last byte is with the kernel;
-    until then a buffer that was given back is kept aside.
+    A no-copy send aliases the tensor. ZeroMQ's tracker of a send says when the last byte is with
+    the kernel; until then a buffer that was given back is kept aside.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Sockets of one process: a listener, links to other listeners, and a bell that other threads may ring.
+"""Sockets of one process: a listener, links to others, and a bell that other threads may ring.
 
-One thread owns a `Hub` and everything in it. Only `Bell.ring` may be called from elsewhere. Nothing here
-understands messages: what goes in and out is an address, a header and at most one payload.
+One thread owns a `Hub` and everything in it. Only `Bell.ring` may be called from elsewhere. Nothing
+here understands messages: what goes in and out is an address, a header and at most one payload.
 """
 
 import errno
@@ -25,6 +25,8 @@ HANDSHAKE_MS = 3_000
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1_000
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 30, 10, 3
+Context = zmq.Context[zmq.Socket[bytes]]
+"""What sockets live in; roles in one process share one to reach each other over `inproc://`."""
 LOOPBACK_HOSTS = ("localhost", "[::1]", "::1")
 
 
@@ -42,12 +44,12 @@ class Hub:
 
     Parameters
     ----------
-    context : zmq.Context, optional
+    context : Context, optional
         Shared by processes-in-one (`inproc://`); by default the hub's own.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
-        self._context = zmq.Context() if context is None else context
+    def __init__(self, context: Context | None = None) -> None:
+        self._context = Context() if context is None else context
         self._owns_context = context is None
         self._poller = zmq.Poller()
         self._sockets: dict[Hashable, zmq.Socket[bytes]] = {}
@@ -79,7 +81,8 @@ class Hub:
         Raises
         ------
         ConfigError
-            The address is taken, not ours, malformed, or reaches beyond this machine without ``insecure``.
+            The address is taken, not ours, malformed, or reaches beyond this machine without
+            ``insecure``.
         """
         check_reach(address, insecure=insecure)
         new = self._open(zmq.ROUTER, frame_bytes_max)
@@ -161,7 +164,8 @@ class Hub:
         payload : Tensor, float32, contiguous, optional
             Sent without a copy; it must not be written until the pool says so.
         key : hashable
-            Names the message; while an earlier one of the same name is still on its way, this one is skipped.
+            Names the message; while an earlier one of the same name is still on its way, this one
+            is skipped.
 
         Returns
         -------
@@ -291,14 +295,14 @@ def check_reach(address: str, *, insecure: bool) -> None:
     if host.startswith("127.") or host in LOOPBACK_HOSTS:
         return
     msg = (
-        f"{address} can be reached from other machines and nothing is encrypted; bind to 127.0.0.1, or "
-        "set insecure if the network is yours alone"
+        f"{address} can be reached from other machines and nothing is encrypted; bind to "
+        "127.0.0.1, or set insecure if the network is yours alone"
     )
     raise ConfigError(msg)
 
 
 def advertised(bound: str, advertise: str) -> str:
-    """The address that others are told, from the bound one and the setting (empty, or with port 0)."""
+    """The address that others are told, from the bound one and the setting, if there is one."""
     if not advertise:
         return bound
     if advertise.endswith(":0"):

@@ -370,9 +370,9 @@ class RoundMeta(Message, tag=33, frozen=True):
 class Pull(Message, tag=34, frozen=True):
     """Asks for ``version`` of a shard; answered part by part once it exists.
 
-    A version too old to be kept is answered with the current one, version 0 with the newest. From
-    the second ``attempt`` on, a version that does not exist yet is answered with `RoundStatus` as
-    well. ``parts`` empty means all.
+    A version too old to be kept is answered with the current one; who knows no version asks for 0.
+    From the second ``attempt`` on, a version that does not exist yet is answered with `RoundStatus`
+    as well. ``parts`` empty means all.
     """
 
     job: Count

@@ -3,23 +3,16 @@
 On a terminal the progress is a live table below the output; elsewhere it is a line now and then.
 """
 
-import errno
-import os
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Protocol, Self, TextIO
 
-from treefold.launch.effects import signal_name
 from treefold.launch.link import MemberStatus, Status
-from treefold.launch.processes import Line
 
 RATE_NS = 3_000_000_000  # samples/s is a mean over so long
 PLAIN_NS = 2_000_000_000  # at most one line of progress in so long, and only if there was some
 OURS = "treefold"
-SIGNALLED = 128
 
 
 @dataclass(slots=True)
@@ -188,18 +181,65 @@ class Display:
     def __init__(self, view: View) -> None:
         self._view = view
         self._meter = Meter()
-        self._width = len(OURS)
-        self._last: Progress | None = None
-        self._is_lost = False
+        self._round = 0
+        self._is_cut_off = False
         self._begun_ns = time.monotonic_ns()
 
-    @classmethod
-    def on(cls, out: TextIO) -> Self:
-        """A display that suits a file: live on a terminal, lines elsewhere."""
-        import sys
+    def __enter__(self) -> Self:
+        return self
 
-        if out.isatty():
-            from treefold.cli.live import LiveView
+    def __exit__(self, *_: object) -> None:
+        self._view.close()
 
-            return cls(LiveView(out, sys.stderr))
-        return cls(PlainView(out, sys.stderr))
+    def started(self, address: str) -> None:
+        """Print the scheduler's address."""
+        self._write(f"scheduler {address}")
+
+    def line(self, line: Line) -> None:
+        """Pass on what a process printed."""
+        self._write(f"{line.process} | {line.text}", is_error=line.is_error)
+
+    def event(self, text: str) -> None:
+        """Print what happened to the cluster."""
+        self._write(f"{OURS} | {text}")
+
+    def progress(self, status: Status, names: dict[int, str]) -> None:
+        """Show how far training is."""
+        seen = self._meter.read(time.monotonic_ns(), status, names)
+        self._round = max(self._round, seen.round)
+        if not self._is_cut_off:
+            self._view.show(seen)
+
+    def ended(self, code: int) -> None:
+        """Print how it all ended."""
+        self._view.close()
+        seconds = (time.monotonic_ns() - self._begun_ns) / 1e9
+        how = "done" if code == 0 else f"ended with exit code {code}"
+        rounds = f"{self._round} rounds, " if self._round else ""
+        self._write(f"{OURS} | {how}: {rounds}{seconds:.1f} s")
+
+    def _write(self, text: str, *, is_error: bool = False) -> None:
+        """Print a line; if nobody reads any more, ask the launcher to end."""
+        if self._is_cut_off:
+            return
+        try:
+            self._view.write(text, is_error=is_error)
+        except BrokenPipeError:
+            self._is_cut_off = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            signal.raise_signal(signal.SIGHUP)
+
+
+def display_on(out: TextIO, error: TextIO) -> Display:
+    """A display that suits where output goes: live on a terminal, lines elsewhere.
+
+    Parameters
+    ----------
+    out, error : file
+        Where output and errors go.
+    """
+    if not out.isatty():
+        return Display(PlainView(out, error))
+    from treefold.cli.live import LiveView  # noqa: PLC0415 # rich is for terminals only
+
+    return Display(LiveView(out, error))

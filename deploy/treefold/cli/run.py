@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from treefold.cli.display import Display
+from treefold.cli.display import display_on
 from treefold.cli.flags import Parser
 from treefold.cli.main import NOT_STARTED
 from treefold.common.config import KEYS, Loaded, Settings
@@ -19,6 +19,8 @@ DESCRIPTION = (
     "Start a scheduler, servers and workers on this machine, run SCRIPT in every worker, and end "
     "with the script's own exit code. Nothing is left behind, on Ctrl-C neither."
 )
+COMMAND_METAVAR = "SCRIPT [ARG ...] | -- COMMAND [ARG ...]"
+COMMAND_HELP = "a Python script with its arguments, or after -- any command"
 CHOSEN_HERE = ("scheduler", "bind", "advertise", "insecure", "linger")
 """Settings that a launch on one machine chooses by itself."""
 
@@ -47,8 +49,8 @@ def main(words: list[str]) -> int:
     parser.add_argument(
         "command",
         nargs="...",
-        metavar="SCRIPT [ARG ...] | -- COMMAND [ARG ...]",
-        help="a Python script with its arguments, or after -- any command",
+        metavar=COMMAND_METAVAR,
+        help=COMMAND_HELP,
     )
     options, loaded = parser.read(words)
     plan = LaunchPlan(
@@ -57,7 +59,7 @@ def main(words: list[str]) -> int:
         transport=options.transport,
         environment=os.environ,
     )
-    with Display.on(sys.stdout) as display:
+    with display_on(sys.stdout, sys.stderr) as display:
         try:
             code = Launcher(plan, display).run()
         except OSError as error:

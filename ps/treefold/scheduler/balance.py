@@ -1,7 +1,8 @@
 """Who computes which slot: leases by measured speed, mended when holders go, and backup tasks.
 
-Part of `treefold.scheduler.core` in a file of its own; just as pure. Leases carry no safety: two workers may
-compute one slot, and the second copy is a duplicate. So everything here may be late or wrong without harm.
+Part of `treefold.scheduler.core` in a file of its own; just as pure. Leases carry no safety: two
+workers may compute one slot, and the second copy is a duplicate. So everything here may be late or
+wrong without harm.
 """
 
 from treefold.scheduler import leases

@@ -1,7 +1,7 @@
-"""The scheduler's decisions: members, views, leases, placement, backup tasks, and when the job is over.
+"""The scheduler's decisions: members, views, leases, placement, and when the job is over.
 
-Pure: no socket, clock, thread or randomness. Only the scheduler makes views, and their numbers only grow.
-Nothing here is needed in a normal round, so nothing here may be asked for in one.
+Pure: no socket, clock, thread or randomness. Only the scheduler makes views, and their numbers only
+grow. Nothing here is needed in a normal round, so nothing here may be asked for in one.
 """
 
 from dataclasses import dataclass
@@ -220,8 +220,9 @@ class SchedulerCore:
     def _on_register(self, now_ns: int, peer: Peer, message: Register) -> None:
         if message.protocol != PROTOCOL_VERSION:
             text = (
-                f"this cluster speaks protocol {PROTOCOL_VERSION}, the {message.role.name.lower()} on "
-                f"{message.host} (package {message.package}) speaks {message.protocol}: install the same version"
+                f"this cluster speaks protocol {PROTOCOL_VERSION}, the "
+                f"{message.role.name.lower()} on {message.host} (package {message.package}) "
+                f"speaks {message.protocol}: install the same version"
             )
             self._out.append(Send(peer, Refused(0, Code.PROTOCOL_VERSION, text)))
             return
@@ -239,7 +240,8 @@ class SchedulerCore:
             state = self.roster.enroll(who, peer, message.nonce, now_ns)
             self._note(now_ns, f"{state.name} joined from {message.host} (process {message.pid})")
             self._on_joined(now_ns, state)
-        if state.peer == peer and state.is_live:
+        if state.is_live:
+            state.peer = peer  # a connection made again has another routing identity
             state.seen_ns = now_ns
             self._out.append(Send(peer, self._registered(state)))
             self._send_view(now_ns, state)
@@ -261,7 +263,7 @@ class SchedulerCore:
         if state.member.role is Role.WORKER:
             self._alone_since_ns = None
             if self.declared.is_loader:
-                text = f"{state.name} came while each worker's own loader is one slot: nothing to do for it"
+                text = f"{state.name} came while every slot is a worker's own loader: it stands by"
                 self._out.append(Note(Level.WARNING, text))
         if self.phase is Phase.FORMING and not formation.missing(self.roster, self._wanted()):
             self.phase = Phase.RUNNING
@@ -319,7 +321,7 @@ class SchedulerCore:
     # ---- views and leases ---------------------------------------------------------------------
 
     def _new_view(self, now_ns: int, wanted: list[int] | None = None, from_round: int = 0) -> None:
-        """Make the next view and tell everybody. Without ``wanted``, leases are mended where holders went."""
+        """Make the next view and tell everybody; without ``wanted``, only mend the leases."""
         workers = self.roster.live(Role.WORKER)
         current = self.view.leases
         if wanted is None:
@@ -411,7 +413,7 @@ class SchedulerCore:
         self._new_view(now_ns)
 
     def _has_finished(self, state: MemberState, outcome: Outcome | None) -> bool:
-        """Whether a worker with its own loader may be gone: its script is done and so is everybody's round."""
+        """Whether a worker with its own loader may be gone: nobody is in a later round."""
         if outcome is not Outcome.DONE:
             return False
         rounds = [

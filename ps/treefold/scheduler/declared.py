@@ -1,4 +1,4 @@
-"""What workers declared: tables and passes over the data. The first declaration makes it, later ones must agree.
+"""What workers declared: tables and passes over the data. Later declarations must agree.
 
 Part of `treefold.scheduler.core` in a file of its own; just as pure.
 """
@@ -9,6 +9,7 @@ from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.spec import Rule, TableSpec, differences
 from treefold.scheduler import placement
 from treefold.wire.messages import (
+    TABLES_MAX,
     Accepted,
     Code,
     DeclarePlan,
@@ -66,6 +67,9 @@ class Declared:
         known = [n for n, table in enumerate(self.tables) if table.spec.name == spec.name]
         if not known and self.plans and spec.rule is Rule.OPTIMIZER:
             text = f"table {spec.name!r} is declared after training began; declare all before"
+            return Refused(message.call, Code.BAD_SPEC, text)
+        if not known and len(self.tables) == TABLES_MAX:
+            text = f"a job has at most {TABLES_MAX} tables (TABLES_MAX)"
             return Refused(message.call, Code.BAD_SPEC, text)
         if not known:
             self.tables.append(TableState(spec))

@@ -1,7 +1,8 @@
 """How many slots each worker gets, by its measured speed, and when it is worth changing that.
 
-Slots are equal work, so giving the next slot to the worker that would be done with it first minimises the
-time of the round. Each worker's slots are consecutive, so that it can fold them into few nodes.
+Slots are equal work, so giving the next slot to the worker that would be done with it first
+minimises the time of the round. Each worker's slots are consecutive, so that it can fold them into
+few nodes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ def counts(slots: int, slot_time_ns: Mapping[int, int]) -> dict[int, int]:
 
 
 def speeds(measured_ns: Mapping[int, int]) -> dict[int, int]:
-    """Predicted time per slot of each worker: as measured, or the mean of the others where it is 0."""
+    """Predicted time per slot of each worker: as measured, or the others' mean where it is 0."""
     known = [time_ns for time_ns in measured_ns.values() if time_ns]
     usual = sum(known) // len(known) if known else 1
     return {who: max(1, time_ns or usual) for who, time_ns in measured_ns.items()}

@@ -84,7 +84,7 @@ class Roster:
         self._next = 1
 
     def enroll(self, member: Member, peer: Peer, nonce: int, now_ns: int) -> MemberState:
-        """Give a process its incarnation, higher than any before, and its rank, the lowest free one."""
+        """Give a process its incarnation, higher than any before, and the lowest free rank."""
         taken = {state.member.rank for state in self.live(member.role)}
         rank = next(number for number in range(len(taken) + 1) if number not in taken)
         known = Member(member.role, rank, self._next, member.address, member.host, member.pid)

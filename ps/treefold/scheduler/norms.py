@@ -1,4 +1,4 @@
-"""Global gradient norms: every shard's sums of squares, added in block order whatever the placement."""
+"""Global gradient norms: every shard's sums of squares, added in block order."""
 
 import math
 
@@ -15,9 +15,10 @@ class NormBook:
         self._decisions: dict[tuple[int, int], NormDecision] = {}
 
     def add(self, report: NormReport, shards: int) -> NormDecision | None:
-        """Take in one shard's sums; the decision once all ``shards`` are there (again, if asked again).
+        """Take in one shard's sums; the decision once all ``shards`` are there, or were before.
 
-        The norm is the root of the blocks' sums, float64, added in block order, which is shard order.
+        The norm is the root of the blocks' sums, float64, added in block order, which is shard
+        order.
         """
         key = (report.table, report.round)
         if key in self._decisions:

@@ -33,7 +33,8 @@ def place(blocks: list[int], load: dict[int, int]) -> list[int]:
 
     Notes
     -----
-    Ties go to the smaller incarnation and the earlier shard, so that the same input gives the same answer.
+    Ties go to the smaller incarnation and the earlier shard, so that the same input gives the same
+    answer.
     """
     owners = [0] * len(blocks)
     for shard in sorted(range(len(blocks)), key=lambda number: (-blocks[number], number)):

@@ -3,11 +3,9 @@
 import signal
 from collections.abc import Callable
 
-import zmq
-
 from treefold.common.config import Settings
 from treefold.common.log import logger
-from treefold.common.seeds import random_number
+from treefold.common.process import random_number
 from treefold.scheduler.core import (
     Effect,
     Event,
@@ -16,7 +14,7 @@ from treefold.scheduler.core import (
     SchedulerStopAsked,
 )
 from treefold.transport.loop import Loop
-from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Arrival, Hub, advertised
+from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Arrival, Context, Hub, advertised
 from treefold.wire.codec import encode
 from treefold.wire.exchange import Halt, Note, Peer, PeerLost, Send
 from treefold.wire.membership import MS
@@ -32,13 +30,11 @@ class SchedulerShell:
     ----------
     settings : Settings
         Where to listen, and how many of each role form the cluster.
-    context : zmq.Context, optional
+    context : Context, optional
         Shared with other roles when several live in one process.
     """
 
-    def __init__(
-        self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, context: Context | None = None) -> None:
         self._hub = Hub(context)
         bound = self._hub.listen(
             LISTENER,
@@ -67,7 +63,7 @@ class SchedulerShell:
         return self._halt.status
 
     def stop(self, outcome: Outcome, text: str) -> None:
-        """Ask the scheduler to end the job; may be called from a signal handler or another thread."""
+        """Ask the scheduler to end the job; may be called from a signal handler or a thread."""
         self._stop = SchedulerStopAsked(outcome, text)
         self._hub.bell.ring()
 

@@ -1,4 +1,4 @@
-"""What is going on, as one JSON document: the body of `treefold status` and of the progress display."""
+"""What is going on, as one JSON document: for `treefold status` and the progress display."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The server's decisions: which node is taken in, when a round is complete, who gets which version.
 
-Pure: no socket, clock, thread or tensor. A payload is a number that the shell can turn into a tensor. What a
-server must never do is decided here: count a slot twice, publish before the root of every part is there, answer
-with a version that does not exist yet.
+Pure: no socket, clock, thread or tensor. A payload is a number that the shell can turn into a
+tensor. What a server must never do is decided here: count a slot twice, publish before the root of
+every part is there, answer with a version that does not exist yet.
 """
 
 from dataclasses import dataclass
@@ -168,7 +168,7 @@ class ServerCore:
         match message:
             case Registered():
                 if self.membership.job not in (0, message.job):
-                    text = "the scheduler at this address runs another job now; this server's job is lost"
+                    text = "the scheduler runs another job now; this server's job is lost"
                     self._out.append(Halt(1, text))
                 elif self.membership.on_registered(now_ns, message):
                     self.membership.job = message.job
@@ -243,7 +243,7 @@ class ServerCore:
             self._out.append(ReleasePayload(payload))
 
     def _shard_for(self, peer: Peer, message: Push | RoundMeta | Pull) -> Shard | None:
-        """The shard a worker means, or None with a refusal (or in silence while this server is behind)."""
+        """The shard a worker means; None with a refusal, or in silence while we are behind."""
         shard = self.shards.get((message.table, message.shard))
         refusal: Refused | None = None
         if message.job != self.membership.job:
@@ -399,7 +399,7 @@ class ServerCore:
     # ---- pulls --------------------------------------------------------------------------------
 
     def _on_pull(self, peer: Peer, shard: Shard, pull: Pull) -> None:
-        parts = pull.parts or list(range(shard.parts_count))
+        parts = list(dict.fromkeys(pull.parts)) or list(range(shard.parts_count))
         if any(part >= shard.parts_count for part in parts):
             text = f"shard {shard.number} of table {shard.table} has {shard.parts_count} parts"
             self._out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))

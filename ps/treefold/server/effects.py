@@ -73,10 +73,11 @@ class ComputeNorm:
 
 @dataclass(frozen=True, slots=True)
 class PublishVersion:
-    """Make ``version`` from the roots (the optimizer's step, or initial values) and keep it for pulls.
+    """Make ``version`` from the roots (a step, or initial values) and keep it for pulls.
 
-    ``absent`` has per part the bitmap of tensors without a gradient; ``meta`` is None for version 0;
-    ``norm`` is the global gradient norm, NaN if the round has no limit for it. Takes over the roots.
+    ``absent`` has per part the bitmap of tensors without a gradient; ``meta`` is None for version
+    0; ``norm`` is the global gradient norm, NaN if the round has no limit for it. Takes over the
+    roots.
     """
 
     table: int

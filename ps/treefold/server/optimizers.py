@@ -166,8 +166,9 @@ def slice_state(state: dict[str, object], start: int, stop: int) -> dict[str, ob
 def rebased_view(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Some elements of a flat tensor, as a tensor that begins its own storage.
 
-    Adding a sparse tensor to a view, as SparseAdam does to parameters and state, counts the view's
-    storage offset twice (torch 2.13 on CPU) and so writes beside it, or outside of all memory.
+    Adding a coalesced sparse tensor to a view counts the view's storage offset twice (torch 2.13 on
+    CPU) and so writes beside it, or outside of all memory. SparseAdam does that to parameters and
+    state where a gradient has one element, since such a tensor is always coalesced.
 
     Parameters
     ----------

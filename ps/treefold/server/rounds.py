@@ -1,4 +1,4 @@
-"""The state of one shard and of the round that it collects. Pure bookkeeping for `treefold.server.core`."""
+"""The state of one shard and of the round that it collects, for `treefold.server.core`; pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ VERSIONS_KEPT = (
 
 
 class RoundState(Enum):
-    """Life of a round: nodes come in, then (with a norm limit) all shards' norms, then it is a version."""
+    """Life of a round: nodes come in, the norm is measured if it is limited, it is a version."""
 
     OPEN = auto()
     MEASURING = auto()
@@ -34,7 +34,7 @@ class RoundState(Enum):
 
 @dataclass(slots=True)
 class Held:
-    """What a node holds: a payload (None if no tensor has a gradient) and which tensors have none."""
+    """What a node holds: a payload, None if no tensor has a gradient, and which have none."""
 
     payload: int | None
     absent: int
@@ -57,7 +57,7 @@ class PartFold:
 
 @dataclass(slots=True)
 class Round:
-    """The round that a shard collects. ``active`` is 0 until the first message of the round says it."""
+    """The round that a shard collects. ``active`` is 0 until its first message says it."""
 
     number: int
     key: tuple[int, int]
@@ -208,7 +208,8 @@ class Shard:
         pieces = self.pieces[push.part]
         wanted = -(-pieces // 8)
         if len(push.absent) != wanted:
-            text = f"{where} part {push.part}: {len(push.absent)} bytes of absent marks, expected {wanted}"
+            got = len(push.absent)
+            text = f"{where} part {push.part}: {got} bytes of absent marks, expected {wanted}"
             return Refused(0, Code.BAD_PAYLOAD, text)
         if push.frame is not None and push.frame != self.frame(push.part):
             expected, got = self.frame(push.part), push.frame

@@ -8,15 +8,13 @@ from collections.abc import Callable
 from importlib import metadata
 
 import torch
-import zmq
 
 from treefold.common.config import Settings
 from treefold.common.errors import DataError, UnsupportedError
 from treefold.common.fold import fold
 from treefold.common.ledger import StateRecord, VersionRecord, Writer
 from treefold.common.log import logger
-from treefold.common.process import ProcessFigures, Spent
-from treefold.common.seeds import random_number
+from treefold.common.process import ProcessFigures, Spent, random_number
 from treefold.server.core import ServerCore, ServerLimits
 from treefold.server.digest import block_digests
 from treefold.server.effects import (
@@ -40,6 +38,7 @@ from treefold.transport.sockets import (
     CONTROL_FRAME_BYTES_MAX,
     DATA_FRAME_BYTES_MAX,
     Arrival,
+    Context,
     Hub,
     advertised,
 )
@@ -58,13 +57,11 @@ class ServerShell:
     ----------
     settings : Settings
         Where to listen, where the scheduler is.
-    context : zmq.Context, optional
+    context : Context, optional
         Shared with other roles when several live in one process.
     """
 
-    def __init__(
-        self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, context: Context | None = None) -> None:
         self._settings = settings
         warm_up()
         self._hub = Hub(context)
@@ -254,7 +251,7 @@ class ServerShell:
 
 
 def warm_up() -> None:
-    """Make torch import now what it imports with the first optimizer: about a second, silent if it came later."""
+    """Make torch import now what it would import with the first optimizer: about a second."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.SGD([parameter], lr=0.0).step()

@@ -1,14 +1,14 @@
-"""A whole cluster in this process, for a script that was started alone: same script, same code, same bits."""
+"""A whole cluster in this process, for a script that was started alone: same code, same bits."""
 
 import threading
 
 import msgspec
-import zmq
 
 from treefold.common.config import Settings
-from treefold.common.seeds import random_number
+from treefold.common.process import random_number
 from treefold.scheduler.shell import SchedulerShell
 from treefold.server.shell import ServerShell
+from treefold.transport.sockets import Context
 from treefold.wire.messages import Outcome
 from treefold.worker.client import Client
 
@@ -26,14 +26,18 @@ def connect_embedded(settings: Settings) -> Client:
     Client
         The one worker of this cluster. When it leaves, the threads end.
     """
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context: Context = Context()
     name = f"inproc://treefold-{random_number():x}"
-    alone = msgspec.structs.replace(settings, servers=1, workers=1, advertise="", linger=False, max_restarts=0)
+    alone = msgspec.structs.replace(
+        settings, servers=1, workers=1, advertise="", linger=False, max_restarts=0
+    )
     scheduler = SchedulerShell(msgspec.structs.replace(alone, bind=f"{name}-scheduler"), context)
     inside = msgspec.structs.replace(alone, scheduler=scheduler.address, bind=f"{name}-server")
     server = ServerShell(inside, context)
     threading.Thread(target=scheduler.run, name="treefold-scheduler", daemon=True).start()
-    threading.Thread(target=_serve, args=(server, scheduler), name="treefold-server", daemon=True).start()
+    threading.Thread(
+        target=_serve, args=(server, scheduler), name="treefold-server", daemon=True
+    ).start()
     return Client(inside, context)
 
 

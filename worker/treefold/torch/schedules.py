@@ -64,18 +64,16 @@ class Schedules:
         """
         if not any(hasattr(optimizer.step, _STEP_MARK) for optimizer in self._optimizers):
             return
+        attached = self._attached()
+        if {id(item) for item in attached} == {id(item) for item in self._living()}:
+            return
+        del attached
         gc.collect()  # a scheduler that the script has dropped must not count
-        found = [item for item in gc.get_objects() if issubclass(type(item), LRScheduler)]
-        mine = [
-            scheduler
-            for scheduler in found
-            if any(getattr(scheduler, "optimizer", None) is own for own in self._optimizers)
-        ]
-        inner = {id(part) for outer in mine for part in getattr(outer, "_schedulers", ())}
-        outermost = [scheduler for scheduler in mine if id(scheduler) not in inner]
-        known = [id(scheduler) for scheduler in self._living()]
-        new = [scheduler for scheduler in outermost if id(scheduler) not in known]
-        kept = [scheduler for scheduler in self._living() if id(scheduler) not in inner]
+        attached = self._attached()
+        outermost = {id(item) for item in attached}
+        kept = [scheduler for scheduler in self._living() if id(scheduler) in outermost]
+        known = {id(scheduler) for scheduler in kept}
+        new = [scheduler for scheduler in attached if id(scheduler) not in known]
         self._known = [weakref.ref(item) for item in [*kept, *sorted(new, key=_order)]]
 
     def capture(self) -> Schedule:
@@ -126,6 +124,17 @@ class Schedules:
                 else:
                     group[key] = _revived(group.get(key), value)
 
+    def _attached(self) -> list[LRScheduler]:
+        """Schedulers of these optimizers, but for those that are steered by another one."""
+        found = [item for item in gc.get_objects() if issubclass(type(item), LRScheduler)]
+        mine = [
+            scheduler
+            for scheduler in found
+            if any(getattr(scheduler, "optimizer", None) is own for own in self._optimizers)
+        ]
+        steered = {id(part) for outer in mine for part in getattr(outer, "_schedulers", ())}
+        return [scheduler for scheduler in mine if id(scheduler) not in steered]
+
     def _living(self) -> list[LRScheduler]:
         return [item for reference in self._known if (item := reference()) is not None]
 
@@ -136,7 +145,7 @@ def _name(scheduler: LRScheduler) -> str:
 
 def _order(scheduler: LRScheduler) -> tuple[str, bytes]:
     name, state = _captured(scheduler)
-    return name, msgspec.msgpack.encode(state, order="deterministic")
+    return name, msgspec.msgpack.encode(state)
 
 
 def _captured(scheduler: LRScheduler) -> tuple[str, dict[str, object]]:

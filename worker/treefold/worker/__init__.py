@@ -1,4 +1,4 @@
-"""The worker's side of the exchange. Users import `Client` from here; `treefold.torch` is built on it."""
+"""The worker's side of the exchange. Users import `Client`; `treefold.torch` is built on it."""
 
 from treefold.common.config import Settings, load
 from treefold.common.spec import Dtype, OptimizerSpec, Placement, Rule, TableSpec, TensorSpec

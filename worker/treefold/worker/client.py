@@ -1,6 +1,7 @@
-"""A worker's connection to the cluster, as a training thread uses it: declare, take slots, push, pull, wait.
+"""A worker's connection, as a training thread uses it: declare, take slots, push, pull, wait.
 
-`treefold.torch` is built on this. Use it directly for models that are not ``torch.nn.Module`` objects.
+`treefold.torch` is built on this. Use it directly for models that are not ``torch.nn.Module``
+objects.
 """
 
 import itertools
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import zmq
 
 from treefold.common.config import Settings
 from treefold.common.errors import ConfigError, LocalProtocolError
@@ -19,6 +19,7 @@ from treefold.common.ledger import SamplesRecord, Writer
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import Spent
 from treefold.common.spec import Hyper, TableSpec
+from treefold.transport.sockets import Context
 from treefold.wire.messages import Outcome
 from treefold.worker import effects
 from treefold.worker.effects import SlotMeta
@@ -93,7 +94,7 @@ class Client:
     ----------
     settings : Settings
         ``scheduler`` says where the cluster is.
-    context : zmq.Context, optional
+    context : Context, optional
         Shared with other roles when several live in one process.
 
     Raises
@@ -102,9 +103,7 @@ class Client:
         There is no scheduler address.
     """
 
-    def __init__(
-        self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, context: Context | None = None) -> None:
         if not settings.scheduler:
             msg = "a client needs the scheduler's address: set scheduler, or TREEFOLD_SCHEDULER"
             raise ConfigError(msg)
@@ -342,13 +341,13 @@ class Client:
     # ---- leaving ------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Stop after the current slot. May be called from a signal handler of the training thread."""
+        """Stop after the current slot. May be called from a signal handler."""
         self._shell.post(effects.DrainAsked())
         if self._waits_for in ("declare", "enter_loop"):
             raise SystemExit(0)
 
     def leave(self, outcome: Outcome, text: str) -> None:
-        """Leave the cluster and close; waits a bounded time for the scheduler. Does nothing if repeated."""
+        """Leave the cluster and close; waits a bounded time. Does nothing if repeated."""
         if self._is_closed or os.getpid() != self._pid:
             return
         self._is_closed = True

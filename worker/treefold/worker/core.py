@@ -1,10 +1,8 @@
-"""The worker's decisions: which slot is next, what is folded here, what is pushed, pulled and sent again.
+"""The worker's decisions: which slot is next, what is folded here, what is pushed and pulled.
 
-Pure: no socket, clock, thread or tensor. The training thread calls (`DeclareCalled`, `TaskCalled`, ...) and is
-answered with `Complete` or `Fail`; between calls the core keeps the exchange going.
+Pure: no socket, clock, thread or tensor. The training thread calls (`DeclareCalled`, `TaskCalled`,
+...) and is answered with `Complete` or `Fail`; between calls the core keeps the exchange going.
 """
-
-from dataclasses import dataclass
 
 from treefold.common import errors
 from treefold.common.plan import LoopPlan, PlanKind
@@ -51,43 +49,11 @@ from treefold.worker.effects import (
     TaskCalled,
 )
 from treefold.worker.exchange import Exchange
+from treefold.worker.limits import ERRORS, WorkerLimits
 from treefold.worker.pulls import Table
 from treefold.worker.rounds import LocalRound
 
 WAIT_NOTE_S = 30  # a wait this long is told to the operator, with what it waits for
-ERRORS: dict[Code, type[errors.TreefoldError]] = {
-    Code.PROTOCOL_VERSION: errors.RemoteProtocolError,
-    Code.JOB_MISMATCH: errors.JobFailedError,
-    Code.SPEC_MISMATCH: errors.SpecMismatchError,
-    Code.UNKNOWN_TABLE: errors.DataError,
-    Code.BAD_PAYLOAD: errors.DataError,
-    Code.FUTURE_ROUND: errors.RemoteProtocolError,
-    Code.BAD_NODE: errors.RemoteProtocolError,
-    Code.BAD_SPEC: errors.DataError,
-    Code.CLUSTER_FULL: errors.CapacityError,
-    Code.NOT_MEMBER: errors.FencedError,
-    Code.BAD_MESSAGE: errors.RemoteProtocolError,
-    Code.NON_FINITE: errors.DataError,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLimits:
-    """Times of a worker, in nanoseconds.
-
-    Attributes
-    ----------
-    connect_timeout_ns : int
-        How long to wait for the scheduler's first answer.
-    retry_ns : int
-        Silence after which a server is asked again.
-    unreachable_ns : int
-        Silence of all servers after which a wait fails.
-    """
-
-    connect_timeout_ns: int
-    retry_ns: int
-    unreachable_ns: int = 60_000 * MS
 
 
 class WorkerCore:
@@ -224,14 +190,8 @@ class WorkerCore:
                 self._on_accepted(now_ns, message)
             case View():
                 self._on_view(now_ns, message)
-            case Grant():
-                if self.local is not None and message.round == self.local.number:
-                    self.local.assign(message.slots)
-                    self._serve_task(now_ns)
-            case Flush():
-                if self.local is not None and message.round == self.local.number:
-                    for key, pushed in self.local.flush():
-                        self.exchange.push(key, pushed)
+            case Grant() | Flush():
+                self._on_late_round(now_ns, message)
             case Refused():
                 self._on_refused(message)
             case Stop():
@@ -239,6 +199,17 @@ class WorkerCore:
             case _:
                 text = f"the scheduler sent {type(message).__name__}: ignored"
                 self._out.append(Note(Level.WARNING, text))
+
+    def _on_late_round(self, now_ns: int, message: Grant | Flush) -> None:
+        local = self.local
+        if local is None or message.round != local.number:
+            return
+        if isinstance(message, Grant):
+            local.assign(message.slots)
+            self._serve_task(now_ns)
+            return
+        for key, pushed in local.flush():
+            self.exchange.push(key, pushed)
 
     def _on_registered(self, now_ns: int, message: Registered) -> None:
         if self.membership.job not in (0, message.job):
@@ -483,7 +454,8 @@ class WorkerCore:
         )
         if is_unknown and waited_ns > self.limits.connect_timeout_ns and self.failure is None:
             self.membership.give_up()
-            text = f"no scheduler answered within {waited_ns / 1e9:.0f} s; is it running at this address?"
+            waited = f"{waited_ns / 1e9:.0f} s"
+            text = f"no scheduler answered within {waited}; is it running at this address?"
             self._fail(errors.SchedulerLostError(text))
         silent = self.membership.is_silent(now_ns)
         if silent and not self._is_silence_noted:
@@ -494,7 +466,8 @@ class WorkerCore:
             return
         waiting = any(table.pulls and not table.is_pulled for table in self.tables.values())
         if waiting and now_ns - self._server_ns > self.limits.unreachable_ns:
-            text = f"no server answered for {(now_ns - self._server_ns) / 1e9:.0f} s; {self._waiting_for()}"
+            quiet = f"{(now_ns - self._server_ns) / 1e9:.0f} s"
+            text = f"no server answered for {quiet}; {self._waiting_for()}"
             self._fail(errors.UnavailableError(text))
         elif self._wait_note_ns is not None and now_ns >= self._wait_note_ns:
             self._wait_note_ns = now_ns + WAIT_NOTE_S * 1000 * MS

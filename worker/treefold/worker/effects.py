@@ -1,7 +1,7 @@
 """What only a worker's core hears and asks for, beside the vocabulary that all cores share.
 
-A call of the training thread is an event with a number; it is answered by `Complete` or `Fail` with that number.
-Tensors are handles: numbers that the shell can turn into tensors.
+A call of the training thread is an event with a number; it is answered by `Complete` or `Fail` with
+that number. Tensors are handles: numbers that the shell can turn into tensors.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class LeaveCalled:
 
 @dataclass(frozen=True, slots=True)
 class Contributed:
-    """One part of a slot's contribution is there; ``payload`` is None if no tensor has a gradient."""
+    """One part of a slot's contribution; ``payload`` is None if no tensor has a gradient."""
 
     table: int
     part: int

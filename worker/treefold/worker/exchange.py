@@ -1,6 +1,7 @@
 """A worker's exchange with servers: pulls, pushes, and what is sent again when a server asks.
 
-Part of `treefold.worker.core` in a file of its own; just as pure. Effects are appended to the core's list.
+Part of `treefold.worker.core` in a file of its own; just as pure. Effects are appended to the
+core's list.
 """
 
 from treefold.common.spec import Dtype, Rule
@@ -123,8 +124,8 @@ class Exchange:
                 marks = bytes(-(-part.pieces // 8))
                 frame = Frame(Dtype.FLOAT32, part.stop - part.start)
                 push = Push(
-                    self.membership.job, self.membership.incarnation, place.view, table.number, part.shard,
-                    part.number, INITIAL_ROUND, 1, 0, 0, marks, frame,
+                    self.membership.job, self.membership.incarnation, place.view, table.number,
+                    part.shard, part.number, INITIAL_ROUND, 1, 0, 0, marks, frame,
                 )  # fmt: skip
                 self._out.append(
                     Send(place.server, push, Initial(table.number, part.start, part.stop))
@@ -168,8 +169,9 @@ class Exchange:
         has_payload = pushed.held.payload is not None
         frame = Frame(Dtype.FLOAT32, part.stop - part.start) if has_payload else None
         push = Push(
-            self.membership.job, self.membership.incarnation, place.view, key[0], part.shard, part.number,
-            local.number, local.active, pushed.node.level, pushed.node.index, marks, frame,
+            self.membership.job, self.membership.incarnation, place.view, key[0], part.shard,
+            part.number, local.number, local.active, pushed.node.level, pushed.node.index, marks,
+            frame,
         )  # fmt: skip
         self._out.append(Send(place.server, push, pushed.held.payload))
 
@@ -201,4 +203,5 @@ class Exchange:
         if pull.status is None:
             return text
         slots = sorted({slot: None for missing in pull.status.missing for slot in missing.slots})
-        return f"{text}, which lacks slots {', '.join(map(str, slots)) or 'all'} of round {pull.status.round}"
+        lacks = ", ".join(map(str, slots)) or "all"
+        return f"{text}, which lacks slots {lacks} of round {pull.status.round}"

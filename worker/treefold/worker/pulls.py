@@ -13,7 +13,7 @@ BACKOFF_MAX = 8  # retries slow down to this multiple of the first delay
 
 @dataclass(frozen=True, slots=True)
 class PartRange:
-    """A part as a worker counts them, over all shards of a table: where it is and what it covers."""
+    """A part as a worker counts them, over all shards of a table, and what it covers."""
 
     shard: int
     number: int

@@ -1,4 +1,4 @@
-"""What a worker does in one round: its slots, its half of the fold, what it pushed. Pure bookkeeping."""
+"""What a worker does in one round: its slots, its half of the fold, what it pushed. Pure."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from treefold.worker.effects import Contributed, Effect, FoldPayloads, ReleasePa
 
 @dataclass(slots=True)
 class Held:
-    """What a node holds: a payload (None if no tensor has a gradient) and which tensors have none."""
+    """What a node holds: a payload, None if no tensor has a gradient, and which have none."""
 
     payload: int | None
     absent: int
@@ -46,8 +46,8 @@ class LocalRound:
 
     Notes
     -----
-    A node is kept for folding as long as this worker is to compute its sibling's slots too, and pushed
-    otherwise. A pushed payload is never folded into again: it may still be on its way out.
+    A node is kept for folding as long as this worker is to compute its sibling's slots too, and
+    pushed otherwise. A pushed payload is never folded into again: it may still be on its way out.
     """
 
     def __init__(self, number: int, plan: LoopPlan, parts: dict[int, int]) -> None:

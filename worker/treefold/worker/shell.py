@@ -13,25 +13,24 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 
 import torch
-import zmq
 
 from treefold.common.config import Settings
 from treefold.common.fold import fold
 from treefold.common.log import logger
-from treefold.common.process import ProcessFigures, Spent
-from treefold.common.seeds import random_number
+from treefold.common.process import ProcessFigures, Spent, random_number
 from treefold.transport.loop import Loop
 from treefold.transport.sockets import (
     CONTROL_FRAME_BYTES_MAX,
     DATA_FRAME_BYTES_MAX,
     Arrival,
+    Context,
     Hub,
 )
 from treefold.wire.codec import encode
 from treefold.wire.exchange import SCHEDULER, Note, Peer, Send
 from treefold.wire.membership import MS, Identity, Membership
 from treefold.wire.messages import Push, Role
-from treefold.worker.core import WorkerCore, WorkerLimits
+from treefold.worker.core import WorkerCore
 from treefold.worker.effects import (
     Complete,
     Connect,
@@ -46,11 +45,12 @@ from treefold.worker.effects import (
     Snapshot,
     Task,
 )
+from treefold.worker.limits import WorkerLimits
 
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """One version of a table with its tensors: ``(start, stop, values)`` per part of the flat space."""
+    """One version of a table with its tensors: ``(start, stop, values)`` per part."""
 
     snapshot: Snapshot
     parts: list[tuple[int, int, torch.Tensor]]
@@ -72,13 +72,11 @@ class WorkerShell:
     ----------
     settings : Settings
         Where the scheduler is.
-    context : zmq.Context, optional
+    context : Context, optional
         Shared with other roles when several live in one process.
     """
 
-    def __init__(
-        self, settings: Settings, context: zmq.Context[zmq.Socket[bytes]] | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, context: Context | None = None) -> None:
         self.hub = Hub(context)
         self.hub.connect(SCHEDULER, settings.scheduler, CONTROL_FRAME_BYTES_MAX)
         identity = Identity(
@@ -108,7 +106,7 @@ class WorkerShell:
         self._thread.start()
 
     def post(self, event: Event, values: torch.Tensor | None = None) -> None:
-        """Give the core an event; ``values`` becomes its payload. Called from the training thread."""
+        """Give the core an event; ``values`` becomes its payload. For the training thread."""
         self._events.append((event, values))
         self.hub.bell.ring()
 
@@ -144,7 +142,7 @@ class WorkerShell:
                     vitals.spent_ns = self.spent.ns
                 self._loop.turn(_peer_of)
             self._take_events()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the training thread must hear of it
+        except Exception as error:  # the training thread must hear of whatever it is
             self._crash = error
             self._log.exception("the I/O thread of this worker failed")
             for answers in list(self._answers.values()):

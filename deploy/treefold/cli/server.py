@@ -1,0 +1,54 @@
+"""``treefold server``: one server of a cluster."""
+
+import sys
+
+from treefold.cli.flags import Parser
+from treefold.common.config import Settings
+from treefold.common.errors import ConfigError
+from treefold.common.log import configure
+
+DESCRIPTION = (
+    "Start one server. The first line that it prints is the address at which it takes pushes and "
+    "pulls. It ends when the job has."
+)
+FLAGS = ("scheduler", "bind", "advertise", "insecure", "connect_timeout_s", "ledger", "log_level")
+
+
+def main(words: list[str]) -> int:
+    """Run a server until its job has ended.
+
+    Parameters
+    ----------
+    words : list of str
+        The command line after ``treefold server``.
+
+    Returns
+    -------
+    int
+        0 the job is done, 1 it failed, 3 there is no scheduler, or the cluster did not form in time.
+    """
+    _, loaded = Parser("server", DESCRIPTION, FLAGS).read(words)
+    check_scheduler(loaded.settings, "server")
+    configure(loaded.settings.log_level, "server")
+    from treefold.server.shell import main as run  # noqa: PLC0415 # after the flags are checked
+
+    return run(loaded.settings, announce)
+
+
+def announce(address: str) -> None:
+    """Print the address that was bound."""
+    sys.stdout.write(f"server {address}\n")
+    sys.stdout.flush()
+
+
+def check_scheduler(settings: Settings, role: str) -> None:
+    """Refuse to start a member that has nobody to register with.
+
+    Raises
+    ------
+    ConfigError
+        No scheduler's address is set.
+    """
+    if not settings.scheduler:
+        msg = f"a {role} needs its scheduler's address: --scheduler ADDRESS or TREEFOLD_SCHEDULER"
+        raise ConfigError(msg)

@@ -1,0 +1,111 @@
+"""A status as tables that a person reads."""
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from treefold.launch.link import MemberStatus, Status, TableStatus
+
+MIB = 1 << 20
+
+
+def spans(numbers: list[int]) -> str:
+    """Numbers in few words: ``0-3 6``.
+
+    Parameters
+    ----------
+    numbers : list of int
+        In ascending order.
+    """
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return " ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def print_status(status: Status, console: Console) -> None:
+    """Print who is there, what is where, and what is waited for.
+
+    Parameters
+    ----------
+    status : Status
+        The scheduler's.
+    console : Console
+        Where to.
+    """
+    parts: list[RenderableType] = [Text(_summary(status), style="bold"), _members(status)]
+    parts += [_table(table) for table in status.tables]
+    waits = [f"{member.name} waits for {member.waiting}" for member in status.members if member.waiting]
+    if status.phase == "forming":
+        waits.insert(0, _missing(status))
+    parts += [Text(line) for line in waits]
+    console.print(Group(*parts))
+
+
+def _summary(status: Status) -> str:
+    words = [f"{status.phase}, view {status.view}, round {status.round}"]
+    if status.plan is not None and status.plan.kind == "slots":
+        words[0] += f" of {status.plan.end_round} (epoch {status.plan.epoch})"
+    if status.slots:
+        words.append(f"{status.slots} slots, {status.rounds_per_second:.1f} rounds/s")
+    if status.ending is not None:
+        words.append(f"{status.ending.outcome}: {status.ending.text}")
+    return "; ".join(words)
+
+
+def _missing(status: Status) -> str:
+    there = {role: len(status.live(role)) for role in ("server", "worker")}
+    expected = status.expected
+    return (
+        f"the cluster waits for members: {there['server']} of {expected.servers} servers and "
+        f"{there['worker']} of {expected.workers} workers are there"
+    )
+
+
+def _members(status: Status) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in ("member", "state", "process"):
+        table.add_column(title)
+    for title in ("seen", "round", "ms/slot", "samples", "loss", "MiB", "cpu %"):
+        table.add_column(title, justify="right")
+    table.add_column("slots or shards")
+    for member in status.members:
+        table.add_row(*_cells(member), _held(status, member))
+    return table
+
+
+def _cells(member: MemberStatus) -> tuple[str, ...]:
+    is_worker = member.role == "worker"
+    return (
+        member.name,
+        member.state,
+        f"{member.host}:{member.pid}",
+        f"{member.seen_ms_ago / 1000:.1f} s ago",
+        str(member.round),
+        f"{member.slot_time_ms:.1f}" if is_worker else "",
+        f"{member.samples:,}" if is_worker else "",
+        "" if member.loss is None else f"{member.loss:.4f}",
+        f"{member.rss_bytes / MIB:.0f}",
+        f"{member.cpu_percent:.0f}",
+    )
+
+
+def _held(status: Status, member: MemberStatus) -> str:
+    if member.role == "worker":
+        return spans(member.slots)
+    found = [
+        f"{table.name} {spans(shards)}"
+        for table in status.tables
+        if (shards := [shard.shard for shard in table.shards if shard.server == member.name])
+    ]
+    return ", ".join(found) if member.is_live else ""
+
+
+def _table(table: TableStatus) -> Text:
+    optimizer = f", {table.optimizer}" if table.optimizer else ""
+    places = ", ".join(f"{shard.shard} on {shard.server} ({shard.blocks} blocks)" for shard in table.shards)
+    text = f"table {table.name}: {table.tensors} tensors, {table.elements:,} elements{optimizer}"
+    return Text(f"{text}; shards {places or 'not placed yet'}")
