@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from tests.sim.network import Connection, End, Network, Payload
-from tests.sim.world import Happened, Violation, World
+from tests.sim.world import Violation, World
 from treefold.common.errors import InvariantError
 from treefold.wire import codec
 from treefold.wire.exchange import Halt, Note, Received, Tick
-from treefold.wire.messages import AnyMessage
+from treefold.wire.messages import AnyMessage, Heartbeat, HeartbeatSeen
 
 STUCK_TICKS_MAX = 3  # ticks at one time after which a core that still asks for one is in a loop
 
@@ -141,7 +141,9 @@ class Process:
 
     def feed(self, event: object, mark: bytes) -> None:
         """Give the core an event, carry out what it says, and check that all is well."""
-        self.world.note(self.name, event, mark)
+        self.world.see(self.name, mark)
+        if not is_dull(event):
+            self.world.note(self.name, event)
         events: deque[object] = deque([event])
         try:
             while events and self.is_alive:
@@ -178,11 +180,11 @@ class Process:
         self.network.send(connection, end, codec.encode(message), payload)
 
     def _note(self, effect: Note) -> None:
-        self.world.recent.append(Happened(self.world.now_ns, self.name, effect))
+        self.world.note(self.name, effect)
 
     def _halt(self, effect: Halt) -> None:
         self.halt = effect
-        self.world.recent.append(Happened(self.world.now_ns, self.name, effect))
+        self.world.note(self.name, effect)
         self.is_alive = False
 
     # ---- checks ----------------------------------------------------------------------------------
@@ -233,3 +235,10 @@ class Process:
             self.feed(Tick(), b"tick")
         else:
             self._arm()
+
+
+def is_dull(event: object) -> bool:
+    """Whether an event happens all the time and tells a reader of a story nothing."""
+    if isinstance(event, Received):
+        return isinstance(event.message, Heartbeat | HeartbeatSeen)
+    return isinstance(event, Tick)

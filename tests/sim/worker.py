@@ -195,10 +195,11 @@ class Trainer:
     def drain(self) -> None:
         """Ask the script to stop, as a signal does."""
         self._drain_asked = True
-        self.process.feed(DrainAsked(), b"drain")
         if isinstance(self.waits_for, DeclareCalled | LoopCalled):
             self.waits_for = None
             self.process.later(0, self._resume, Drained())
+        else:
+            self.process.feed(DrainAsked(), b"drain")
 
     def answer(self, call: int, value: object) -> None:
         """A call was answered; the script goes on in its own thread."""
@@ -334,7 +335,7 @@ class Trainer:
         if task.slot >= self.scenario.plan_of(task.round).active_slots(task.round):
             raise Violation(f"{task} has no samples")
         self.done[task.round, task.slot] = None
-        who = self.process.worker.membership.incarnation
+        who = self.process.worker.membership.origin
         self.process.checks.computed[who, task.round, task.slot] = None
 
     def _check_end(self, end: LoopEnd, end_round: int) -> None:

@@ -69,9 +69,14 @@ class World:
         self._number += 1
         heappush(self._heap, (time_ns, self._number, act, argument))
 
-    def note(self, who: str, what: object, mark: bytes) -> None:
-        """Record that something happened; ``mark`` is what the trace sees of it."""
+    def note(self, who: str, what: object, mark: bytes = b"") -> None:
+        """Keep an event for the story of a failure; with ``mark``, let the trace see that."""
         self.recent.append(Happened(self.now_ns, who, what))
+        if mark:
+            self.see(who, mark)
+
+    def see(self, who: str, mark: bytes) -> None:
+        """Let the trace see that something happened."""
         self._trace.update(b"%d %s " % (self.now_ns, who.encode()) + mark)
 
     def step(self) -> bool:

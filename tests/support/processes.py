@@ -17,7 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
+import psutil
+
+from treefold.common import ledger
 from treefold.common.config import environment_of
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +29,7 @@ JOBS = ROOT / "tests" / "integration" / "jobs"
 PATIENCE_S = 90.0  # for one event; far more than it takes on a busy machine
 TAIL_LINES = 40
 MESSAGE_BYTES_MAX = 4096
+FINAL = r"^final (\S+)$"
 QUICK: dict[str, object] = {"heartbeat_ms": 100, "dead_after_ms": 1_000, "retry_ms": 300}
 """Settings that make trouble noticed sooner than by default."""
 
@@ -105,6 +110,13 @@ class Process:
         assert came, f"{self.name}: no {what!r} within {PATIENCE_S} s\n{self.transcript()}"
 
 
+class Bits(NamedTuple):
+    """What a job ended with: a hash of parameters and buffers, a digest of the servers' state."""
+
+    final: str
+    state: str
+
+
 class Starter:
     """Starts processes, forked from a zygote or as new interpreters, and reads what they say."""
 
@@ -172,6 +184,16 @@ class Starter:
         with self._news:
             self._news.wait_for(lambda: process.pid, PATIENCE_S)
         return process
+
+    def left(self) -> list[int]:
+        """Processes that were forked, at any depth, and have not ended."""
+        return [pid for pid in psutil.pids() if pid != self._zygote.pid and self._is_ours(pid)]
+
+    def _is_ours(self, pid: int) -> bool:
+        try:
+            return os.getsid(pid) == self._zygote.pid
+        except ProcessLookupError:
+            return False
 
     def close(self) -> None:
         """End the zygote and with it whatever was forked from it."""
@@ -304,6 +326,13 @@ class Cluster:
             status = process.end()
             assert process in excused or status == 0, process.transcript()
 
+    def bits(self, *excused: Process) -> Bits:
+        """Wait for everybody's end, see that all workers have one model, and say which bits."""
+        self.end(*excused)
+        finals = {worker.line(FINAL)[1] for worker in self.workers if worker not in excused}
+        assert len(finals) == 1, self.transcript()
+        return Bits(finals.pop(), ledger.state_digest(str(self.settings["ledger"])))
+
     def transcript(self) -> str:
         """Everybody's last words."""
         return "\n".join(process.transcript() for process in self.processes)
@@ -319,6 +348,26 @@ class Cluster:
         )
         self.processes.append(process)
         return process
+
+
+def bits_alone(starter: Starter, folder: Path, script: str, *arguments: str) -> Bits:
+    """Run a job in one process, with an embedded cluster, and say which bits it ends with.
+
+    Parameters
+    ----------
+    starter : Starter
+        Starts it.
+    folder : Path
+        For its ledger.
+    script : str
+        In ``tests/integration/jobs``; then its arguments, before them settings as ``KEY=VALUE``.
+    """
+    pairs = [argument.partition("=") for argument in arguments if not argument.startswith("-")]
+    values: dict[str, object] = {"ledger": str(folder)} | {key: value for key, _, value in pairs}
+    rest = [argument for argument in arguments if argument.startswith("-")]
+    process = starter.start("alone", [str(JOBS / script), *rest], environment_of(values))
+    assert process.end() == 0, process.transcript()
+    return Bits(process.line(FINAL)[1], ledger.state_digest(str(folder)))
 
 
 class Gate:

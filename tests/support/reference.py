@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from treefold.common.layout import Layout
 from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.process import Spent
 from treefold.common.spec import BUFFER_GROUP, Hyper, Rule, TableSpec
 from treefold.wire.messages import Outcome
 from treefold.worker.client import LoopEnd, Snapshot, Task
@@ -177,6 +178,7 @@ class ReferenceClient:
         self.job = job
         self.size = job.workers
         self.plan: LoopPlan | None = None
+        self.spent = Spent()
         self.left: tuple[Outcome, str] | None = None
         self.reports: list[tuple[int, float | None]] = []
         self.early: list[tuple[int, int]] = []

@@ -33,6 +33,8 @@ def main(descriptor: int) -> None:
     link = socket.socket(fileno=descriptor)
     for name in PRELOADED:
         import_module(name)
+    import_module("torch").set_num_threads(1)
+    import_module("treefold.server.shell").warm_up()
     wake, bell = socket.socketpair()
     wake.setblocking(False)
     bell.setblocking(False)

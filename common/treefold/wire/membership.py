@@ -100,6 +100,9 @@ class Membership:
         Where this member stands.
     incarnation, rank, job : int
         As the scheduler gave them; 0 before.
+    origin : int
+        The first incarnation of this process. What it sends to servers and what it writes down bear
+        this one, so that they go together even if it had to register again in between.
     heard_ns : int
         When the scheduler last answered anything.
     """
@@ -108,6 +111,7 @@ class Membership:
     vitals: Vitals = field(default_factory=Vitals)
     standing: Standing = Standing.JOINING
     incarnation: int = 0
+    origin: int = 0
     rank: int = 0
     job: int = 0
     servers: int = 0
@@ -151,6 +155,7 @@ class Membership:
         self._move(Step.REGISTERED)
         self.job = message.job
         self.incarnation = message.incarnation
+        self.origin = self.origin or message.incarnation
         self.rank = message.rank
         self.servers = message.servers
         self.workers = message.workers
@@ -226,7 +231,7 @@ class Membership:
             self._move(Step.GIVEN_UP)
             return []
         self._next_ns = now_ns + LEAVE_RETRY_MS * MS
-        return [Send(SCHEDULER, self._leave)]
+        return [Send(SCHEDULER, self.heartbeat()), Send(SCHEDULER, self._leave)]
 
     def _move(self, step: Step) -> None:
         self.standing = TRANSITIONS.get((self.standing, step), self.standing)

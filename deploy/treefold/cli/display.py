@@ -3,12 +3,16 @@
 On a terminal the progress is a live table below the output; elsewhere it is a line now and then.
 """
 
+import os
+import signal
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol, Self, TextIO
 
 from treefold.launch.link import MemberStatus, Status
+from treefold.launch.processes import Line
 
 RATE_NS = 3_000_000_000  # samples/s is a mean over so long
 PLAIN_NS = 2_000_000_000  # at most one line of progress in so long, and only if there was some
@@ -117,7 +121,8 @@ def headline(status: Status) -> str:
     expected = status.expected
     servers, workers = len(status.live("server")), len(status.live("worker"))
     if status.phase == "forming":
-        return f"forming: {servers} of {expected.servers} servers, {workers} of {expected.workers} workers"
+        there = f"{servers} of {expected.servers} servers, {workers} of {expected.workers} workers"
+        return f"forming: {there}"
     return f"{servers} servers, {workers} workers"
 
 
@@ -181,7 +186,6 @@ class Display:
     def __init__(self, view: View) -> None:
         self._view = view
         self._meter = Meter()
-        self._round = 0
         self._is_cut_off = False
         self._begun_ns = time.monotonic_ns()
 
@@ -205,18 +209,15 @@ class Display:
 
     def progress(self, status: Status, names: dict[int, str]) -> None:
         """Show how far training is."""
-        seen = self._meter.read(time.monotonic_ns(), status, names)
-        self._round = max(self._round, seen.round)
         if not self._is_cut_off:
-            self._view.show(seen)
+            self._view.show(self._meter.read(time.monotonic_ns(), status, names))
 
     def ended(self, code: int) -> None:
         """Print how it all ended."""
         self._view.close()
         seconds = (time.monotonic_ns() - self._begun_ns) / 1e9
         how = "done" if code == 0 else f"ended with exit code {code}"
-        rounds = f"{self._round} rounds, " if self._round else ""
-        self._write(f"{OURS} | {how}: {rounds}{seconds:.1f} s")
+        self._write(f"{OURS} | {how} after {seconds:.1f} s")
 
     def _write(self, text: str, *, is_error: bool = False) -> None:
         """Print a line; if nobody reads any more, ask the launcher to end."""

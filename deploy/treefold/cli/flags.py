@@ -1,4 +1,4 @@
-"""Flags from settings: every key of `treefold.common.config.Settings` is one, with its help and default."""
+"""Flags from settings: every key of `Settings` is one, with its help, default and variable."""
 
 import argparse
 import difflib

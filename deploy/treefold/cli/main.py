@@ -7,8 +7,8 @@ that none waits for what another one needs.
 import argparse
 import importlib
 import sys
-from collections.abc import Callable
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from treefold.common.errors import (
     ConfigError,
@@ -17,6 +17,9 @@ from treefold.common.errors import (
     TreefoldError,
     UnavailableError,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DONE, FAILED, USAGE, NOT_STARTED = 0, 1, 2, 3
 

@@ -98,7 +98,7 @@ def command_of(words: list[str], parser: Parser) -> list[str]:
 
 
 def settings_of(loaded: Loaded) -> Settings:
-    """Settings for the members: they start together, so each may wait as long as the cluster may."""
+    """Settings for the members: as they start together, each may wait as long as the cluster."""
     settings = loaded.settings
     if loaded.origins["connect_timeout_s"] != "default":
         return settings

@@ -25,7 +25,7 @@ def main(words: list[str]) -> int:
     Returns
     -------
     int
-        0 the job is done, 1 it failed, 3 there is no scheduler, or the cluster did not form in time.
+        0 the job is done, 1 it failed, 3 there is no scheduler or the cluster did not form.
     """
     _, loaded = Parser("server", DESCRIPTION, FLAGS).read(words)
     check_scheduler(loaded.settings, "server")

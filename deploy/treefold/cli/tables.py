@@ -38,7 +38,8 @@ def print_status(status: Status, console: Console) -> None:
     """
     parts: list[RenderableType] = [Text(_summary(status), style="bold"), _members(status)]
     parts += [_table(table) for table in status.tables]
-    waits = [f"{member.name} waits for {member.waiting}" for member in status.members if member.waiting]
+    waiting = [member for member in status.members if member.waiting]
+    waits = [f"{member.name} waits for {member.waiting}" for member in waiting]
     if status.phase == "forming":
         waits.insert(0, _missing(status))
     parts += [Text(line) for line in waits]
@@ -106,6 +107,6 @@ def _held(status: Status, member: MemberStatus) -> str:
 
 def _table(table: TableStatus) -> Text:
     optimizer = f", {table.optimizer}" if table.optimizer else ""
-    places = ", ".join(f"{shard.shard} on {shard.server} ({shard.blocks} blocks)" for shard in table.shards)
+    shards = [f"{s.shard} on {s.server} ({s.blocks} blocks)" for s in table.shards]
     text = f"table {table.name}: {table.tensors} tensors, {table.elements:,} elements{optimizer}"
-    return Text(f"{text}; shards {places or 'not placed yet'}")
+    return Text(f"{text}; shards {', '.join(shards) or 'not placed yet'}")

@@ -1,4 +1,4 @@
-"""First program of every process that `treefold run` starts: tell the guard, then become the command.
+"""First program of every process of `treefold run`: tell the guard, then become the command.
 
 Run by its path in an interpreter without site packages, so it imports the standard library only.
 The process leads a session of its own; its number is written to the guard's pipe before the command

@@ -122,7 +122,7 @@ def check_socket_path(path: str) -> None:
     length = len(os.fsencode(path))
     if length > IPC_PATH_MAX:
         msg = (
-            f"{path} is {length} bytes long, and a socket's path may have {IPC_PATH_MAX}; use the tcp "
-            f"transport, or set TMPDIR to something shorter than {tempfile.gettempdir()}"
+            f"{path} is {length} bytes long, and a socket's path may have {IPC_PATH_MAX}; use the "
+            f"tcp transport, or set TMPDIR to something shorter than {tempfile.gettempdir()}"
         )
         raise ConfigError(msg)

@@ -375,7 +375,7 @@ class LaunchCore:
             self.verdict = next(other for other in codes if other > FAILED)
 
     def _go_on_closing(self, now_ns: int) -> None:
-        """End workers, then the scheduler, which lets the servers go, then servers that are left."""
+        """End workers, then the scheduler, which lets servers go, then servers that are left."""
         patience = {Role.WORKER: DRAIN_MS, Role.SCHEDULER: FAREWELL_MS, Role.SERVER: SERVERS_MS}
         for role, patience_ms in patience.items():
             if not self._alive(role):

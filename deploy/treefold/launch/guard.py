@@ -1,9 +1,9 @@
 """The guard: outlives the launcher by a moment and ends what the launcher could not end itself.
 
 It reads a pipe whose other end only the launcher holds (and each child until its command begins).
-Lines ``+N`` and ``-N`` say that session N runs or is gone, ``@PATH`` names the launcher's folder. The
-end of the pipe means that the launcher is gone, however it went: then every session that is left
-is killed and the folder removed. This works without help from the kernel, on Linux and macOS alike.
+Lines ``+N`` and ``-N`` say that session N runs or is gone, ``@PATH`` names the launcher's folder.
+The end of the pipe means that the launcher is gone, however it went: then every session that is
+left is killed and the folder removed. It needs nothing of the kernel that only Linux has.
 
 Run by its path in an interpreter without site packages, so it imports the standard library only.
 """

@@ -1,4 +1,4 @@
-"""The launcher: processes, signals and the status link around `treefold.launch.core`. Decides nothing.
+"""The launcher: processes and signals around `treefold.launch.core`. Decides nothing.
 
 One thread. It waits for output, for a signal (a child's end among them) or for the next question to
 the scheduler, whichever is first.

@@ -38,7 +38,8 @@ class Balance:
             return []
         live = [state.member.incarnation for state in self._workers()]
         if self._declared.is_loader:
-            return current or live[: self._declared.slots]
+            slots = self._declared.slots
+            return current if len(current) == slots else live[:slots]
         if not live or (current and all(who in live for who in current)):
             return current
         return leases.lay_out(leases.counts(self._declared.slots, self._speeds()))

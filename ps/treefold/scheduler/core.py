@@ -161,11 +161,9 @@ class SchedulerCore:
     def check_invariants(self) -> None:
         """Raise `InvariantError` if the state contradicts itself."""
         live = [state.member.incarnation for state in self.roster.live(Role.WORKER)]
-        if self.phase is Phase.RUNNING and self.plans and live:
-            if (
-                any(who not in live for who in self.view.leases.workers)
-                and not self.declared.is_loader
-            ):
+        is_leasing = self.plans and live and not self.declared.is_loader
+        if self.phase is Phase.RUNNING and is_leasing:
+            if any(who not in live for who in self.view.leases.workers):
                 raise InvariantError(
                     "a slot is leased to a worker that is gone", self.story.lines()
                 )
@@ -191,6 +189,7 @@ class SchedulerCore:
                     self._out.append(Send(peer, Fenced(message.incarnation)))
                     return
                 state.peer = peer  # a connection made again has another routing identity
+                state.is_heard = True
                 if isinstance(message, Leave):
                     self._on_leave(now_ns, state, message)
                 elif self.ending is not None:
@@ -213,7 +212,7 @@ class SchedulerCore:
             case DeclarePlan():
                 self._on_plan(now_ns, state, message)
             case RoundLate():
-                self._on_round_late(message)
+                self._on_round_late(now_ns, message)
             case NormReport():
                 self._on_norm_report(message)
 
@@ -230,7 +229,7 @@ class SchedulerCore:
             self._out.append(Send(peer, self.ending))
             return
         state = self.roster.by_nonce(message.nonce)
-        if state is None:
+        if state is None or not (state.is_live or state.is_heard):
             servers = len(self.roster.live(Role.SERVER))
             if message.role is Role.SERVER and servers >= self.limits.servers:
                 text = f"all {servers} servers of this cluster are there already"
@@ -270,6 +269,7 @@ class SchedulerCore:
             self._note(
                 now_ns, f"{self.limits.servers} servers and {self.limits.workers} workers are there"
             )
+            self._place_tables(now_ns)  # those that were declared while it formed
         self._new_view(now_ns)
 
     def _on_heartbeat(self, now_ns: int, state: MemberState, beat: Heartbeat) -> None:
@@ -351,8 +351,17 @@ class SchedulerCore:
 
     # ---- rounds that need help ----------------------------------------------------------------
 
-    def _on_round_late(self, late: RoundLate) -> None:
-        for state, message in self.balance.help(late, self.view.leases.workers):
+    def _on_round_late(self, now_ns: int, late: RoundLate) -> None:
+        current = self.view.leases.workers
+        if self.declared.is_loader:
+            holders = [(slot, current[slot]) for slot in late.missing if slot < len(current)]
+            for slot, who in holders:
+                state = self.roster.by_incarnation[who]
+                last = state.beat.round if state.beat else 0
+                if state.outcome is Outcome.DONE and late.round >= last:
+                    text = f"round {late.round} lacks slot {slot} of {state.name}, which is done"
+                    self._end(now_ns, Outcome.FAILED, f"{text}: own loaders differ in length")
+        for state, message in self.balance.help(late, current):
             self._out.append(Send(state.peer, message))
 
     def _on_norm_report(self, report: NormReport) -> None:
@@ -401,7 +410,7 @@ class SchedulerCore:
         elif not self.roster.live(Role.WORKER):
             self._on_last_worker(now_ns, state, outcome, text)
             return
-        elif self.declared.is_loader and not self._has_finished(state, outcome):
+        elif self.declared.is_loader and outcome is not Outcome.DONE:
             why = text or "fell silent"
             self._end(
                 now_ns,
@@ -411,15 +420,6 @@ class SchedulerCore:
             return
         self._place_tables(now_ns)
         self._new_view(now_ns)
-
-    def _has_finished(self, state: MemberState, outcome: Outcome | None) -> bool:
-        """Whether a worker with its own loader may be gone: nobody is in a later round."""
-        if outcome is not Outcome.DONE:
-            return False
-        rounds = [
-            s.beat.round for s in [*self.roster.live(Role.WORKER), state] if s.beat is not None
-        ]
-        return not rounds or max(rounds) <= (state.beat.round if state.beat else 0)
 
     def _on_last_worker(
         self, now_ns: int, state: MemberState, outcome: Outcome | None, text: str

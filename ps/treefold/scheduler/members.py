@@ -43,6 +43,8 @@ class MemberState:
         Its last heartbeat.
     outcome : Outcome or None
         How it left, None if it did not.
+    is_heard : bool
+        Whether it ever named its incarnation, so that it is known to have got it.
     slot_time_ns : int
         Predicted time per slot, 0 while unknown.
     """
@@ -54,6 +56,7 @@ class MemberState:
     life: Life = Life.LIVE
     outcome: Outcome | None = None
     beat: Heartbeat | None = None
+    is_heard: bool = False
     slot_time_ns: int = 0
     view_sent_ns: int = 0
     tables: int = 0
@@ -94,9 +97,9 @@ class Roster:
         return state
 
     def by_nonce(self, nonce: int) -> MemberState | None:
-        """The member that registered with this nonce."""
-        found = (state for state in self.by_incarnation.values() if state.nonce == nonce)
-        return next(found, None)
+        """The member that registered with this nonce, the last if it had to be enrolled again."""
+        states = reversed(self.by_incarnation.values())
+        return next((state for state in states if state.nonce == nonce), None)
 
     def live(self, role: Role | None = None) -> list[MemberState]:
         """Live members (of one role), by rank."""

@@ -201,7 +201,8 @@ class ServerCore:
                 )
 
     def _on_view(self, view: View) -> None:
-        if view.number <= self.view or view.phase is Phase.ENDED:
+        is_named = self.membership.incarnation > 0  # a view may overtake the answer that names us
+        if not is_named or view.number <= self.view or view.phase is Phase.ENDED:
             return
         self.view = view.number
         self.membership.vitals.view = view.number
@@ -246,6 +247,8 @@ class ServerCore:
         """The shard a worker means; None with a refusal, or in silence while we are behind."""
         shard = self.shards.get((message.table, message.shard))
         refusal: Refused | None = None
+        if self.membership.job == 0:
+            return None  # the scheduler's answer has not arrived yet; the worker will ask again
         if message.job != self.membership.job:
             refusal = Refused(0, Code.JOB_MISMATCH, "this server belongs to another job")
         elif message.view > self.view:

@@ -56,6 +56,9 @@ class Nets(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor, float32 [n, FEATURES] to float32 [n, CLASSES]."""
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.train(self.training and len(x) > 1)  # one sample has no variance
         for net in self.nets:
             x = x + net(x)
         return self.head(x)

@@ -174,9 +174,22 @@ def table_spec(name: str, optimizer: Optimizer, tensors: Sequence[BoundTensor]) 
     UnsupportedError
         Servers do not run this optimizer.
     """
+    if _has_stepped(optimizer):
+        text = (
+            "the optimizer has state already (it stepped, or load_state_dict was called), which "
+            "the servers would not have; make ps.DistributedOptimizer from a fresh one"
+        )
+        raise UnsupportedError(text)
     described = describe(optimizer)
     specs = [tensor.spec() for tensor in tensors]
-    return TableSpec(name, Rule.OPTIMIZER, placement_of(described.name), specs, described)
+    placement = placement_of(described.name, described.groups)
+    return TableSpec(name, Rule.OPTIMIZER, placement, specs, described)
+
+
+def _has_stepped(optimizer: Optimizer) -> bool:
+    """Whether there is state beyond what a constructor makes (Adagrad's, its counter at 0)."""
+    states = (state for state in optimizer.state.values() if state)
+    return any(state.get("step") is None or float(state["step"]) != 0.0 for state in states)
 
 
 def frozen_spec(name: str, tensors: Sequence[BoundTensor]) -> TableSpec:

@@ -1,10 +1,12 @@
-"""How a script ends: as done, or as failed and with which error. Watches, and changes nothing."""
+"""How a script ends: as done, as failed and with which error, or because it is asked to."""
 
 import atexit
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 from treefold.wire.messages import Outcome
@@ -19,6 +21,9 @@ class ExitWatch:
     ----------
     leave : callable
         Called with the outcome and one line of text.
+    drain : callable, optional
+        Called when the process is asked to end (SIGTERM), unless the script handles that itself.
+        A second signal ends the process at once.
 
     Notes
     -----
@@ -26,8 +31,9 @@ class ExitWatch:
     every hook of the interpreter unseen and counts as done here, though not for the process itself.
     """
 
-    def __init__(self, leave: Leave) -> None:
+    def __init__(self, leave: Leave, drain: Callable[[], None] | None = None) -> None:
         self._leave = leave
+        self._drain = drain
         self._failure = ""
         self._pid = os.getpid()
         self._hook = sys.excepthook
@@ -39,6 +45,9 @@ class ExitWatch:
         sys.excepthook = self.on_exception
         sys.exit = self.on_exit
         atexit.register(self.on_end)
+        is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if self._drain is not None and is_free and _is_main_thread():
+            signal.signal(signal.SIGTERM, self.on_term)
 
     def remove(self) -> None:
         """Stop watching."""
@@ -47,6 +56,8 @@ class ExitWatch:
             sys.excepthook = self._hook
         if sys.exit == self.on_exit:
             sys.exit = self._exit
+        if signal.getsignal(signal.SIGTERM) == self.on_term and _is_main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_exception(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
@@ -61,9 +72,23 @@ class ExitWatch:
         self._failure = "" if status in (None, 0) else f"exit status {status}"
         self._exit(status)
 
+    def on_term(self, number: int, frame: FrameType | None) -> None:
+        """Drain at the first signal. A forked process ends at once, as it would without a handler."""
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() == self._pid and self._drain is not None:
+            self._drain()
+        else:
+            os.kill(os.getpid(), number)
+
     def on_end(self) -> None:
         """Leave the cluster. A forked process has nothing to leave."""
         if os.getpid() != self._pid:
             return
         outcome = Outcome.FAILED if self._failure else Outcome.DONE
         self._leave(outcome, self._failure)
+
+
+def _is_main_thread() -> bool:
+    """Whether this is the thread that may set signal handlers."""
+    return threading.current_thread() is threading.main_thread()

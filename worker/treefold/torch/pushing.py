@@ -197,6 +197,10 @@ class Pushing:
         self._send(part, self._pack(part))
 
     def _pack(self, part: Part) -> _Packed:
+        with self._port.client.spent.on("push"):
+            return self._packed_now(part)
+
+    def _packed_now(self, part: Part) -> _Packed:
         absent = part.absent_gradients(self.gradients.items)
         if absent == part.all_absent:
             return _Packed(None, absent)

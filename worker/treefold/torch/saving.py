@@ -1,7 +1,7 @@
 """The parameters of one version, for evaluation and for files."""
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -60,9 +60,7 @@ def save(path: str | os.PathLike[str]) -> None:
         raise ConfigError(msg)
     tensors = {name: value.contiguous() for name, value in state_dict().items()}
     metadata = {"format": "pt", "round": str(session.current().round)}
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    unfinished = Path(name)
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         save_file(tensors, unfinished, metadata)
         unfinished.replace(target)

@@ -126,17 +126,23 @@ class Schedules:
 
     def _attached(self) -> list[LRScheduler]:
         """Schedulers of these optimizers, but for those that are steered by another one."""
-        found = [item for item in gc.get_objects() if issubclass(type(item), LRScheduler)]
+        kinds = _kinds(LRScheduler)
         mine = [
-            scheduler
-            for scheduler in found
-            if any(getattr(scheduler, "optimizer", None) is own for own in self._optimizers)
+            item
+            for item in gc.get_objects()
+            if type(item) in kinds
+            and any(getattr(item, "optimizer", None) is own for own in self._optimizers)
         ]
         steered = {id(part) for outer in mine for part in getattr(outer, "_schedulers", ())}
         return [scheduler for scheduler in mine if id(scheduler) not in steered]
 
     def _living(self) -> list[LRScheduler]:
         return [item for reference in self._known if (item := reference()) is not None]
+
+
+def _kinds(base: type[LRScheduler]) -> frozenset[type[LRScheduler]]:
+    """A class and all classes made from it."""
+    return frozenset({base}).union(*(_kinds(kind) for kind in base.__subclasses__()))
 
 
 def _name(scheduler: LRScheduler) -> str:

@@ -276,7 +276,8 @@ def init(
     seed_all(settings.seed)
     _Current.session = Session(client, settings)
     _Current.session.progress.watch.install()
-    _Current.exit_watch = ExitWatch(_leave)
+    # Alone there is nobody who could go on with this worker's slots: a signal ends the process.
+    _Current.exit_watch = ExitWatch(_leave, client.drain if settings.scheduler else None)
     _Current.exit_watch.install()
 
 

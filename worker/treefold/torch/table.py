@@ -137,6 +137,11 @@ class Table:
         snapshot : Snapshot
             Of this table; released afterwards.
         """
+        with self._client.spent.on("pull"):
+            self._take(snapshot)
+        self._versions = [parameter._version for parameter in self.parameters]
+
+    def _take(self, snapshot: Snapshot) -> None:
         copy_parameters(snapshot, self.layout, self.parameters)
         count = len(self.parameters)
         for start, stop, values in snapshot.parts:
@@ -150,7 +155,6 @@ class Table:
             self.buffers.moving = self._state.moving
             self.buffers.load_opaque(self._state.opaque)
         snapshot.release()
-        self._versions = [parameter._version for parameter in self.parameters]
 
     # ---- loops and slots -------------------------------------------------------------------------
 

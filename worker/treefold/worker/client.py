@@ -26,6 +26,7 @@ from treefold.worker.effects import SlotMeta
 from treefold.worker.pulls import PartRange
 from treefold.worker.shell import Answer, Tensors, WorkerShell
 
+DRAIN_TEXT = "the worker was asked to stop"
 STANDING_BY = -1  # the core's slot number for "load this and ask again"
 
 
@@ -207,7 +208,7 @@ class Client:
             snapshots = list(newest.values())
             if isinstance(answer.value, effects.LoopEnd):
                 if answer.value.is_draining:
-                    self.leave(Outcome.DRAINED, "the worker was asked to stop")
+                    self.leave(Outcome.DRAINED, DRAIN_TEXT)
                     raise SystemExit(0)
                 return LoopEnd(answer.value.version, snapshots)
             if isinstance(answer.value, effects.Task) and answer.value.slot != STANDING_BY:
@@ -255,7 +256,7 @@ class Client:
         """Write down which samples a slot has, if the job keeps a ledger."""
         if not self._settings.ledger:
             return
-        who = self._shell.core.membership.incarnation
+        who = self._shell.core.membership.origin
         if self._ledger is None:
             self._ledger = Writer(self._settings.ledger, f"worker-{who}")
         self._ledger.add(SamplesRecord(who, task.round, task.slot, list(samples)))
@@ -342,9 +343,10 @@ class Client:
 
     def drain(self) -> None:
         """Stop after the current slot. May be called from a signal handler."""
-        self._shell.post(effects.DrainAsked())
         if self._waits_for in ("declare", "enter_loop"):
+            self.leave(Outcome.DRAINED, DRAIN_TEXT)
             raise SystemExit(0)
+        self._shell.post(effects.DrainAsked())
 
     def leave(self, outcome: Outcome, text: str) -> None:
         """Leave the cluster and close; waits a bounded time. Does nothing if repeated."""

@@ -124,7 +124,7 @@ class Exchange:
                 marks = bytes(-(-part.pieces // 8))
                 frame = Frame(Dtype.FLOAT32, part.stop - part.start)
                 push = Push(
-                    self.membership.job, self.membership.incarnation, place.view, table.number,
+                    self.membership.job, self.membership.origin, place.view, table.number,
                     part.shard, part.number, INITIAL_ROUND, 1, 0, 0, marks, frame,
                 )  # fmt: skip
                 self._out.append(
@@ -153,7 +153,7 @@ class Exchange:
         if place is None:
             return
         message = Pull(
-            self.membership.job, self.membership.incarnation, place.view, table.number, shard,
+            self.membership.job, self.membership.origin, place.view, table.number, shard,
             pull.version, pull.attempt, pull.missing(),
         )  # fmt: skip
         self._out.append(Send(place.server, message))
@@ -169,7 +169,7 @@ class Exchange:
         has_payload = pushed.held.payload is not None
         frame = Frame(Dtype.FLOAT32, part.stop - part.start) if has_payload else None
         push = Push(
-            self.membership.job, self.membership.incarnation, place.view, key[0], part.shard,
+            self.membership.job, self.membership.origin, place.view, key[0], part.shard,
             part.number, local.number, local.active, pushed.node.level, pushed.node.index, marks,
             frame,
         )  # fmt: skip
@@ -182,7 +182,7 @@ class Exchange:
             return
         meta = local.metas[table.number]
         message = RoundMeta(
-            self.membership.job, self.membership.incarnation, place.view, table.number, shard,
+            self.membership.job, self.membership.origin, place.view, table.number, shard,
             local.number, local.active, meta.groups, meta.norm_max, meta.state,
         )  # fmt: skip
         self._out.append(Send(place.server, message))
