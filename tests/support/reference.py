@@ -125,13 +125,14 @@ class ReferenceJob:
 
     ``order`` says which slots of a round of so many active ones the next client is to compute, in
     which order; slots may repeat, and then both copies must be equal bit for bit. The other
-    ``workers`` of an own loader contribute what this one contributes.
+    ``workers`` of an own loader contribute what ``peer`` makes of this one's contributions.
     """
 
     slots: int = 1
     part_elements: int = 50
     order: Order = lambda active: list(range(active))
     workers: int = 1
+    peer: Callable[[Tensor], Tensor] = torch.clone
     tables: list[ReferenceTable] = field(default_factory=list)
     plans: list[LoopPlan] = field(default_factory=list)
     version: int = 0
@@ -259,7 +260,8 @@ class ReferenceClient:
             assert held[task.slot].absent == marks
         held[task.slot] = leaf
         if self.job.workers > 1:
-            held.update({slot: Leaf(taken, marks) for slot in range(self.job.workers)})
+            others = range(1, self.job.workers)
+            held.update({slot: Leaf(self.job.peer(taken), marks) for slot in others})
 
     def finish_slot(self, task: Task, metas: dict[int, SlotMeta]) -> None:
         """The slot's loop body is over."""

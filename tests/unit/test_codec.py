@@ -37,7 +37,7 @@ MEMBER = m.Member(m.Role.SERVER, 1, 5, "tcp://10.0.0.2:4001", "node-2", 4242)
 PLACE = m.TablePlace(0, "model", 6, [m.ShardPlace(0, 3, 0, 4, 5), m.ShardPlace(1, 3, 4, 3, 7)])
 
 EXAMPLES: list[m.AnyMessage] = [
-    m.Register(1, m.Role.WORKER, 123456789, "", "node-1", 4711, "0.1.0"),
+    m.Register(1, m.Role.WORKER, 123456789, "", "node-1", 4711, "0.1.0", 2),
     m.Registered(123456789, 99, 6, 0, 500, 2000, 2, 4),
     m.Refused(12, m.Code.SPEC_MISMATCH, "tensors: 2 entries here, 1 there"),
     m.Heartbeat(6, 3, 1, 17, 2_500_000, 4096, 0.25, "model shard 0", 1 << 28, 97.5, {"fold": 5}),

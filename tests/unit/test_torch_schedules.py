@@ -30,7 +30,7 @@ from treefold.common.errors import SpecMismatchError, UnsupportedError
 from treefold.torch.schedules import Schedules
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
-EPOCHS = 3
+EPOCHS = 2
 
 PER_ROUND: dict[str, MakeScheduler] = {
     "StepLR": lambda o: schedulers.StepLR(o, 3, 0.5),
@@ -162,7 +162,7 @@ def test_schedulers_stepped_between_epochs_count_epochs(slots: int) -> None:
         assert trained == state_bits(plain)
 
 
-@pytest.mark.parametrize("slots_done", [0, 4, 5, 8])
+@pytest.mark.parametrize("slots_done", [5, 8])
 def test_a_worker_that_joins_goes_on_with_the_right_learning_rate(slots_done: int) -> None:
     job = ReferenceJob(slots=2)
     with joined(job):

@@ -452,6 +452,21 @@ def test_an_own_loader_scales_by_the_number_of_workers() -> None:
         assert state_bits(model) == train_plainly(adamw, epochs=1)
 
 
+def test_in_an_own_loader_buffers_are_the_mean_of_the_workers() -> None:
+    job = ReferenceJob(workers=2, peer=lambda values: values * 3)
+    with joined(job):
+        model = network()
+        optimizer = ps.DistributedOptimizer(sgd(parameters_of(model)), model)
+        for batch in plain_batches(0):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            own = model.state_dict()["1.running_mean"].clone()
+            backward(loss)
+            optimizer.step()
+            mean = model.state_dict()["1.running_mean"]
+            assert bits(mean) == bits(own * 0.5 + own * 0.5 * 3)
+
+
 def test_gradients_of_an_own_loader_accumulate_until_they_are_cleared() -> None:
     job = ReferenceJob()
     with joined(job):

@@ -40,6 +40,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Whether an address beyond this machine may be bound although nothing is encrypted.
     servers, workers : int
         How many of each form the cluster.
+    rank : int
+        Rank that this member would like to have; it gets the lowest free one if that is taken, or
+        -1 is asked for.
     slots : int
         V, the slots of a round.
     seed : int
@@ -74,6 +77,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     insecure: bool = False
     servers: Positive = 1
     workers: Positive = 1
+    rank: Annotated[int, Meta(ge=-1, le=65_535)] = -1
     slots: Annotated[int, Meta(ge=1, le=65_536)] = 8
     seed: Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)] = 0
     heartbeat_ms: Positive = 500

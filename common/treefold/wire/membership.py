@@ -64,7 +64,10 @@ TRANSITIONS: dict[tuple[Standing, Step], Standing] = {
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a process says of itself when it registers. ``nonce`` is random, from the shell."""
+    """What a process says of itself when it registers.
+
+    ``nonce`` is random, from the shell; ``rank`` the one it would like to have, -1 for any.
+    """
 
     role: Role
     nonce: int
@@ -72,6 +75,7 @@ class Identity:
     host: str
     pid: int
     package: str
+    rank: int = -1
 
 
 @dataclass(slots=True)
@@ -222,7 +226,7 @@ class Membership:
         who = self.identity
         nonce = who.nonce + self.registrations
         return Register(
-            PROTOCOL_VERSION, who.role, nonce, who.address, who.host, who.pid, who.package
+            PROTOCOL_VERSION, who.role, nonce, who.address, who.host, who.pid, who.package, who.rank
         )
 
     def _say_farewell(self, now_ns: int) -> list[Send]:

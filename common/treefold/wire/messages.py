@@ -146,7 +146,10 @@ class Leases(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Register(Message, tag=1, frozen=True):
-    """A new process asks to become a member. Repeated with the same ``nonce`` until answered."""
+    """A new process asks to become a member. Repeated with the same ``nonce`` until answered.
+
+    ``rank`` is the one it would like to have, -1 for any.
+    """
 
     protocol: Count
     role: Role
@@ -155,6 +158,7 @@ class Register(Message, tag=1, frozen=True):
     host: Annotated[str, Meta(max_length=256)]
     pid: Count
     package: Annotated[str, Meta(max_length=64)]
+    rank: Annotated[int, Meta(ge=-1, lt=MEMBERS_MAX)] = -1
 
 
 class Registered(Message, tag=2, frozen=True):

@@ -136,9 +136,9 @@ def check_namespace(paths: Iterable[str] | None = None) -> str:
     Parameters
     ----------
     paths : iterable of str, optional
-        Folders where Python looks; its own by default.
+        Folders where Python looks; by default its own, and the one that scripts here would add.
     """
-    for path in sys.path if paths is None else paths:
+    for path in [*sys.path, str(Path.cwd())] if paths is None else paths:
         for stray in (Path(path) / "treefold.py", Path(path) / "treefold" / "__init__.py"):
             if stray.is_file():
                 raise CheckError(f"{stray} hides the package", "remove or rename that file")

@@ -84,6 +84,7 @@ class Attempt:
             advertise="",
             insecure=False,
             linger=False,
+            rank=int(name.partition("-")[2] or -1),
         )
         values = environment_of(msgspec.to_builtins(of_member))
         return prepared(self._plan.environment) | values | {PREFIX + "CONFIG": os.devnull}

@@ -8,7 +8,7 @@ wrong without harm.
 from treefold.scheduler import leases
 from treefold.scheduler.declared import Declared
 from treefold.scheduler.members import MemberState, Roster
-from treefold.wire.messages import Flush, Grant, Role, RoundLate
+from treefold.wire.messages import Flush, Grant, Leases, Role, RoundLate
 
 LEASE_LEAD_MS = 100  # new leases begin so far ahead that they arrive before their first round
 UNMEASURED_DECAY = 0.9  # per check: a worker without slots is slowly given the benefit of the doubt
@@ -43,6 +43,15 @@ class Balance:
         if not live or (current and all(who in live for who in current)):
             return current
         return leases.lay_out(leases.counts(self._declared.slots, self._speeds()))
+
+    def repaired(self, previous: Leases, wanted: list[int]) -> Leases:
+        """Leases of the rounds before the newest leases begin, without workers that are gone."""
+        live = [state.member.incarnation for state in self._workers()]
+        if not live or self._declared.is_loader or all(who in live for who in previous.workers):
+            return previous
+        pairs = zip(previous.workers, wanted, strict=True)
+        workers = [before if before in live else after for before, after in pairs]
+        return Leases(previous.from_round, workers)
 
     def check(self, now_ns: int, current: list[int]) -> tuple[list[int], int] | None:
         """Better leases and the round that they begin with, None to leave them as they are."""

@@ -163,7 +163,8 @@ class SchedulerCore:
         live = [state.member.incarnation for state in self.roster.live(Role.WORKER)]
         is_leasing = self.plans and live and not self.declared.is_loader
         if self.phase is Phase.RUNNING and is_leasing:
-            if any(who not in live for who in self.view.leases.workers):
+            holders = [*self.view.leases.workers, *self.view.previous.workers]
+            if any(who not in live for who in holders):
                 raise InvariantError(
                     "a slot is leased to a worker that is gone", self.story.lines()
                 )
@@ -235,7 +236,7 @@ class SchedulerCore:
                 text = f"all {servers} servers of this cluster are there already"
                 self._out.append(Send(peer, Refused(0, Code.CLUSTER_FULL, text)))
                 return
-            who = Member(message.role, 0, 0, message.address, message.host, message.pid)
+            who = Member(message.role, message.rank, 0, message.address, message.host, message.pid)
             state = self.roster.enroll(who, peer, message.nonce, now_ns)
             self._note(now_ns, f"{state.name} joined from {message.host} (process {message.pid})")
             self._on_joined(now_ns, state)
@@ -331,6 +332,7 @@ class SchedulerCore:
         if wanted != current.workers:
             previous = current if from_round else Leases(0, wanted)
             leased = Leases(from_round, wanted)
+        previous = self.balance.repaired(previous, wanted)
         chief = workers[0].member.incarnation if workers else 0
         places = self.declared.places
         members = [state.member for state in self.roster.live()]

@@ -87,9 +87,13 @@ class Roster:
         self._next = 1
 
     def enroll(self, member: Member, peer: Peer, nonce: int, now_ns: int) -> MemberState:
-        """Give a process its incarnation, higher than any before, and the lowest free rank."""
+        """Give a process its incarnation, higher than any before, and its rank.
+
+        That is the one in ``member`` if it is free and not -1, else the lowest free one.
+        """
         taken = {state.member.rank for state in self.live(member.role)}
-        rank = next(number for number in range(len(taken) + 1) if number not in taken)
+        free = (number for number in range(len(taken) + 1) if number not in taken)
+        rank = next(free) if member.rank in taken or member.rank < 0 else member.rank
         known = Member(member.role, rank, self._next, member.address, member.host, member.pid)
         state = MemberState(known, peer, nonce, now_ns)
         self.by_incarnation[self._next] = state

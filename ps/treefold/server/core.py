@@ -37,7 +37,7 @@ from treefold.wire.exchange import (
     Send,
     Tick,
 )
-from treefold.wire.membership import MS, Membership
+from treefold.wire.membership import MS, Membership, Standing
 from treefold.wire.messages import (
     INITIAL_ROUND,
     AssignTable,
@@ -189,6 +189,8 @@ class ServerCore:
                 self._on_norm_decision(now_ns, message)
             case Refused():
                 self._out.append(Halt(3, message.text))
+            case Stop() if self.membership.standing is Standing.GONE:
+                return  # told twice; one farewell is enough
             case Stop():
                 self.membership.on_stop(message)
                 who = self.membership.incarnation

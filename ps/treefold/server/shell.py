@@ -80,6 +80,7 @@ class ServerShell:
             _socket.gethostname(),
             os.getpid(),
             metadata.version("treefold"),
+            settings.rank,
         )
         limits = ServerLimits(int(settings.connect_timeout_s * 1000) * MS)
         self._core = ServerCore(Membership(identity), limits)

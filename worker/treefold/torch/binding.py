@@ -125,7 +125,8 @@ def bind(optimizer: Optimizer, model: nn.Module, taken: Callable[[Tensor], bool]
     owned: list[BoundTensor] = []
     for number, group in enumerate(groups):
         for position, parameter in enumerate(group):
-            where = f"parameter {position} of param group {number}, shape {list(parameter.shape)},"
+            shape = "no shape yet" if is_lazy(parameter) else f"shape {list(parameter.shape)}"
+            where = f"parameter {position} of param group {number}, {shape},"
             if id(parameter) not in places:
                 text = (
                     f"{where} is not in the model; pass the model whose parameters the optimizer "

@@ -62,7 +62,10 @@ def save(path: str | os.PathLike[str]) -> None:
     metadata = {"format": "pt", "round": str(session.current().round)}
     unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         save_file(tensors, unfinished, metadata)
+        unfinished.chmod(mode)  # what the user's umask gives; safetensors writes for the owner only
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)

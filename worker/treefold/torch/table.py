@@ -5,8 +5,9 @@ which of it happens is the session's business.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
 
 from treefold.common.errors import CapacityError, LocalProtocolError
-from treefold.common.layout import Layout
+from treefold.common.layout import Layout, Piece
 from treefold.common.optim import hyper_of
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.torch.binding import (
@@ -34,6 +35,9 @@ from treefold.worker.effects import SlotMeta
 
 if TYPE_CHECKING:
     from treefold.common.spec import Hyper
+
+
+Pieces = Callable[[int, int], list[Piece]]
 
 
 class RoundState(msgspec.Struct, frozen=True, array_like=True):
@@ -107,12 +111,14 @@ class Table:
         self._tensors: list[BoundTensor] = [*bound.parameters, *folded]
         spec = table_spec(options.name, owned.inner, self._tensors)
         self.layout = Layout(spec)
+        self._pieces: Pieces = cache(self.layout.pieces)
         self.buffers = Buffers(folded, bound.opaque, options.buffers)
         self.schedules = Schedules(owned.inner, owned.outer)
         self._groups: list[Hyper] = []
         self._state: RoundState | None = None
         self._loop_start: Schedule | None = None
         self._versions: list[int] = []
+        self._is_loaded = False  # a version whose buffers the model does not have yet
         initial = flat_values(self._tensors, self.layout.starts, self.layout.elements)
         snapshot = client.declare(spec, initial)
         self.number = snapshot.table
@@ -125,7 +131,7 @@ class Table:
             isinstance(owned.inner, SparseAdam),
         )
         self.load(snapshot)
-        self.buffers.reset()
+        self._give_buffers()
 
     # ---- versions --------------------------------------------------------------------------------
 
@@ -142,10 +148,10 @@ class Table:
         self._versions = [parameter._version for parameter in self.parameters]
 
     def _take(self, snapshot: Snapshot) -> None:
-        copy_parameters(snapshot, self.layout, self.parameters)
+        copy_parameters(snapshot, self._pieces, self.parameters)
         count = len(self.parameters)
         for start, stop, values in snapshot.parts:
-            for piece in self.layout.pieces(start, stop):
+            for piece in self._pieces(start, stop):
                 if piece.tensor >= count:
                     stretch = values[piece.start - start : piece.stop - start]
                     self.buffers.load_float(piece.tensor - count, piece.offset, stretch)
@@ -154,6 +160,7 @@ class Table:
             self._state = msgspec.msgpack.decode(snapshot.state, type=RoundState)
             self.buffers.moving = self._state.moving
             self.buffers.load_opaque(self._state.opaque)
+        self._is_loaded = True
         snapshot.release()
 
     # ---- loops and slots -------------------------------------------------------------------------
@@ -168,7 +175,8 @@ class Table:
         is_leased = plan.kind is PlanKind.SLOTS
         if is_leased:
             self._restore_schedule(task, plan)
-            self.buffers.reset()
+        if is_leased or self._is_loaded:
+            self._give_buffers()
         self.norm_max = 0.0
         self._groups = []
         self.pushing.begin(task, share_of(task, plan), is_stale_allowed=not is_leased)
@@ -206,9 +214,13 @@ class Table:
             Whether the model holds the version right after the loop; otherwise the job is further
             on, and a later slot will bring its state.
         """
-        self.buffers.reset()
+        self._give_buffers()
         if is_exact and self._state is not None:
             self.schedules.restore(self._state.schedule)
+
+    def _give_buffers(self) -> None:
+        self.buffers.reset()
+        self._is_loaded = False
 
     def _restore_schedule(self, task: Task, plan: LoopPlan) -> None:
         is_first = task.round == plan.first_round
@@ -275,19 +287,19 @@ def load_frozen(client: Client, name: str, tensors: Sequence[BoundTensor]) -> No
     spec = frozen_spec(name, tensors)
     layout = Layout(spec)
     snapshot = client.declare(spec, flat_values(tensors, layout.starts, layout.elements))
-    copy_parameters(snapshot, layout, [_parameter(tensor) for tensor in tensors])
+    copy_parameters(snapshot, layout.pieces, [_parameter(tensor) for tensor in tensors])
     snapshot.release()
 
 
-def copy_parameters(snapshot: Snapshot, layout: Layout, parameters: Sequence[nn.Parameter]) -> None:
+def copy_parameters(snapshot: Snapshot, pieces: Pieces, parameters: Sequence[nn.Parameter]) -> None:
     """Write a version into parameters, through autograd's sight but not into its graph.
 
     Parameters
     ----------
     snapshot : Snapshot
         Any version.
-    layout : Layout
-        Of its table.
+    pieces : callable
+        ``Layout.pieces`` of its table.
     parameters : sequence of Parameter
         The table's first tensors.
     """
@@ -295,7 +307,7 @@ def copy_parameters(snapshot: Snapshot, layout: Layout, parameters: Sequence[nn.
     with torch.no_grad():
         for start, stop, values in snapshot.parts:
             moved: dict[torch.device, Tensor] = {}
-            for piece in layout.pieces(start, stop):
+            for piece in pieces(start, stop):
                 if piece.tensor >= len(targets):
                     continue
                 target = targets[piece.tensor]

@@ -86,6 +86,7 @@ class _Direct:
     task: Task | None = None
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     metas: dict[int, SlotMeta] = field(default_factory=dict)
+    declared: dict[int, Snapshot] = field(default_factory=dict)
 
 
 class Client:
@@ -167,7 +168,9 @@ class Client:
         self._shell.keep_initial(spec.name, initial.detach().contiguous())
         call = next(self._calls)
         answer = self._call(call, effects.DeclareCalled(call, spec), "declare")
-        return _snapshot(answer.tensors[0])
+        snapshot = _snapshot(answer.tensors[0])
+        self._direct.declared[snapshot.table] = snapshot
+        return snapshot
 
     def parts(self, table: int) -> Sequence[PartRange]:
         """The parts of a table, all shards, in the order of the flat space."""
@@ -316,6 +319,14 @@ class Client:
     def pull(self, table: int) -> torch.Tensor:
         """The newest version that this worker has waited for, float32 [elements of the table]."""
         self._take_direct()
+        declared = self._direct.declared.pop(table, None)
+        if table not in self._direct.values:
+            if declared is None or not declared.parts:
+                msg = (
+                    f"table {table} is not declared, or its first snapshot was released before pull"
+                )
+                raise LocalProtocolError(msg)
+            self._hold(declared)
         return self._direct.values[table].clone()
 
     def _take_direct(self) -> Task:

@@ -218,16 +218,13 @@ class WorkerCore:
         if not self.membership.on_registered(now_ns, message):
             return
         self.membership.job = message.job
-        self.declarations.announce(now_ns)
-        for table in self.tables.values():
-            again = DeclareTable(self.membership.incarnation, 0, table.spec)
-            self._out.append(Send(SCHEDULER, again))
+        self.declarations.renew(now_ns)
 
     def _on_accepted(self, now_ns: int, message: Accepted) -> None:
         declared = self.declarations.pop(message.call)
         if isinstance(declared, LoopCalled):
             self._out.append(Complete(message.call, None))
-        elif declared is not None:
+        elif declared is not None and message.number not in self.tables:
             self.tables[message.number] = Table(declared.spec, message.number, message.call)
             self._settle_tables(now_ns)
 
@@ -264,9 +261,12 @@ class WorkerCore:
             self._fail(error)
 
     def _on_stop(self, message: Stop) -> None:
+        is_told_twice = self.membership.standing is Standing.GONE
         self.membership.on_stop(message)
         if self._leave_call is not None:
             self._finish_leaving()
+            return
+        if is_told_twice:
             return
         self._out.append(Send(SCHEDULER, Leave(self.membership.incarnation, message.outcome, "")))
         kind = (

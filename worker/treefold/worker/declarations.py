@@ -26,6 +26,7 @@ class Declarations:
         self._membership = membership
         self._out = out
         self._pending: dict[int, DeclareCalled | LoopCalled] = {}
+        self._tables: dict[int, DeclareCalled] = {}
         self._deadline_ns: int | None = None
 
     def next_deadline_ns(self) -> int | None:
@@ -49,13 +50,21 @@ class Declarations:
         if self._pending and self._deadline_ns is not None and now_ns >= self._deadline_ns:
             self.announce(now_ns)
 
+    def renew(self, now_ns: int) -> None:
+        """Send everything under a new incarnation, tables that the old one declared among it."""
+        self._pending = {**self._tables, **self._pending}
+        self.announce(now_ns)
+
     def pop(self, call: int) -> DeclareCalled | LoopCalled | None:
         """The call that was answered, None if it was answered before."""
-        return self._pending.pop(call, None)
+        event = self._pending.pop(call, None)
+        if isinstance(event, DeclareCalled):
+            self._tables[call] = event
+        return event
 
     def clear(self) -> list[int]:
         """Give up; returns the calls that will not be answered."""
-        calls = list(self._pending)
+        calls = [call for call in self._pending if call not in self._tables]
         self._pending.clear()
         return calls
 

@@ -25,11 +25,18 @@ class Pushed:
 
 @dataclass(slots=True)
 class LocalPart:
-    """One part of one table: nodes still being folded here, and those pushed."""
+    """One part of one table: nodes still being folded here, and those pushed.
+
+    Attributes
+    ----------
+    slots, gone : dict of int to None
+        Slots that were taken in, and those of them that are in a pushed node.
+    """
 
     fold: FoldSet[Held]
     pushed: list[Pushed] = field(default_factory=list)
     slots: dict[int, None] = field(default_factory=dict)
+    gone: dict[int, None] = field(default_factory=dict)
 
 
 class LocalRound:
@@ -113,14 +120,18 @@ class LocalRound:
         return [h.payload for h in held if h.payload is not None]
 
     def _push_ready(self, part: LocalPart) -> list[Pushed]:
-        ready = [node for node in part.fold.nodes if self.is_flushed or not self._can_grow(node)]
+        is_flushed = self.is_flushed
+        ready = [node for node in part.fold.nodes if is_flushed or not self._can_grow(part, node)]
         pushed = [Pushed(node, part.fold.nodes.pop(node)) for node in ready]
         part.pushed += pushed
+        for node in ready:
+            part.gone.update(dict.fromkeys(range(*span(node, self.active))))
         return pushed
 
-    def _can_grow(self, node: Node) -> bool:
+    def _can_grow(self, part: LocalPart, node: Node) -> bool:
+        """Whether the sibling is going to be folded here too."""
         node = canonical(node, self.active)
         if node.level >= root_level(self.active):
             return False
         low, high = span(sibling(node), self.active)
-        return all(slot in self.assigned for slot in range(low, high))
+        return all(slot in self.assigned and slot not in part.gone for slot in range(low, high))

@@ -86,6 +86,7 @@ class WorkerShell:
             _socket.gethostname(),
             os.getpid(),
             metadata.version("treefold"),
+            settings.rank,
         )
         limits = WorkerLimits(int(settings.connect_timeout_s * 1000) * MS, settings.retry_ms * MS)
         self.core = WorkerCore(Membership(identity), limits)

@@ -1,0 +1,139 @@
+"""Workers are killed, join late, are slow, stop for a while or are asked to leave: the bits stay the same.
+
+Every test first waits until the trouble has really happened in the middle of training, by what the processes
+say, and ends with the bits of the undisturbed job.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import Bits, Cluster, Gate, Process
+
+JOB = "three_tables.py"
+LENGTH = "--epochs=6"  # 30 rounds
+LAST = 29
+SLEEP = "--sleep-ms=10"
+MakeCluster = Callable[..., Cluster]
+Alone = Callable[..., Bits]
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    """Where workers can be made to wait."""
+    with Gate(tmp_path / "gate") as made:
+        yield made
+
+
+def slots_of(worker: Process) -> list[tuple[int, int]]:
+    """Round and slot of every loop body that a worker has begun."""
+    return [(int(a), int(b)) for a, b in worker.all(r"^round (\d+) slot (\d+)$")]
+
+
+def begin_round(worker: Process, number: int) -> None:
+    """Wait until a worker begins a loop body of a round."""
+    worker.line(rf"^round {number} slot")
+
+
+@pytest.mark.parametrize("where", ["begin", "backward", "step"])
+def test_a_worker_killed_in_its_loop_body_leaves_no_trace(
+    cluster: MakeCluster, alone: Alone, where: str
+) -> None:
+    with cluster(2, 3) as job:
+        chief = job.worker(JOB, LENGTH, f"--hold=10:{where}")
+        chief.line("^ready")
+        for _ in range(2):
+            job.worker(JOB, LENGTH, SLEEP)
+        chief.line("^holding in round 10")
+        chief.signal(signal.SIGKILL)
+        assert job.bits(chief) == alone(JOB, LENGTH)
+    assert chief.status == -signal.SIGKILL
+
+
+def test_the_last_of_three_workers_finishes_when_two_are_killed_at_any_moment(
+    cluster: MakeCluster, alone: Alone
+) -> None:
+    with cluster(2, 3) as job:
+        first, second, last = (job.worker(JOB, LENGTH, SLEEP) for _ in range(3))
+        begin_round(first, 8)
+        first.signal(signal.SIGKILL)
+        begin_round(second, 16)
+        second.signal(signal.SIGKILL)
+        assert job.bits(first, second) == alone(JOB, LENGTH)
+        assert {slot for number, slot in slots_of(last) if number == LAST - 1} == set(range(8))
+
+
+def test_a_worker_that_joins_at_round_20_takes_slots(
+    cluster: MakeCluster, alone: Alone, gate: Gate
+) -> None:
+    with cluster(2, 2) as job:
+        early = [job.worker(JOB, LENGTH, SLEEP, f"--gate=20:{gate.path}") for _ in range(2)]
+        for worker in early:
+            worker.line("^at the gate in round 20")
+        late = job.worker(JOB, LENGTH, SLEEP)
+        late.line("^ready")
+        gate.open()
+        assert job.bits() == alone(JOB, LENGTH)
+    rounds = [number for number, _ in slots_of(late)]
+    assert 20 <= rounds[0] < rounds[-1]
+
+
+def test_a_worker_slowed_four_times_computes_less(cluster: MakeCluster, alone: Alone) -> None:
+    with cluster(1, 3) as job:
+        quick = [job.worker(JOB, LENGTH, "--sleep-ms=40") for _ in range(2)]
+        slow = job.worker(JOB, LENGTH, "--sleep-ms=160")
+        assert job.bits() == alone(JOB, LENGTH)
+    assert 2 * len(slots_of(slow)) < min(len(slots_of(worker)) for worker in quick)
+
+
+def test_a_worker_that_is_stopped_for_a_while_comes_back(
+    cluster: MakeCluster, alone: Alone, gate: Gate
+) -> None:
+    with cluster(2, 3) as job:
+        quick = [job.worker(JOB, LENGTH, SLEEP, f"--gate=25:{gate.path}") for _ in range(2)]
+        stopped = job.worker(JOB, LENGTH, SLEEP)
+        begin_round(stopped, 10)
+        stopped.signal(signal.SIGSTOP)
+        begun = len(slots_of(stopped))
+        name = job.scheduler.line(r"(worker-\d) has been silent for .* and is given up")[1]
+        for worker in quick:
+            worker.line("^at the gate")
+        known = len(job.scheduler.lines)
+        stopped.signal(signal.SIGCONT)
+        job.scheduler.line(f"{name} joined", after=known)
+        gate.open()
+        assert job.bits() == alone(JOB, LENGTH)
+    rounds = [number for number, _ in slots_of(stopped)[begun:]]
+    assert rounds[-1] >= 25
+
+
+def test_a_worker_that_is_asked_to_stop_leaves_at_once_and_in_order(
+    cluster: MakeCluster, alone: Alone
+) -> None:
+    with cluster(2, 3) as job:
+        asked = job.worker(JOB, LENGTH, SLEEP)
+        for _ in range(2):
+            job.worker(JOB, LENGTH, SLEEP)
+        begin_round(asked, 10)
+        asked.signal(signal.SIGTERM)
+        assert asked.end() == 0
+        job.scheduler.line(r"worker-\d left: drained the worker was asked to stop")
+        assert job.bits(asked) == alone(JOB, LENGTH)
+    assert slots_of(asked)[-1][0] < LAST
+    assert job.scheduler.found("has been silent") is None
+
+
+def test_workers_beyond_the_slots_stand_by_and_take_over(
+    cluster: MakeCluster, alone: Alone
+) -> None:
+    with cluster(1, 3, slots=2) as job:
+        held = job.worker(JOB, LENGTH, "--hold=5:begin")
+        held.line("^ready")
+        for _ in range(2):
+            job.worker(JOB, LENGTH, SLEEP)
+        job.scheduler.line("3 workers for 2 slots: 1 stand by and take backup tasks")
+        held.line("^holding in round 5")
+        held.signal(signal.SIGKILL)
+        assert job.bits(held) == alone(JOB, "slots=2", LENGTH)
