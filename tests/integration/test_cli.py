@@ -46,6 +46,12 @@ print("ready", flush=True)
 signal.pause()
 """
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAITING
+TRAPPING = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))
+print("ready", flush=True)
+signal.pause()
+"""
 ONCE = """
 import sys
 from pathlib import Path
@@ -69,7 +75,7 @@ class Shell:
     started: list[Process] = field(default_factory=list)
 
     def start(self, *words: str, is_forked: bool = False) -> Process:
-        """Start ``treefold WORDS``; forked from what has imported torch already, or from nothing."""
+        """Start ``treefold WORDS`` in a new interpreter, or forked from the zygote."""
         values = {"TMPDIR": str(self.folder), MARK: self.mark}
         command = ["-m", "treefold.cli", *words]
         process = self.starter.start(words[0], command, values, is_forked=is_forked)
@@ -122,6 +128,7 @@ def shell(starter: Starter) -> Iterator[Shell]:
     for left in made.processes():
         left.kill()
     for process in made.started:
+        process.signal(signal.SIGKILL)
         process.end()
     shutil.rmtree(made.folder)
 
@@ -366,8 +373,7 @@ def test_a_worker_hands_on_signals_and_exit_codes_of_its_command(shell: Shell) -
     address = scheduler.line(r"^scheduler (tcp://\S+)$")[1]
     failing = shell.start("worker", "--scheduler", address, "--", "sh", "-c", "exit 9")
     assert failing.end() == 9
-    trap = "trap 'echo drained; exit 4' TERM; echo ready; while :; do read x < /dev/zero; done"
-    waiting = shell.start("worker", "--scheduler", address, "--", "bash", "-c", trap)
+    waiting = shell.start("worker", "--scheduler", address, shell.script(TRAPPING))
     waiting.line("^ready$")
     waiting.signal(signal.SIGTERM)
     assert waiting.end() == 4
@@ -376,7 +382,7 @@ def test_a_worker_hands_on_signals_and_exit_codes_of_its_command(shell: Shell) -
 
 
 def test_a_status_without_an_address_needs_help_if_several_schedulers_run(shell: Shell) -> None:
-    first, second = (shell.role("scheduler", "--bind", "tcp://127.0.0.1:0") for _ in range(2))
+    first, second = (shell.start("scheduler", "--bind", "tcp://127.0.0.1:0") for _ in range(2))
     addresses = [role.line(r"^scheduler (\S+)$")[1] for role in (first, second)]
     run = shell.run("status")
     assert run.returncode == 2

@@ -250,7 +250,7 @@ class Cluster:
             return
         if ending.outcome is not Outcome.DONE:
             raise Violation(f"the job ended {ending.outcome.name}: {ending.text}")
-        if not any(worker.outcome is Outcome.DONE for worker in self.everybody):
+        if not any(worker.is_finished for worker in self.everybody):
             raise Violation("the job is done, but no script is")
         for (table, shard), version in self.checks.versions.items():
             expected = self.scenario.rounds if table in self.checks.reference.trained else 0

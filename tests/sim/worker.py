@@ -62,6 +62,8 @@ class WorkerProcess(Process):
     ----------
     outcome : Outcome or None
         How its script ended, None while it runs (and if the process died).
+    is_finished : bool
+        Whether the script came to its end.
     error : TreefoldError or None
         What the script was told.
     """
@@ -73,6 +75,7 @@ class WorkerProcess(Process):
         self.listeners: dict[str, Listener] = {}
         self.connections: dict[object, Connection] = {}
         self.outcome: Outcome | None = None
+        self.is_finished = False
         self.error: TreefoldError | None = None
         self.numbers = itertools.count(1)
         self.trainer: Trainer | None = None
@@ -183,6 +186,7 @@ class Trainer:
         self.reference = process.checks.reference
         self.held: dict[int, int] = {}
         self.done: dict[tuple[int, int], None] = {}
+        self.begun = 0
         self.tasks = 0
         self.waits_for: Call | None = None
         self._drain_asked = False
@@ -237,6 +241,7 @@ class Trainer:
         except TreefoldError as error:
             self.process.error = error
             outcome, text = Outcome.FAILED, str(error)
+        self.process.is_finished = outcome is Outcome.DONE
         yield LeaveCalled(self._number(), outcome, text)
         self.process.outcome = outcome
 
@@ -319,8 +324,8 @@ class Trainer:
         assert isinstance(answer, Loaded)
         for snapshot, parts, payloads in answer.snapshots:
             self.process.checks.on_snapshot(snapshot, parts, payloads)
-            if snapshot.version < self.held.get(snapshot.table, 0):
-                raise Violation(f"{snapshot} after version {self.held[snapshot.table]}")
+            if snapshot.version < self.begun:
+                raise Violation(f"{snapshot} after round {self.begun} was begun")
             self.held[snapshot.table] = snapshot.version
         if isinstance(answer.value, LoopEnd) and answer.value.is_draining:
             raise Drained
@@ -335,6 +340,7 @@ class Trainer:
         if task.slot >= self.scenario.plan_of(task.round).active_slots(task.round):
             raise Violation(f"{task} has no samples")
         self.done[task.round, task.slot] = None
+        self.begun = task.round
         who = self.process.worker.membership.origin
         self.process.checks.computed[who, task.round, task.slot] = None
 

@@ -1,5 +1,6 @@
 """What the training layer cannot do it refuses, with what happened and what to do."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from unittest import mock
@@ -204,7 +205,7 @@ def test_an_own_loader_hears_that_the_job_is_over() -> None:
             optimizer.step()
 
 
-def test_closures_are_refused() -> None:
+def test_a_closure_given_to_the_step_is_refused() -> None:
     with joined(ReferenceJob()):
         model = bare()
         optimizer = ps.DistributedOptimizer(sgd(parameters_of(model)), model)
@@ -394,9 +395,8 @@ def _ended(script: Callable[[ExitWatch], object]) -> tuple[Outcome, str]:
     with mock.patch.object(sys, "excepthook", lambda _kind, error, _trace: shown.append(error)):
         watch.install()
         try:
-            script(watch)
-        except SystemExit:
-            pass
+            with contextlib.suppress(SystemExit):
+                script(watch)
         except ValueError as error:
             sys.excepthook(type(error), error, error.__traceback__)
         watch.on_end()

@@ -181,6 +181,22 @@ def test_a_worker_that_joins_goes_on_with_the_right_learning_rate(slots_done: in
     assert trained == _train(ReferenceJob(slots=2), PER_ROUND["OneCycleLR"])
 
 
+def test_a_worker_that_joins_with_an_own_loader_takes_over_the_learning_rate() -> None:
+    job = ReferenceJob()
+    for _ in range(2):
+        with joined(job):
+            model = network()
+            optimizer = ps.DistributedOptimizer(sgd(parameters_of(model)), model)
+            scheduler = schedulers.ExponentialLR(optimizer, 0.5)
+            for batch in plain_batches(0):
+                optimizer.zero_grad()
+                backward(loss_of(model, batch))
+                optimizer.step()
+                scheduler.step()
+    assert _rates(job)[:4] == [0.1, 0.05, 0.025, 0.0125]
+    assert _rates(job)[4] == 0.0125, "what the last round was made with"
+
+
 def test_a_learning_rate_set_by_hand_in_the_body_counts_once_per_round() -> None:
     job = ReferenceJob(slots=3)
     with joined(job):

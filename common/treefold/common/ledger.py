@@ -99,27 +99,30 @@ def entries(folder: str, table: int = 0, shard: int = 0) -> list[Entry]:
     Raises
     ------
     KeyError
-        A version has a contribution whose samples nobody recorded.
+        A version has a contribution whose samples its sender did not record.
     """
     samples: dict[tuple[int, int, int], list[int]] = {}
+    active: dict[int, int] = {}
     versions: list[VersionRecord] = []
     for record in read(folder):
         if isinstance(record, SamplesRecord):
             samples[record.incarnation, record.round, record.slot] = record.samples
-        elif isinstance(record, VersionRecord) and (record.table, record.shard) == (table, shard):
-            versions.append(record)
+            active[record.round] = max(active.get(record.round, 0), record.slot + 1)
+        elif isinstance(record, VersionRecord) and record.version > 0:
+            versions += [record] if (record.table, record.shard) == (table, shard) else []
     found = []
     for record in sorted(versions, key=lambda version: version.version):
         round_ = record.version - 1
         for level, index, sender in sorted(record.contributors, key=lambda c: c[1] << c[0]):
-            low, high = span(Node(level, index), 1 << 20)
-            slots = [slot for slot in range(low, high) if (sender, round_, slot) in samples]
-            if round_ >= 0 and not slots:
-                who = f"slots {low} to {high - 1}"
-                msg = f"version {record.version}: nobody recorded the samples of {who}"
+            first, stop = span(Node(level, index), max(1, active.get(round_, 0)))
+            lacking = [s for s in range(first, stop) if (sender, round_, s) not in samples]
+            if lacking or first == stop:
+                who = f"worker {sender} recorded no samples of slots {lacking or first}"
+                msg = f"version {record.version} has node ({level}, {index}), but {who}"
                 raise KeyError(msg)
             found += [
-                Entry(record.version, slot, sender, samples[sender, round_, slot]) for slot in slots
+                Entry(record.version, slot, sender, samples[sender, round_, slot])
+                for slot in range(first, stop)
             ]
     return found
 

@@ -25,6 +25,7 @@ MS = 1_000_000
 REGISTER_RETRY_MS = 500
 LEAVE_RETRY_MS = 200
 LEAVE_TRIES_MAX = 15  # then the scheduler is taken for dead and the member leaves unanswered
+STALL_MS = 1_000  # a process that is so late for its own deadline was stopped, not just busy
 SILENCE_WARNING_BEATS = 10  # heartbeats without an answer before the operator hears of it
 
 
@@ -49,13 +50,12 @@ class Step(Enum):
 
 TRANSITIONS: dict[tuple[Standing, Step], Standing] = {
     (Standing.JOINING, Step.REGISTERED): Standing.MEMBER,
-    (Standing.JOINING, Step.LEAVE_WANTED): Standing.GONE,
+    (Standing.JOINING, Step.LEAVE_WANTED): Standing.LEAVING,
     (Standing.JOINING, Step.STOPPED): Standing.GONE,
     (Standing.JOINING, Step.GIVEN_UP): Standing.GONE,
     (Standing.MEMBER, Step.FENCED): Standing.JOINING,
     (Standing.MEMBER, Step.LEAVE_WANTED): Standing.LEAVING,
     (Standing.MEMBER, Step.STOPPED): Standing.GONE,
-    (Standing.LEAVING, Step.FENCED): Standing.GONE,
     (Standing.LEAVING, Step.STOPPED): Standing.GONE,
     (Standing.LEAVING, Step.GIVEN_UP): Standing.GONE,
 }
@@ -136,6 +136,18 @@ class Membership:
         """When `tick` has something to do."""
         return None if self.standing is Standing.GONE else self._next_ns
 
+    def forgive_stall(self, now_ns: int) -> int:
+        """How long this process did not run although it was due; 0 if it did.
+
+        Whoever was stopped heard nobody, which is no silence of theirs: the time is taken off here,
+        and the core has to take it off its own waits.
+        """
+        late_ns = now_ns - self._next_ns
+        if self.standing is Standing.GONE or late_ns < STALL_MS * MS:
+            return 0
+        self.heard_ns += late_ns
+        return late_ns
+
     def tick(self, now_ns: int) -> list[Send]:
         """Send what is due: a registration, a heartbeat, a farewell."""
         if self.standing is Standing.GONE or now_ns < self._next_ns:
@@ -190,8 +202,8 @@ class Membership:
         self._move(Step.STOPPED)
 
     def leave(self, now_ns: int, outcome: Outcome, text: str) -> list[Send]:
-        """Begin to leave; the scheduler's `Stop` ends it."""
-        self._move(Step.LEAVE_WANTED)
+        """Begin to leave; the scheduler's `Stop` ends it. Even one that was given up says farewell."""
+        self._move(Step.LEAVE_WANTED if self.incarnation else Step.GIVEN_UP)
         if self.standing is not Standing.LEAVING:
             return []
         self._leave = Leave(self.incarnation, outcome, text)

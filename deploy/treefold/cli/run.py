@@ -39,23 +39,11 @@ def main(words: list[str]) -> int:
         The script's exit code; 1 the job failed, 3 the cluster did not form; from 128 on the number
         of the signal that ended the run.
     """
-    parser = Parser("run", DESCRIPTION, [key for key in KEYS if key not in CHOSEN_HERE])
-    parser.add_argument(
-        "--transport",
-        choices=TRANSPORTS,
-        default="ipc",
-        help="how the processes talk: sockets in a private folder, or loopback ports (default ipc)",
-    )
-    parser.add_argument(
-        "command",
-        nargs="...",
-        metavar=COMMAND_METAVAR,
-        help=COMMAND_HELP,
-    )
-    options, loaded = parser.read(words)
+    known = parser()
+    options, loaded = known.read(words)
     plan = LaunchPlan(
         settings=settings_of(loaded),
-        command=command_of(options.command, parser),
+        command=command_of(options.command, known),
         transport=options.transport,
         environment=os.environ,
     )
@@ -67,6 +55,24 @@ def main(words: list[str]) -> int:
             return NOT_STARTED
         display.ended(code)
     return code
+
+
+def parser() -> Parser:
+    """The flags of ``treefold run``."""
+    made = Parser("run", DESCRIPTION, [key for key in KEYS if key not in CHOSEN_HERE])
+    made.add_argument(
+        "--transport",
+        choices=TRANSPORTS,
+        default="ipc",
+        help="how the processes talk: sockets in a private folder, or loopback ports (default ipc)",
+    )
+    made.add_argument(
+        "command",
+        nargs="...",
+        metavar=COMMAND_METAVAR,
+        help=COMMAND_HELP,
+    )
+    return made
 
 
 def command_of(words: list[str], parser: Parser) -> list[str]:

@@ -8,7 +8,7 @@ wrong without harm.
 from treefold.scheduler import leases
 from treefold.scheduler.declared import Declared
 from treefold.scheduler.members import MemberState, Roster
-from treefold.wire.messages import Flush, Grant, Leases, Role, RoundLate
+from treefold.wire.messages import Flush, Grant, Leases, Outcome, Role, RoundLate
 
 LEASE_LEAD_MS = 100  # new leases begin so far ahead that they arrive before their first round
 UNMEASURED_DECAY = 0.9  # per check: a worker without slots is slowly given the benefit of the doubt
@@ -86,6 +86,22 @@ class Balance:
             owing = [s for s in self._workers() if s.member.incarnation in owners]
             found += [(state, Flush(late.round)) for state in owing]
         return found
+
+    def unfinished(self, late: RoundLate, current: list[int]) -> str:
+        """Why a late round can never be complete, empty if it can.
+
+        With own loaders nobody else computes a slot, so all must have the same number of rounds.
+        """
+        if not self._declared.is_loader:
+            return ""
+        for slot in late.missing:
+            state = self._roster.by_incarnation.get(current[slot] if slot < len(current) else 0)
+            if state is None or state.outcome is not Outcome.DONE:
+                continue
+            if late.round >= (state.beat.round if state.beat else 0):
+                text = f"round {late.round} lacks slot {slot} of {state.name}, which is done"
+                return f"{text}: own loaders must all have the same number of rounds"
+        return ""
 
     def _workers(self) -> list[MemberState]:
         return self._roster.live(Role.WORKER)

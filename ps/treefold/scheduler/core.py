@@ -354,16 +354,10 @@ class SchedulerCore:
     # ---- rounds that need help ----------------------------------------------------------------
 
     def _on_round_late(self, now_ns: int, late: RoundLate) -> None:
-        current = self.view.leases.workers
-        if self.declared.is_loader:
-            holders = [(slot, current[slot]) for slot in late.missing if slot < len(current)]
-            for slot, who in holders:
-                state = self.roster.by_incarnation[who]
-                last = state.beat.round if state.beat else 0
-                if state.outcome is Outcome.DONE and late.round >= last:
-                    text = f"round {late.round} lacks slot {slot} of {state.name}, which is done"
-                    self._end(now_ns, Outcome.FAILED, f"{text}: own loaders differ in length")
-        for state, message in self.balance.help(late, current):
+        lacking = self.balance.unfinished(late, self.view.leases.workers)
+        if lacking:
+            self._end(now_ns, Outcome.FAILED, lacking)
+        for state, message in self.balance.help(late, self.view.leases.workers):
             self._out.append(Send(state.peer, message))
 
     def _on_norm_report(self, report: NormReport) -> None:
@@ -389,6 +383,8 @@ class SchedulerCore:
                 now_ns, f"{state.name} left: {message.outcome.name.lower()} {message.text}".rstrip()
             )
             self._on_gone(now_ns, state, message.outcome, message.text)
+        elif message.outcome is Outcome.DONE and not self.roster.live(Role.WORKER):
+            self._end(now_ns, Outcome.DONE, "the job is done")
         self._out.append(Send(state.peer, self.ending or Stop(message.outcome, "you have left")))
 
     def _on_gone(self, now_ns: int, state: MemberState, outcome: Outcome | None, text: str) -> None:

@@ -73,7 +73,7 @@ class ExitWatch:
         self._exit(status)
 
     def on_term(self, number: int, frame: FrameType | None) -> None:
-        """Drain at the first signal. A forked process ends at once, as it would without a handler."""
+        """Drain at the first signal. A forked process ends at once, as without a handler."""
         del frame
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() == self._pid and self._drain is not None:
@@ -92,3 +92,25 @@ class ExitWatch:
 def _is_main_thread() -> bool:
     """Whether this is the thread that may set signal handlers."""
     return threading.current_thread() is threading.main_thread()
+
+
+def end_with(failure: BaseException, status: int) -> None:
+    """Should ``failure`` end the script, show it as always and exit with ``status`` instead of 1.
+
+    Parameters
+    ----------
+    failure : BaseException
+        About to be raised.
+    status : int
+        Exit status of the process.
+    """
+    shown = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        shown(kind, error, trace)
+        if error is failure:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    sys.excepthook = hook

@@ -118,7 +118,8 @@ def batches(
     collate_fn : callable, optional
         Makes a batch of a list of samples; torch's ``default_collate`` by default.
     drop_last : bool
-        Whether to leave out a last round that is not full; False by default.
+        Whether to leave out a last round that is not full; False by default. BatchNorm cannot train
+        on one sample, which is what a slot may get of a short round.
     max_rounds : int, optional
         End after so many rounds.
 

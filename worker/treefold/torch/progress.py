@@ -32,8 +32,8 @@ class LossWatch:
 
         backward.__doc__ = original.__doc__
         self._original = original
-        # Looks on, then calls torch's own with whatever arguments it was given.
-        torch.Tensor.backward = backward  # type: ignore[assignment,method-assign]
+        watching: _Backward = backward
+        torch.Tensor.backward = watching  # type: ignore[method-assign] # calls torch's own
 
     def remove(self) -> None:
         """Stop looking on."""

@@ -11,16 +11,25 @@ import torch
 from torch import Tensor
 
 from treefold.common.config import Settings, load
-from treefold.common.errors import ConfigError, JobFailedError, LocalProtocolError
+from treefold.common.errors import (
+    ConfigError,
+    FormationError,
+    JobFailedError,
+    LocalProtocolError,
+    SchedulerLostError,
+    TreefoldError,
+)
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.torch.embedded import connect_embedded
-from treefold.torch.leaving import ExitWatch
+from treefold.torch.leaving import ExitWatch, end_with
 from treefold.torch.progress import LossWatch
 from treefold.torch.pushing import Overlap
 from treefold.torch.randomness import seed_all, seed_between_loops
 from treefold.torch.table import Table
 from treefold.wire.messages import Outcome
 from treefold.worker.client import Client, LoopEnd, Task
+
+NOT_FORMED_STATUS = 3  # as the treefold command's
 
 
 class Mode(Enum):
@@ -212,8 +221,9 @@ class Session:
         self.client.enter_loop(plan)
         self.mode = Mode.LOADER
         self.plan = plan
-        if len(self.tables) > 1:
-            for table in self.tables:
+        for table in self.tables:
+            table.begin_loader()
+            if len(self.tables) > 1:  # another one's step ends the round, and with it the slot
                 table.pushing.overlap = Overlap.OFF
         self._next_loader_task()
         for table, limit in zip(self.tables, limits, strict=True):
@@ -242,6 +252,8 @@ def init(
 ) -> None:
     """Join the cluster, or start one inside this process if no scheduler's address is set.
 
+    Waits until the cluster has formed.
+
     Seeds torch, numpy and `random` with the job's seed, so that every worker builds the same model.
 
     Parameters
@@ -262,6 +274,10 @@ def init(
         It was called before.
     ConfigError
         A setting is wrong.
+    FormationError
+        The cluster did not form in time; the text names who is missing.
+    SchedulerLostError
+        No scheduler answered.
     """
     if _Current.session is not None:
         raise LocalProtocolError("ps.init() was called already; a process takes part in one job")
@@ -279,6 +295,13 @@ def init(
     # Alone there is nobody who could go on with this worker's slots: a signal ends the process.
     _Current.exit_watch = ExitWatch(_leave, client.drain if settings.scheduler else None)
     _Current.exit_watch.install()
+    try:
+        client.join()
+    except TreefoldError as error:
+        _leave(Outcome.FAILED, str(error))
+        if isinstance(error, FormationError | SchedulerLostError):
+            end_with(error, NOT_FORMED_STATUS)
+        raise
 
 
 def shutdown() -> None:

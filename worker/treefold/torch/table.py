@@ -170,6 +170,12 @@ class Table:
         self.schedules.scan()
         self._loop_start = self.schedules.capture()
 
+    def begin_loader(self) -> None:
+        """Begin with an own loader; a worker that joins takes over the job's learning rates."""
+        self.begin_loop()
+        if self._state is not None:
+            self.schedules.restore(self._state.schedule)
+
     def begin_slot(self, task: Task, plan: LoopPlan) -> None:
         """Give the script the state that the round started from."""
         is_leased = plan.kind is PlanKind.SLOTS

@@ -117,25 +117,46 @@ class Client:
         self._ledger: Writer | None = None
         self._pid = os.getpid()
         self._is_closed = False
+        self._is_joined = False
         self._waits_for = ""
         self._task_ns = self._pushed_ns = 0
         self._shell.start()
+
+    def join(self) -> None:
+        """Wait until the cluster has formed; `rank` and `is_chief` are known from then on.
+
+        Raises
+        ------
+        FormationError
+            The cluster did not form in time; the text names who is missing.
+        SchedulerLostError
+            No scheduler answered.
+        RemoteProtocolError
+            The cluster speaks another version of the protocol.
+        """
+        if not self._is_joined:
+            call = next(self._calls)
+            self._call(call, effects.JoinCalled(call), "join")
+            self._is_joined = True
 
     # ---- who we are ---------------------------------------------------------------------------
 
     @property
     def rank(self) -> int:
-        """This worker's rank, as the scheduler gave it; 0 before `declare`."""
+        """This worker's rank, as the scheduler gave it."""
+        self.join()
         return self._shell.core.membership.rank
 
     @property
     def size(self) -> int:
         """How many workers form the cluster."""
-        return self._shell.core.membership.workers or self._settings.workers
+        self.join()
+        return self._shell.core.membership.workers
 
     @property
     def is_chief(self) -> bool:
         """Whether this is the live worker of the lowest rank."""
+        self.join()
         view, membership = self._shell.core.view, self._shell.core.membership
         return view is not None and view.chief == membership.incarnation
 
@@ -354,7 +375,7 @@ class Client:
 
     def drain(self) -> None:
         """Stop after the current slot. May be called from a signal handler."""
-        if self._waits_for in ("declare", "enter_loop"):
+        if self._waits_for in ("join", "declare", "enter_loop"):
             self.leave(Outcome.DRAINED, DRAIN_TEXT)
             raise SystemExit(0)
         self._shell.post(effects.DrainAsked())

@@ -13,13 +13,13 @@ from treefold.wire.membership import MS, Membership, Standing
 from treefold.wire.messages import (
     Accepted,
     Code,
-    DeclareTable,
     Fenced,
     Flush,
     Grant,
     HeartbeatSeen,
     Leave,
     Outcome,
+    Phase,
     Pulled,
     Refused,
     Registered,
@@ -38,6 +38,7 @@ from treefold.worker.effects import (
     Effect,
     Event,
     Fail,
+    JoinCalled,
     LeaveCalled,
     LoopCalled,
     LoopEnd,
@@ -78,6 +79,7 @@ class WorkerCore:
         self.is_draining = False
         self._task_call: int | None = None
         self._leave_call: int | None = None
+        self._join_call: int | None = None
         self._task_ns = 0
         self._wait_note_ns: int | None = None
         self._started_ns: int | None = None
@@ -104,6 +106,10 @@ class WorkerCore:
         """Take in one event and say what is to be done."""
         if self._started_ns is None:
             self._started_ns = self._server_ns = now_ns
+        else:
+            stalled_ns = self.membership.forgive_stall(now_ns)
+            self._started_ns += stalled_ns
+            self._server_ns += stalled_ns
         match event:
             case Received(peer, message, payload) if peer == SCHEDULER:
                 del payload
@@ -112,7 +118,7 @@ class WorkerCore:
                 self._server_ns = now_ns
                 self._on_server(now_ns, message, payload)
             case Contributed():
-                self._on_contributed(event)
+                self.exchange.contribute(event)
             case SlotFinished():
                 self._on_finished(now_ns, event)
             case Reported(samples, loss):
@@ -153,12 +159,15 @@ class WorkerCore:
     # ---- calls of the training thread ---------------------------------------------------------
 
     def _on_call(
-        self, now_ns: int, event: DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
+        self, now_ns: int, event: JoinCalled | DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
     ) -> None:
         if isinstance(event, LeaveCalled):
             self._on_leave_called(now_ns, event)
         elif self.failure is not None:
             self._out.append(Fail(event.call, self.failure))
+        elif isinstance(event, JoinCalled):
+            self._join_call = event.call
+            self._serve_join()
         elif isinstance(event, DeclareCalled):
             self.declarations.add(now_ns, event)
         elif isinstance(event, LoopCalled):
@@ -169,6 +178,12 @@ class WorkerCore:
             self._task_call = event.call
             self._wait_note_ns = now_ns + WAIT_NOTE_S * 1000 * MS
             self._serve_task(now_ns)
+
+    def _serve_join(self) -> None:
+        is_formed = self.view is not None and self.view.phase is Phase.RUNNING
+        if self._join_call is not None and is_formed and self.membership.is_member:
+            self._out.append(Complete(self._join_call, None))
+            self._join_call = None
 
     def _on_leave_called(self, now_ns: int, event: LeaveCalled) -> None:
         self._leave_call = event.call
@@ -238,6 +253,7 @@ class WorkerCore:
             if member.role is Role.SERVER and member.incarnation not in self._servers:
                 self._servers[member.incarnation] = member.address
                 self._out.append(Connect(member.incarnation, member.address))
+        self._serve_join()
         self._settle_tables(now_ns)
         self._serve_task(now_ns)
 
@@ -284,11 +300,11 @@ class WorkerCore:
     def _fail(self, error: Exception) -> None:
         """Nothing can go on: every call that waits fails now, every later one at once."""
         self.failure = error
-        waiting = [*self.declarations.clear(), self._task_call]
+        waiting = [*self.declarations.clear(), self._task_call, self._join_call]
         waiting += [table.declare_call for table in self.tables.values()]
         for call in dict.fromkeys(call for call in waiting if call is not None):
             self._out.append(Fail(call, error))
-        self._task_call = self._wait_note_ns = None
+        self._task_call = self._join_call = self._wait_note_ns = None
         for table in self.tables.values():
             table.declare_call = None
             table.pulls = {}
@@ -326,9 +342,12 @@ class WorkerCore:
 
     def _serve_task(self, now_ns: int) -> None:
         """Answer the script's call for its next slot, if there is an answer."""
-        if self._task_call is None or self.view is None or self._is_catching_up(now_ns):
+        if self._task_call is None or self.view is None:
             return
+        self._catch_up(now_ns)
         snapshots = self._advance(now_ns)
+        if any(table.held != self.position for table in self.exchange.trained()):
+            return
         if self.is_draining or self._is_loop_over():
             for key, pushed in self.local.flush() if self.local else []:
                 self.exchange.push(key, pushed)
@@ -343,15 +362,13 @@ class WorkerCore:
         elif snapshots:
             self._answer_task(Task(self.position, -1, snapshots))
 
-    def _is_catching_up(self, now_ns: int) -> bool:
-        """Whether tables declared at different versions are still being brought to one."""
+    def _catch_up(self, now_ns: int) -> None:
+        """Bring tables that were declared at different versions to one."""
         trained = self.exchange.trained()
-        if all(table.held == self.position for table in trained):
-            return False
-        for table in trained:
-            if not table.pulls:
-                self.exchange.pull(now_ns, table, self.position, attempt=0)
-        return not all(table.is_pulled for table in trained)
+        if any(table.held != self.position for table in trained):
+            for table in trained:
+                if not table.pulls:
+                    self.exchange.pull(now_ns, table, self.position, attempt=0)
 
     def _answer_task(self, value: Task | LoopEnd) -> None:
         if self._task_call is not None:
@@ -399,39 +416,13 @@ class WorkerCore:
         local.assign([slot for slot, who in enumerate(leases.workers) if who == me])
         return local
 
-    def _on_contributed(self, leaf: Contributed) -> None:
-        local = self.local
-        key = (leaf.table, leaf.part)
-        is_over = leaf.table in self.tables and self.tables[leaf.table].is_pulled
-        if local is None or leaf.round != local.number or is_over or local.has(key, leaf.slot):
-            if leaf.payload is not None:
-                self._out.append(ReleasePayload(leaf.payload))
-            return
-        for pushed in local.contribute(key, leaf, self._out):
-            self.exchange.push(key, pushed)
-
     def _on_finished(self, now_ns: int, event: SlotFinished) -> None:
         took_ns = max(1, now_ns - self._task_ns)
         vitals = self.membership.vitals
         vitals.slot_time_ns = (
             (vitals.slot_time_ns + took_ns) // 2 if vitals.slot_time_ns else took_ns
         )
-        local = self.local
-        if local is None or event.round != local.number:
-            return
-        local.in_hand = None
-        local.done[event.slot] = None
-        for table in self.exchange.trained():
-            for number, part in enumerate(table.parts):
-                if not local.has((table.number, number), event.slot):
-                    marks = ((1 << part.pieces) - 1).to_bytes(-(-part.pieces // 8), "little")
-                    self._on_contributed(
-                        Contributed(table.number, number, event.round, event.slot, None, marks)
-                    )
-            if event.slot == 0 and table.number in event.metas:
-                local.metas[table.number] = event.metas[table.number]
-                for shard in table.place.shards if table.place else []:
-                    self.exchange.send_meta(table, shard.shard)
+        self.exchange.finish(event)
 
     # ---- time ---------------------------------------------------------------------------------
 
@@ -462,12 +453,23 @@ class WorkerCore:
             text = "the scheduler does not answer; training goes on, changes wait for it"
             self._out.append(Note(Level.WARNING, text))
         self._is_silence_noted = silent
-        if self._task_call is None:
-            return
-        waiting = any(table.pulls and not table.is_pulled for table in self.tables.values())
-        if waiting and now_ns - self._server_ns > self.limits.unreachable_ns:
-            quiet = f"{(now_ns - self._server_ns) / 1e9:.0f} s"
-            text = f"no server answered for {quiet}; {self._waiting_for()}"
+        self._check_scheduler(now_ns)
+        self._check_servers(now_ns)
+
+    def _check_scheduler(self, now_ns: int) -> None:
+        """What only the scheduler can answer is not waited for without end."""
+        quiet_ns = now_ns - self.membership.heard_ns
+        is_waiting = self.declarations.is_waiting or self.exchange.is_unplaced
+        is_known = self.membership.incarnation > 0
+        if is_waiting and is_known and quiet_ns > self.limits.unreachable_ns:
+            text = f"the scheduler has not answered for {quiet_ns / 1e9:.0f} s; is it still there?"
+            self._fail(errors.SchedulerLostError(text))
+
+    def _check_servers(self, now_ns: int) -> None:
+        quiet_ns = now_ns - max(self._server_ns, self.exchange.asked_ns)
+        is_waiting = self._task_call is not None or self.exchange.is_declaring
+        if is_waiting and self.exchange.is_asking and quiet_ns > self.limits.unreachable_ns:
+            text = f"no server answered for {quiet_ns / 1e9:.0f} s; {self._waiting_for()}"
             self._fail(errors.UnavailableError(text))
         elif self._wait_note_ns is not None and now_ns >= self._wait_note_ns:
             self._wait_note_ns = now_ns + WAIT_NOTE_S * 1000 * MS
@@ -477,8 +479,6 @@ class WorkerCore:
         """What this worker waits for, in words; empty while it computes."""
         if self.membership.standing is Standing.JOINING:
             return "the scheduler's answer"
-        if self._task_call is None and not any(
-            t.declare_call is not None for t in self.tables.values()
-        ):
+        if self._task_call is None and not self.exchange.is_declaring:
             return ""
         return self.exchange.describe(self.view) or "a slot"

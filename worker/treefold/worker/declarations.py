@@ -29,6 +29,11 @@ class Declarations:
         self._tables: dict[int, DeclareCalled] = {}
         self._deadline_ns: int | None = None
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a call of the script is not answered."""
+        return any(call not in self._tables for call in self._pending)
+
     def next_deadline_ns(self) -> int | None:
         """When the unanswered are to be sent again."""
         return self._deadline_ns if self._pending else None

@@ -13,6 +13,13 @@ from treefold.wire.messages import Outcome
 
 
 @dataclass(frozen=True, slots=True)
+class JoinCalled:
+    """The script waits until the cluster has formed. Completed with None."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
 class DeclareCalled:
     """The script declares a table. Completed with its first `Snapshot`."""
 
@@ -164,6 +171,6 @@ class Connect:
     address: str
 
 
-Call = DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
+Call = JoinCalled | DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
 Event = Received | PeerLost | Tick | Call | Contributed | SlotFinished | Reported | DrainAsked
 Effect = Send | Note | Connect | Complete | Fail | FoldPayloads | ReleasePayload

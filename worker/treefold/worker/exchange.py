@@ -17,7 +17,7 @@ from treefold.wire.messages import (
     RoundStatus,
     View,
 )
-from treefold.worker.effects import Effect, Initial, ReleasePayload
+from treefold.worker.effects import Contributed, Effect, Initial, ReleasePayload, SlotFinished
 from treefold.worker.pulls import ShardPull, Table
 from treefold.worker.rounds import LocalRound, Pushed
 
@@ -44,6 +44,8 @@ class Exchange:
         By number.
     local : LocalRound or None
         The round being computed.
+    asked_ns : int
+        When a version was last asked for, retries left aside.
     """
 
     def __init__(self, membership: Membership, retry_ns: int, out: list[Effect]) -> None:
@@ -51,11 +53,28 @@ class Exchange:
         self.retry_ns = retry_ns
         self.tables: dict[int, Table] = {}
         self.local: LocalRound | None = None
+        self.asked_ns = 0
         self._out = out
 
     def trained(self) -> list[Table]:
         """Tables that have rounds."""
         return [table for table in self.tables.values() if table.spec.rule is Rule.OPTIMIZER]
+
+    @property
+    def is_declaring(self) -> bool:
+        """Whether the script waits for the first version of a table."""
+        return any(table.declare_call is not None for table in self.tables.values())
+
+    @property
+    def is_unplaced(self) -> bool:
+        """Whether a declared table waits for a view that says where it is."""
+        tables = self.tables.values()
+        return any(table.declare_call is not None and not table.pulls for table in tables)
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether a server owes a part of a version."""
+        return any(table.pulls and not table.is_pulled for table in self.tables.values())
 
     def next_deadline_ns(self) -> int | None:
         """When a pull is to be sent again."""
@@ -74,13 +93,73 @@ class Exchange:
         pull.status = None
         return table if table.is_pulled else None
 
+    def contribute(self, leaf: Contributed) -> None:
+        """Take in one part of a slot; push what cannot grow here."""
+        local = self.local
+        key = (leaf.table, leaf.part)
+        is_over = leaf.table in self.tables and self.tables[leaf.table].is_pulled
+        if local is None or leaf.round != local.number or is_over or local.has(key, leaf.slot):
+            if leaf.payload is not None:
+                self._out.append(ReleasePayload(leaf.payload))
+            return
+        for pushed in local.contribute(key, leaf, self._out):
+            self.push(key, pushed)
+
+    def finish(self, event: SlotFinished) -> None:
+        """The loop body of a slot is over: what it did not contribute is absent."""
+        local = self.local
+        if local is None or event.round != local.number:
+            return
+        local.in_hand = None
+        local.done[event.slot] = None
+        for table in self.trained():
+            for number, part in enumerate(table.parts):
+                if not local.has((table.number, number), event.slot):
+                    marks = ((1 << part.pieces) - 1).to_bytes(-(-part.pieces // 8), "little")
+                    self.contribute(
+                        Contributed(table.number, number, event.round, event.slot, None, marks)
+                    )
+            if event.slot == 0 and table.number in event.metas:
+                local.metas[table.number] = event.metas[table.number]
+                for shard in table.place.shards if table.place else []:
+                    self.send_meta(table, shard.shard)
+
     def retry(self, now_ns: int) -> None:
         """Send again what was not answered in time."""
-        for table in self.tables.values():
-            for shard, pull in table.pulls.items():
-                if not pull.is_complete and now_ns >= pull.deadline_ns:
-                    pull.backoff(now_ns, self.retry_ns)
-                    self._send_pull(table, shard)
+        late = [
+            (table, shard, pull)
+            for table in self.tables.values()
+            for shard, pull in table.pulls.items()
+            if not pull.is_complete and now_ns >= pull.deadline_ns
+        ]
+        version = self._torn_version([pull for table, _, pull in late if table in self.trained()])
+        if version is not None:
+            for table in self.trained():
+                if table.pulls:
+                    self.pull(now_ns, table, version, attempt=1)
+            return
+        for table, shard, pull in late:
+            pull.backoff(now_ns, self.retry_ns)
+            self._send_pull(table, shard)
+
+    def _torn_version(self, late: list[ShardPull]) -> int | None:
+        """The version to begin with where some shards have the next one and others may never get it.
+
+        Those who computed the round between may be gone. Every shard still has the version before,
+        so a worker that is not in that round itself begins with that and computes the round again.
+        """
+        complete = [
+            pull.version
+            for table in self.trained()
+            for pull in table.pulls.values()
+            if pull.is_complete
+        ]
+        newest = max(complete, default=0)
+        rounds = [pull.status.round for pull in late if pull.status is not None]
+        if newest == 0 or newest - 1 not in rounds:
+            return None
+        is_in_round = self.local is not None and self.local.number >= newest - 1
+        return None if is_in_round else newest - 1
 
     def is_consistent(self, now_ns: int, table: Table) -> bool:
         """Whether all shards are at one version; pulls those again that lag."""
@@ -133,6 +212,7 @@ class Exchange:
 
     def pull(self, now_ns: int, table: Table, version: int, attempt: int) -> None:
         """Ask for a version of every shard of a table."""
+        self.asked_ns = now_ns
         for shard in table.place.shards if table.place else []:
             self._pull_shard(now_ns, table, shard.shard, version, attempt)
 
