@@ -18,6 +18,7 @@ from treefold.worker.effects import (
     Fail,
     FoldPayloads,
     Initial,
+    JoinCalled,
     LeaveCalled,
     LoopCalled,
     LoopEnd,
@@ -39,7 +40,7 @@ from tests.sim.scenario import Scenario
 from tests.sim.world import Violation
 
 STANDING_BY = -1
-Call = DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
+Call = JoinCalled | DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
 Script = Generator[int | Call, object, None]
 
 
@@ -199,7 +200,7 @@ class Trainer:
     def drain(self) -> None:
         """Ask the script to stop, as a signal does."""
         self._drain_asked = True
-        if isinstance(self.waits_for, DeclareCalled | LoopCalled):
+        if isinstance(self.waits_for, JoinCalled | DeclareCalled | LoopCalled):
             self.waits_for = None
             self.process.later(0, self._resume, Drained())
         else:
@@ -246,6 +247,7 @@ class Trainer:
         self.process.outcome = outcome
 
     def _declare(self) -> Script:
+        yield JoinCalled(self._number())
         for spec in self.scenario.tables:
             self._load((yield DeclareCalled(self._number(), spec)))
 

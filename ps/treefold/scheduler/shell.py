@@ -49,6 +49,11 @@ class SchedulerShell:
         self._stop: SchedulerStopAsked | None = None
         self._log = logger("scheduler")
 
+    @property
+    def ending(self) -> str:
+        """Why the process ends, once `run` has returned."""
+        return "" if self._halt is None else self._halt.text
+
     def run(self) -> int:
         """Serve until the job has ended; returns the exit status."""
         self._loop.feed(PeerLost(None))  # starts the core's clock
@@ -58,8 +63,6 @@ class SchedulerShell:
                 stop, self._stop = self._stop, None
                 self._loop.feed(stop)
         self._hub.close()
-        if self._halt.status:
-            self._log.error(self._halt.text)
         return self._halt.status
 
     def stop(self, outcome: Outcome, text: str) -> None:
@@ -114,7 +117,10 @@ def main(settings: Settings, announce: Callable[[str], None]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop_once(shell))
     announce(shell.address)
-    return shell.run()
+    status = shell.run()
+    if status:
+        logger("scheduler").error(shell.ending)
+    return status
 
 
 def _stop_once(shell: SchedulerShell) -> None:

@@ -96,6 +96,11 @@ class ServerShell:
         self._ledger: Writer | None = None
         self._is_drain_asked = False
 
+    @property
+    def ending(self) -> str:
+        """Why the process ends, once `run` has returned."""
+        return "" if self._halt is None else self._halt.text
+
     def run(self) -> int:
         """Serve until the job ends; returns the exit status."""
         while self._halt is None:
@@ -113,8 +118,6 @@ class ServerShell:
                 self._record_states(self._ledger)
             self._ledger.close()
         self._hub.close()
-        if self._halt.status:
-            self._log.error(self._halt.text)
         return self._halt.status
 
     def drain(self) -> None:
@@ -278,7 +281,10 @@ def main(settings: Settings, announce: Callable[[str], None]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _drain_once(shell))
     announce(shell.address)
-    return shell.run()
+    status = shell.run()
+    if status:
+        logger("server").error(shell.ending)
+    return status
 
 
 def _drain_once(shell: ServerShell) -> None:

@@ -234,6 +234,7 @@ class WorkerCore:
             return
         self.membership.job = message.job
         self.declarations.renew(now_ns)
+        self._serve_join()  # the view may have overtaken the answer that names us
 
     def _on_accepted(self, now_ns: int, message: Accepted) -> None:
         declared = self.declarations.pop(message.call)
@@ -460,6 +461,7 @@ class WorkerCore:
         """What only the scheduler can answer is not waited for without end."""
         quiet_ns = now_ns - self.membership.heard_ns
         is_waiting = self.declarations.is_waiting or self.exchange.is_unplaced
+        is_waiting |= self._join_call is not None
         is_known = self.membership.incarnation > 0
         if is_waiting and is_known and quiet_ns > self.limits.unreachable_ns:
             text = f"the scheduler has not answered for {quiet_ns / 1e9:.0f} s; is it still there?"
