@@ -16,6 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from treefold.cli import trials
+from treefold.common.errors import JobFailedError
+
 from tests.support.processes import Process, Starter, environment
 
 END_S = 30.0  # for processes to be gone; it takes milliseconds
@@ -393,6 +396,18 @@ def test_a_status_without_an_address_needs_help_if_several_schedulers_run(shell:
     assert table.returncode == 0, table.stderr
     assert "forming" in table.stdout
     assert "0 of 1 servers and 0 of 1 workers are there" in table.stdout
+
+
+def test_the_doctor_makes_a_round_trip_through_threads_and_through_processes(shell: Shell) -> None:
+    run = shell.run("doctor")
+    assert run.returncode == 0, run.stdout
+    assert run.stdout.count("round trip of 100,000 elements, equal to plain torch bit for bit") == 2
+    assert "FAIL" not in run.stdout
+
+
+def test_the_doctor_says_what_a_trial_with_processes_said_when_it_failed() -> None:
+    with pytest.raises(JobFailedError, match="ended with exit code 6(.|\n)*worker-0 . oops"):
+        trials.processes(["sh", "-c", "echo oops; exit 6"])
 
 
 def user() -> str:

@@ -1,7 +1,7 @@
 """What must hold in the whole cluster, whoever does it: checked at every version and every slot."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.sim.network import Payload
@@ -24,11 +24,14 @@ class Checks:
         Newest version of each shard.
     computed : dict
         ``(incarnation, round, slot)`` of every slot whose samples a worker wrote down.
+    may_fail : callable
+        Whether a script may be told now that it cannot go on.
     """
 
     reference: Reference
     versions: dict[tuple[int, int], int] = field(default_factory=dict)
     computed: dict[tuple[int, int, int], None] = field(default_factory=dict)
+    may_fail: Callable[[], bool] = bool
 
     def on_roots(self, shard: Shard, round_: int, roots: Sequence[object]) -> None:
         """Every part's root is the fold of all active slots, each once, in the order of the tree."""

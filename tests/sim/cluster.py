@@ -80,6 +80,9 @@ class Cluster:
         self.network = Network(self.world, scenario.weather)
         self.checks = Checks(Reference(scenario))
         self.scheduler = SchedulerProcess(self.cores.scheduler(self._limits()), self.network)
+        self.checks.may_fail = lambda: (
+            scenario.is_doomed or self.scheduler.scheduler.ending is not None
+        )
         self.probe = Probe(self.scheduler)
         for number in range(scenario.servers):
             self.servers.append(self._server(number))

@@ -146,6 +146,8 @@ class WorkerProcess(Process):
         self.trainer.answer(effect.call, Loaded(value, loaded))
 
     def _fail(self, effect: Fail) -> None:
+        if not self.checks.may_fail():
+            raise Violation(f"{self.name} is told {effect.error!r} while the job goes on")
         assert self.trainer is not None
         self.trainer.answer(effect.call, effect.error)
 

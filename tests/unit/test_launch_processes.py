@@ -88,7 +88,7 @@ def test_bytes_that_are_no_text_are_passed_on_as_well_as_can_be(pipe: tuple[Stre
 def test_a_child_that_cannot_be_started_says_so_and_ends_with_127() -> None:
     watch = Guard()
     child = Child("worker-0", ["/no/such/command"], {}, watch)
-    psutil.wait_procs([psutil.Process(child.session)], timeout=30)
+    os.waitid(os.P_PID, child.session, os.WEXITED | os.WNOWAIT)
     assert child.poll() == 127
     assert [line.text for line in child.bury()] == [
         "/no/such/command cannot be started: No such file or directory"
@@ -112,8 +112,9 @@ def test_the_end_of_the_pipe_kills_sessions_that_were_not_forgotten(tmp_path: Pa
 def test_a_session_is_killed_with_the_groups_that_its_processes_made(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, subprocess, time\n"
-        "child = subprocess.Popen(['sleep', '1000'], process_group=0)\n"
+        "import os, subprocess\n"
+        "null = subprocess.DEVNULL\n"
+        "child = subprocess.Popen(['sleep', '1000'], process_group=0, stdout=null)\n"
         "print(child.pid, flush=True)\n"
         "os._exit(0)\n",
         encoding="utf-8",
@@ -161,9 +162,15 @@ def test_every_process_gets_its_own_address_and_all_other_settings(
     assert environment["HOME"] == "/home/x"
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    found = load({}).settings
-    changed = {"scheduler": attempt.scheduler, "bind": "ipc:///tmp/x/server-1"}
-    assert found == msgspec.structs.replace(settings, **changed, advertise="", linger=False)
+    expected = msgspec.structs.replace(
+        settings,
+        scheduler=attempt.scheduler,
+        bind="ipc:///tmp/x/server-1",
+        rank=1,
+        advertise="",
+        linger=False,
+    )
+    assert load({}).settings == expected
 
 
 def test_one_thread_computes_unless_the_user_said_otherwise() -> None:

@@ -202,7 +202,7 @@ class Membership:
         self._move(Step.STOPPED)
 
     def leave(self, now_ns: int, outcome: Outcome, text: str) -> list[Send]:
-        """Begin to leave; the scheduler's `Stop` ends it. Even one that was given up says farewell."""
+        """Begin to leave; the scheduler's `Stop` ends it. One that was given up says it too."""
         self._move(Step.LEAVE_WANTED if self.incarnation else Step.GIVEN_UP)
         if self.standing is not Standing.LEAVING:
             return []

@@ -41,7 +41,6 @@ class WorkerRow:
     """One worker as it is shown."""
 
     name: str
-    rank: int
     round: int
     speed: float
     loss: float | None
@@ -111,9 +110,7 @@ class Meter:
     def _row(self, now_ns: int, worker: MemberStatus, names: dict[int, str]) -> WorkerRow:
         speed = self._speeds.setdefault(worker.incarnation, Speed()).see(now_ns, worker.samples)
         name = names.get(worker.pid, worker.name)
-        return WorkerRow(
-            name, worker.rank, worker.round, speed, worker.loss, worker.slots, worker.waiting
-        )
+        return WorkerRow(name, worker.round, speed, worker.loss, worker.slots, worker.waiting)
 
 
 def headline(status: Status) -> str:

@@ -55,13 +55,13 @@ def drawn(progress: Progress) -> Group:
     """
     table = Table(box=None, pad_edge=False)
     table.add_column("worker")
-    for title in ("rank", "round", "samples/s", "loss"):
+    for title in ("round", "samples/s", "loss"):
         table.add_column(title, justify="right")
     table.add_column("slots")
     table.add_column("waits for", no_wrap=True, overflow="ellipsis")
     for row in progress.rows:
         loss = "" if row.loss is None else f"{row.loss:.4f}"
-        figures = (str(row.rank), str(row.round), f"{row.speed:,.0f}", loss)
+        figures = (str(row.round), f"{row.speed:,.0f}", loss)
         table.add_row(row.name, *figures, spans(row.slots), row.waiting)
     total = progress.summary if progress.round else "training has not begun"
     return Group(table, Text(f"total: {total} ({progress.headline})", style="bold"))

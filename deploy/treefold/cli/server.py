@@ -11,7 +11,10 @@ DESCRIPTION = (
     "Start one server. The first line that it prints is the address at which it takes pushes and "
     "pulls. It ends when the job has."
 )
-FLAGS = ("scheduler", "bind", "advertise", "insecure", "connect_timeout_s", "ledger", "log_level")
+FLAGS = (
+    "scheduler", "bind", "advertise", "insecure", "rank", "connect_timeout_s", "ledger",
+    "log_level",
+)  # fmt: skip
 
 
 def main(words: list[str]) -> int:

@@ -15,7 +15,9 @@ DESCRIPTION = (
     "Wait for the scheduler, then become COMMAND with the cluster's settings in its environment: "
     "signals reach it and its exit code is seen as if it had been started without treefold."
 )
-FLAGS = ("scheduler", "slots", "seed", "connect_timeout_s", "retry_ms", "ledger", "log_level")
+FLAGS = (
+    "scheduler", "rank", "slots", "seed", "connect_timeout_s", "retry_ms", "ledger", "log_level",
+)  # fmt: skip
 
 
 def main(words: list[str]) -> int:

@@ -167,11 +167,7 @@ class ServerCore:
     def _on_control(self, now_ns: int, message: object) -> None:
         match message:
             case Registered():
-                if self.membership.job not in (0, message.job):
-                    text = "the scheduler runs another job now; this server's job is lost"
-                    self._out.append(Halt(1, text))
-                elif self.membership.on_registered(now_ns, message):
-                    self.membership.job = message.job
+                self._on_registered(now_ns, message)
             case HeartbeatSeen():
                 self.membership.on_heartbeat_seen(now_ns, message)
             case Fenced():
@@ -189,18 +185,28 @@ class ServerCore:
                 self._on_norm_decision(now_ns, message)
             case Refused():
                 self._out.append(Halt(3, message.text))
-            case Stop() if self.membership.standing is Standing.GONE:
-                return  # told twice; one farewell is enough
             case Stop():
-                self.membership.on_stop(message)
-                who = self.membership.incarnation
-                self._out.append(Send(SCHEDULER, Leave(who, message.outcome, "")))
-                status = {Outcome.FAILED: 1, Outcome.NOT_FORMED: 3}.get(message.outcome, 0)
-                self._out.append(Halt(status, message.text))
+                self._on_stop(message)
             case _:
                 self._out.append(
                     Note(Level.WARNING, f"the scheduler sent {type(message).__name__}: ignored")
                 )
+
+    def _on_registered(self, now_ns: int, message: Registered) -> None:
+        if self.membership.job not in (0, message.job):
+            text = "the scheduler runs another job now; this server's job is lost"
+            self._out.append(Halt(1, text))
+        elif self.membership.on_registered(now_ns, message):
+            self.membership.job = message.job
+
+    def _on_stop(self, message: Stop) -> None:
+        if self.membership.standing is Standing.GONE:
+            return  # told twice; one farewell is enough
+        self.membership.on_stop(message)
+        who = self.membership.incarnation
+        self._out.append(Send(SCHEDULER, Leave(who, message.outcome, "")))
+        status = {Outcome.FAILED: 1, Outcome.NOT_FORMED: 3}.get(message.outcome, 0)
+        self._out.append(Halt(status, message.text))
 
     def _on_view(self, view: View) -> None:
         is_named = self.membership.incarnation > 0  # a view may overtake the answer that names us

@@ -208,8 +208,8 @@ class Shard:
         pieces = self.pieces[push.part]
         wanted = -(-pieces // 8)
         if len(push.absent) != wanted:
-            got = len(push.absent)
-            text = f"{where} part {push.part}: {got} bytes of absent marks, expected {wanted}"
+            marks = len(push.absent)
+            text = f"{where} part {push.part}: {marks} bytes of absent marks, expected {wanted}"
             return Refused(0, Code.BAD_PAYLOAD, text)
         if push.frame is not None and push.frame != self.frame(push.part):
             expected, got = self.frame(push.part), push.frame

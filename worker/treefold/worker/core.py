@@ -306,9 +306,7 @@ class WorkerCore:
         for call in dict.fromkeys(call for call in waiting if call is not None):
             self._out.append(Fail(call, error))
         self._task_call = self._join_call = self._wait_note_ns = None
-        for table in self.tables.values():
-            table.declare_call = None
-            table.pulls = {}
+        self.exchange.drop_pulls()
 
     # ---- servers ------------------------------------------------------------------------------
 

@@ -143,7 +143,7 @@ class Exchange:
             self._send_pull(table, shard)
 
     def _torn_version(self, late: list[ShardPull]) -> int | None:
-        """The version to begin with where some shards have the next one and others may never get it.
+        """The version to begin with where some shards have the next and others may never get it.
 
         Those who computed the round between may be gone. Every shard still has the version before,
         so a worker that is not in that round itself begins with that and computes the round again.
@@ -160,6 +160,14 @@ class Exchange:
             return None
         is_in_round = self.local is not None and self.local.number >= newest - 1
         return None if is_in_round else newest - 1
+
+    def drop_pulls(self) -> None:
+        """Give up every pull, and the declarations that wait for one."""
+        for table in self.tables.values():
+            for pull in table.pulls.values():
+                self._out += [ReleasePayload(payload) for payload in pull.got.values()]
+            table.declare_call = None
+            table.pulls = {}
 
     def is_consistent(self, now_ns: int, table: Table) -> bool:
         """Whether all shards are at one version; pulls those again that lag."""
