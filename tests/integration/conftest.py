@@ -37,9 +37,7 @@ def cluster(starter: Starter, tmp_path: Path) -> Callable[..., Cluster]:
 
 
 @pytest.fixture(scope="session")
-def alone(
-    starter: Starter, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Bits]:
+def alone(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bits]:
     """The bits of an undisturbed job in one process; every job is run once and remembered."""
 
     @cache

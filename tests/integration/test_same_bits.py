@@ -18,7 +18,11 @@ JOB = "three_tables.py"
     [(8, 1, 1), (8, 2, 2), (8, 3, 4), (5, 2, 3), (2, 1, 3), (1, 2, 1)],
 )
 def test_any_cluster_of_processes_ends_with_the_bits_of_one_process(
-    cluster: Callable[..., Cluster], alone: Callable[..., Bits], slots: int, servers: int, workers: int
+    cluster: Callable[..., Cluster],
+    alone: Callable[..., Bits],
+    slots: int,
+    servers: int,
+    workers: int,
 ) -> None:
     with cluster(servers, workers, slots=slots) as job:
         for _ in range(workers):

@@ -38,15 +38,22 @@ class Cores:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came of a run."""
+    """What came of a run.
+
+    Attributes
+    ----------
+    trace : str
+        Hash of everything that happened.
+    kinds : dict of str to int
+        Messages sent, by kind, and faults that struck, by kind.
+    """
 
     seed: int
     trace: str
     now_ns: int
     events: int
-    messages: int
-    faults: int
     outcome: Outcome | None
+    kinds: dict[str, int]
 
 
 @dataclass(slots=True)
@@ -72,6 +79,7 @@ class Cluster:
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     ended: list[WorkerProcess] = field(default_factory=list)
     pending: int = 0
+    struck: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Make the processes that are there from the start."""
@@ -109,9 +117,8 @@ class Cluster:
             self.world.trace,
             self.world.now_ns,
             self.world.events,
-            self.network.sent,
-            self.network.faults,
             None if ending is None else ending.outcome,
+            {**self.network.kinds, **self.struck, "network": self.network.faults},
         )
 
     # ---- what happens ----------------------------------------------------------------------------
@@ -167,6 +174,7 @@ class Cluster:
         """Let one fault happen, if its target is there."""
         assert isinstance(argument, Fault)
         fault, now_ns = argument, self.world.now_ns
+        self.struck[fault.kind.name] = self.struck.get(fault.kind.name, 0) + 1
         if fault.kind is Kind.PARTITION:
             self.network.block(fault.target, fault.other, now_ns + fault.for_ns)
             return

@@ -72,13 +72,21 @@ class _Flight:
 
 @dataclass(slots=True)
 class Network:
-    """All connections of one cluster."""
+    """All connections of one cluster.
+
+    Attributes
+    ----------
+    kinds : dict of str to int
+        How many messages of each kind were sent.
+    closed, faults : int
+        Connections that were closed, and messages that something happened to.
+    """
 
     world: World
     weather: Weather
     connections: dict[bytes, Connection] = field(default_factory=dict)
     blocked: dict[tuple[str, str], int] = field(default_factory=dict)
-    sent: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
     closed: int = 0
     faults: int = 0
 
@@ -105,7 +113,6 @@ class Network:
         self, connection: Connection, end: End, header: bytes, payload: Payload | None
     ) -> None:
         """Send a message to one end; what happens to it is up to the weather."""
-        self.sent += 1
         world, weather = self.world, self.weather
         chance = world.rng.random
         leaves_ns = world.now_ns

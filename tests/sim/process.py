@@ -177,6 +177,8 @@ class Process:
     ) -> None:
         """Send a message to one end of a connection."""
         self.check_frame(message, payload)
+        kinds, kind = self.network.kinds, type(message).__name__
+        kinds[kind] = kinds.get(kind, 0) + 1
         self.network.send(connection, end, codec.encode(message), payload)
 
     def _note(self, effect: Note) -> None:

@@ -75,6 +75,10 @@ class Scenario:
         In how many of 16 cases a tensor has no gradient in a slot.
     clip_every : int
         Every so many rounds have a limit for the gradient norm; 0 for none.
+    loader_rounds : int
+        Rounds of a job in which every worker has its own loader; 0 for a job with slots.
+    is_joining : bool
+        Whether scripts wait until the cluster has formed before they declare anything.
     """
 
     seed: int
@@ -97,6 +101,7 @@ class Scenario:
     heal_ns: int = 0
     is_doomed: bool = False
     loader_rounds: int = 0
+    is_joining: bool = True
 
     @property
     def rounds(self) -> int:
@@ -177,6 +182,7 @@ def draw(seed: int) -> Scenario:
         weather=_weather(rng, heal_ns),
         patience=_patience(rng, heal_ns, is_loader),
         heal_ns=heal_ns,
+        is_joining=rng.random() < 0.7,
     )
     job = _with_loader(rng, base) if is_loader else _with_slots(rng, base)
     job = replace(job, tables=_tables(rng, job.block_elements))
@@ -235,8 +241,15 @@ def _with_slots(rng: random.Random, job: Scenario) -> Scenario:
 
 
 def _with_loader(rng: random.Random, job: Scenario) -> Scenario:
+    """A job with own loaders.
+
+    There a server's report of a late round may end the job, if the worker that it lacks has left in
+    an earlier round. If the worker's last heartbeat is lost and the report comes rounds too late, the
+    scheduler cannot know better, so no message is that late.
+    """
     return replace(
         job,
+        weather=replace(job.weather, tail=0.0),
         plans=loader(job.workers),
         loader_rounds=rng.randint(1, 6),
         starts_ns=tuple(rng.randint(0, 200) * MS for _ in range(job.workers)),

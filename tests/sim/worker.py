@@ -139,7 +139,11 @@ class WorkerProcess(Process):
         if isinstance(value, Snapshot):
             snapshots = [value]
         loaded = [
-            (item, self.worker.tables[item.table].parts, [self.payloads.pop(p) for p in item.payloads])
+            (
+                item,
+                self.worker.tables[item.table].parts,
+                [self.payloads.pop(p) for p in item.payloads],
+            )
             for item in snapshots
         ]
         assert self.trainer is not None
@@ -249,7 +253,8 @@ class Trainer:
         self.process.outcome = outcome
 
     def _declare(self) -> Script:
-        yield JoinCalled(self._number())
+        if self.scenario.is_joining:
+            yield JoinCalled(self._number())
         for spec in self.scenario.tables:
             self._load((yield DeclareCalled(self._number(), spec)))
 

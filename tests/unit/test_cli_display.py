@@ -108,6 +108,10 @@ def test_without_a_terminal_progress_is_a_line_only_now_and_then_and_if_there_wa
     ]
 
 
+def test_of_own_loaders_the_round_and_the_loss_are_shown() -> None:
+    assert Progress("", 12, 0, 0, 0.0, 0.25, []).summary == "round 12, loss 0.2500"
+
+
 def test_before_training_the_line_says_who_is_there() -> None:
     status = document(member("server-0"), member("worker-0"), phase="forming", round=0)
     seen = Meter().read(0, status, {})

@@ -70,7 +70,7 @@ class Launch:
 
     def status(self, phase: str = "running", outcome: str = "", text: str = "") -> list[Effect]:
         """The scheduler answers."""
-        return self.feed(StatusSeen(self.now_ns, phase, outcome, text))
+        return self.feed(StatusSeen(self.now_ns, phase, True, outcome, text))
 
     def end_everybody(self) -> None:
         """Every process that lives ends well."""
@@ -134,7 +134,7 @@ def test_an_answer_to_an_earlier_question_does_not_decide_what_a_failure_means()
     launch = Launch()
     asked_ns = launch.now_ns
     launch.exited("worker-1", 7)
-    launch.feed(StatusSeen(asked_ns, "running", "", ""))
+    launch.feed(StatusSeen(asked_ns, "running"))
     assert EndProcess("worker-0") not in launch.later(SETTLE_MS)
 
 
@@ -220,6 +220,22 @@ def test_without_restarts_a_dead_worker_stays_dead() -> None:
     launch.status()
     launch.later(SETTLE_MS)
     assert launch.started("worker-1") == 1
+
+
+def test_a_worker_with_its_own_loader_cannot_be_replaced_alone() -> None:
+    launch = Launch(max_restarts=1)
+    launch.exited("worker-1", -SIGKILL)
+    launch.feed(StatusSeen(launch.now_ns, "running", is_leased=False))
+    launch.later(SETTLE_MS)
+    assert launch.core.stage is Stage.RESTARTING
+    assert launch.started("worker-1") == 1
+    launch.end_everybody()
+    launch.feed(AddressKnown())
+    launch.exited("worker-0", -SIGKILL)
+    launch.feed(StatusSeen(launch.now_ns, "running", is_leased=False))
+    launch.later(SETTLE_MS)
+    launch.end_everybody()
+    assert launch.code == 1
 
 
 def test_a_worker_is_not_started_again_into_a_job_that_has_ended() -> None:

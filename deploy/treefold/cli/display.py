@@ -63,9 +63,11 @@ class Progress:
     @property
     def summary(self) -> str:
         """The total in one line."""
-        of = f" of {self.end_round}" if self.end_round else ""
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
-        return f"epoch {self.epoch}, round {self.round}{of}, {self.speed:,.0f} samples/s{loss}"
+        if not self.end_round:  # own loaders, whose samples and length nobody counts
+            return f"round {self.round}{loss}"
+        where = f"epoch {self.epoch}, round {self.round} of {self.end_round}"
+        return f"{where}, {self.speed:,.0f} samples/s{loss}"
 
 
 class Meter:

@@ -111,6 +111,7 @@ class _Job:
     """What the scheduler of this attempt says of the job."""
 
     phase: str = "forming"
+    is_leased: bool = True
     outcome: str = ""
     text: str = ""
 
@@ -229,7 +230,7 @@ class LaunchCore:
             self._out.append(AskStatus())
 
     def _on_status(self, seen: StatusSeen) -> None:
-        self._job.phase = seen.phase
+        self._job.phase, self._job.is_leased = seen.phase, seen.is_leased
         self._failures.status_ns = seen.asked_ns
         if seen.outcome:
             self._job.outcome, self._job.text = seen.outcome, seen.text
@@ -291,11 +292,12 @@ class LaunchCore:
         workers = [process for process in failed if process.role is Role.WORKER]
         roles = [process for process in self._of(Role.SCHEDULER, Role.SERVER) if process.has_failed]
         if self._job.outcome == "not_formed" or any(p.code in (USAGE, NOT_FORMED) for p in roles):
-            self._give_up(NOT_FORMED, self._job.text or _named(roles))
+            why = self._job.text or f"the cluster has not formed: {_named(roles)}"
+            self._give_up(NOT_FORMED, why)
         elif self._is_trained():
             self._on_late_failures(workers)
-        elif roles or self._has_failed_job():
-            self._on_job_failed(roles)
+        elif roles or self._has_failed_job() or not self._job.is_leased:
+            self._on_job_failed(roles or workers)
         else:
             for process in workers:
                 if self.stage is Stage.RUNNING:
@@ -319,14 +321,15 @@ class LaunchCore:
         for process in workers if not failing else []:
             self._out.append(Say(f"{_told(process)}; the job was done already"))
 
-    def _on_job_failed(self, roles: list[Process]) -> None:
-        """A server or the scheduler is gone, or the job has failed: all begins again or ends."""
-        killed = [process for process in roles if (process.code or 0) < OK]
-        cause = _named(killed) or self._job.text or _named(roles)
+    def _on_job_failed(self, failed: list[Process]) -> None:
+        """Something is gone that nobody can replace: all begins again or ends."""
+        killed = [process for process in failed if (process.code or 0) < OK]
+        cause = _named(killed) or self._job.text or _named(failed)
         if self._can_restart():
             self.restarts += 1
             again = f"the whole job starts again from the beginning ({self._restarts_text()})"
-            self._out.append(Say(f"{cause}: without checkpoints its state is lost, and {again}"))
+            lost = "without checkpoints the state of the job is lost"
+            self._out.append(Say(f"{cause}: {lost}, and {again}"))
             self._move(Turn.STATE_LOST)
             self._kill(*Role)
             return

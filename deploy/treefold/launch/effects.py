@@ -21,13 +21,15 @@ class ProcessExited:
 class StatusSeen:
     """The scheduler answered a request that was sent at ``asked_ns``.
 
+    ``is_leased`` is false if each worker is one slot, with its own loader, and cannot be replaced.
     ``outcome`` and ``text`` say how the job ended; both are empty while it has not.
     """
 
     asked_ns: int
     phase: str
-    outcome: str
-    text: str
+    is_leased: bool = True
+    outcome: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

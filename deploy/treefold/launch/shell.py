@@ -235,7 +235,8 @@ class Launcher:
             self._reporter.progress(status, names)
         ending = status.ending
         outcome, text = (ending.outcome, ending.text) if ending else ("", "")
-        self._feed(StatusSeen(asked_ns, status.phase, outcome, text))
+        is_leased = status.plan is None or status.plan.kind == "slots"
+        self._feed(StatusSeen(asked_ns, status.phase, is_leased, outcome, text))
 
     def _close_link(self) -> None:
         if self._link is not None:

@@ -6,6 +6,7 @@ wrong without harm.
 """
 
 from treefold.scheduler import leases
+from treefold.scheduler.backup import Backups
 from treefold.scheduler.declared import Declared
 from treefold.scheduler.members import MemberState, Roster
 from treefold.wire.messages import Flush, Grant, Leases, Outcome, Role, RoundLate
@@ -28,7 +29,7 @@ class Balance:
     def __init__(self, roster: Roster, declared: Declared) -> None:
         self._roster = roster
         self._declared = declared
-        self._granted: dict[int, dict[int, int]] = {}
+        self._backups = Backups()
         self._round_seen = (0, 0)
         self.round_rate = 0.0
 
@@ -68,22 +69,19 @@ class Balance:
             return None
         return wanted, self._round_seen[0] + int(self.round_rate * LEASE_LEAD_MS / 1e3) + 1
 
-    def help(self, late: RoundLate, current: list[int]) -> list[tuple[MemberState, Grant | Flush]]:
-        """Give the missing slots of a late round to workers that owe none, the last slots first."""
+    def help(
+        self, now_ns: int, late: RoundLate, current: list[int]
+    ) -> list[tuple[MemberState, Grant | Flush]]:
+        """Give missing slots of a late round to workers that owe none, where that helps."""
         if self._declared.is_loader or not current:
             return []
-        for round_ in [number for number in self._granted if number < late.round]:
-            del self._granted[round_]
-        granted = self._granted.setdefault(late.round, {})
-        owners = [current[slot] for slot in late.missing if slot < len(current)]
-        idle = [s for s in self._workers() if s.member.incarnation not in owners]
-        todo = [slot for slot in reversed(late.missing) if slot not in granted]
+        missing = late.missing or range(self._declared.active_slots(late.round))
+        owners = {slot: current[slot] for slot in missing if slot < len(current)}
         found: list[tuple[MemberState, Grant | Flush]] = []
-        for state, slot in zip(sorted(idle, key=lambda s: s.slot_time_ns), todo, strict=False):
-            granted[slot] = state.member.incarnation
-            found.append((state, Grant(late.round, [slot])))
-        if granted:
-            owing = [s for s in self._workers() if s.member.incarnation in owners]
+        for who, slot in self._backups.grants(now_ns, late.round, owners, self._speeds()):
+            found.append((self._roster.by_incarnation[who], Grant(late.round, [slot])))
+        if self._backups.has_any(late.round, owners):
+            owing = [s for s in self._workers() if s.member.incarnation in owners.values()]
             found += [(state, Flush(late.round)) for state in owing]
         return found
 

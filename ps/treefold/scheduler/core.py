@@ -333,13 +333,20 @@ class SchedulerCore:
             previous = current if from_round else Leases(0, wanted)
             leased = Leases(from_round, wanted)
         previous = self.balance.repaired(previous, wanted)
-        chief = workers[0].member.incarnation if workers else 0
+        chief = self._chief(workers)
         places = self.declared.places
         members = [state.member for state in self.roster.live()]
         self.view = View(self.view.number + 1, self.phase, chief, members, places, leased, previous)
         self.story.add(now_ns, f"view {self.view.number}: leases {wanted} from round {from_round}")
         for state in self.roster.live():
             self._send_view(now_ns, state)
+
+    def _chief(self, workers: list[MemberState]) -> int:
+        """The live worker of the lowest rank; one that is done with its script stays chief."""
+        old = self.roster.by_incarnation.get(self.view.chief)
+        if old is not None and old.outcome is Outcome.DONE:
+            return self.view.chief
+        return workers[0].member.incarnation if workers else 0
 
     def _check_leases(self, now_ns: int) -> None:
         self._lease_check_ns = now_ns + LEASE_CHECK_MS * MS
@@ -357,7 +364,9 @@ class SchedulerCore:
         lacking = self.balance.unfinished(late, self.view.leases.workers)
         if lacking:
             self._end(now_ns, Outcome.FAILED, lacking)
-        for state, message in self.balance.help(late, self.view.leases.workers):
+        is_newest = late.round >= self.view.leases.from_round
+        leases = self.view.leases if is_newest else self.view.previous
+        for state, message in self.balance.help(now_ns, late, leases.workers):
             self._out.append(Send(state.peer, message))
 
     def _on_norm_report(self, report: NormReport) -> None:

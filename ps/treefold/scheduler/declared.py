@@ -56,6 +56,11 @@ class Declared:
         """Whether every worker is one slot, with its own loader."""
         return any(plan.kind is PlanKind.LOADER for plan in self.plans.values())
 
+    def active_slots(self, round_: int) -> int:
+        """Slots that have samples in a round; all of them if no pass is known that it belongs to."""
+        plans = [p for p in self.plans.values() if p.first_round <= round_ < p.end_round]
+        return plans[0].active_slots(round_) if plans else self.slots
+
     @property
     def places(self) -> list[TablePlace]:
         """Where the tables lie, as far as they are placed."""

@@ -11,6 +11,7 @@ from treefold.common.errors import InvariantError
 from treefold.common.layout import Layout, ShardSpan
 from treefold.common.spec import Rule, TableSpec
 from treefold.common.story import Story
+from treefold.server import lateness
 from treefold.server.effects import (
     ComputeNorm,
     Effect,
@@ -62,7 +63,6 @@ from treefold.wire.messages import (
 )
 
 STATUS_PARTS_MAX = 64  # parts named in one RoundStatus; the worker asks again for the rest
-LATE_AFTER_MS = 100  # a round is never called late before, so that tiny rounds cause no chatter
 NORM_RETRY_MS = 500
 
 
@@ -105,6 +105,7 @@ class ServerCore:
         self._started_ns: int | None = None
         self._traffic_ns = 0
         self._is_silence_noted = False
+        self._is_failed = False
         self._out: list[Effect] = []
 
     # ---- the interface of every core ----------------------------------------------------------
@@ -131,6 +132,7 @@ class ServerCore:
                     now_ns, Outcome.DRAINED, "the server was asked to stop"
                 )
             case ServerFailed(text):
+                self._is_failed = True
                 self._out.append(Note(Level.ERROR, text))
                 self._out += self.membership.leave(now_ns, Outcome.FAILED, text)
             case Tick():
@@ -247,7 +249,7 @@ class ServerCore:
             elif isinstance(message, RoundMeta):
                 self._on_meta(now_ns, peer, shard, message)
             else:
-                self._on_pull(peer, shard, message)
+                self._on_pull(now_ns, peer, shard, message)
         if payload is not None and not used:
             self._out.append(ReleasePayload(payload))
 
@@ -319,17 +321,8 @@ class ServerCore:
             raise InvariantError("a push into a closed shard", self.story.lines())
         if current.active == 0:
             current.open(active, shard.parts_count)
-            if (shard.table, shard.number) == self._watched() and current.number != INITIAL_ROUND:
-                shard.late_ns = now_ns + self._late_after_ns(shard)
+            lateness.open_round(now_ns, shard)
         return current
-
-    def _watched(self) -> tuple[int, int] | None:
-        """The one shard whose late rounds this server reports, so that a round is reported once."""
-        trained = [key for key, shard in self.shards.items() if shard.spec.rule is Rule.OPTIMIZER]
-        return min(trained, default=None)
-
-    def _late_after_ns(self, shard: Shard) -> int:
-        return max(LATE_AFTER_MS * MS, shard.round_time_ns // 2)
 
     def _on_meta(self, now_ns: int, peer: Peer, shard: Shard, meta: RoundMeta) -> None:
         refusal = shard.refusal_of_meta(meta) or self._out_of_turn(shard, meta.round, meta.active)
@@ -409,7 +402,7 @@ class ServerCore:
 
     # ---- pulls --------------------------------------------------------------------------------
 
-    def _on_pull(self, peer: Peer, shard: Shard, pull: Pull) -> None:
+    def _on_pull(self, now_ns: int, peer: Peer, shard: Shard, pull: Pull) -> None:
         parts = list(dict.fromkeys(pull.parts)) or list(range(shard.parts_count))
         if any(part >= shard.parts_count for part in parts):
             text = f"shard {shard.number} of table {shard.table} has {shard.parts_count} parts"
@@ -420,6 +413,7 @@ class ServerCore:
             self._answer(peer, shard, version, whole)
         else:
             shard.waits[peer] = Wait(pull.version, parts)
+            lateness.begin(now_ns, shard)
             if pull.attempt > 0:
                 self._out.append(Send(peer, shard.status(STATUS_PARTS_MAX)))
 
@@ -435,9 +429,10 @@ class ServerCore:
     # ---- time ---------------------------------------------------------------------------------
 
     def _on_time(self, now_ns: int) -> None:
+        for round_, missing in lateness.reports(now_ns, self.shards):
+            late = RoundLate(self.membership.incarnation, round_, missing)
+            self._out.append(Send(SCHEDULER, late))
         for shard in self.shards.values():
-            if shard.late_ns is not None and now_ns >= shard.late_ns:
-                self._report_late(now_ns, shard)
             if shard.norm_retry_ns is not None and now_ns >= shard.norm_retry_ns:
                 shard.norm_retry_ns = now_ns + NORM_RETRY_MS * MS
                 self._out.append(Send(SCHEDULER, self._norm_report(shard)))
@@ -449,17 +444,9 @@ class ServerCore:
             vitals.waiting = next((text for text in waits if text), "")
             self._out += self.membership.tick(now_ns)
         self._check_orphaned(now_ns)
-
-    def _report_late(self, now_ns: int, shard: Shard) -> None:
-        current = shard.round
-        if current is None or current.state is not RoundState.OPEN or current.active == 0:
-            shard.late_ns = None
-            return
-        shard.late_ns = now_ns + self._late_after_ns(shard)
-        missing = current.missing()
-        self._out.append(
-            Send(SCHEDULER, RoundLate(self.membership.incarnation, current.number, missing))
-        )
+        is_gone = self.membership.standing is Standing.GONE
+        if is_gone and not any(isinstance(effect, Halt) for effect in self._out):
+            self._out.append(Halt(int(self._is_failed), "the server has left"))
 
     def _check_orphaned(self, now_ns: int) -> None:
         started = self._started_ns or 0

@@ -22,6 +22,7 @@ from treefold.wire.messages import (
 VERSIONS_KEPT = (
     2  # shards of one table are at most one version apart, so a reader needs the last two
 )
+PAUSE_FACTOR = 4  # what takes longer than so many usual rounds says nothing of the next one
 
 
 class RoundState(Enum):
@@ -183,6 +184,8 @@ class Shard:
         self.kept[self.version] = Kept(b"" if done.meta is None else done.meta.state, norm)
         if self.published_ns:
             took_ns = now_ns - self.published_ns
+            if self.round_time_ns:  # a pause of the script, as for an evaluation, is no round
+                took_ns = min(took_ns, PAUSE_FACTOR * self.round_time_ns)
             self.round_time_ns = (
                 (3 * self.round_time_ns + took_ns) // 4 if self.round_time_ns else took_ns
             )

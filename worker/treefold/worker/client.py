@@ -155,7 +155,7 @@ class Client:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this is the live worker of the lowest rank."""
+        """Whether this is the live worker of the lowest rank, or was when its job was done."""
         self.join()
         view, membership = self._shell.core.view, self._shell.core.membership
         return view is not None and view.chief == membership.incarnation

@@ -1,0 +1,96 @@
+"""How much one slow worker costs: rounds with one of four workers slowed four times, and with none slowed.
+
+Run from the root of the repository as ``python -m bench.stragglers``. Real processes whose compute is a
+sleep, 16 slots; the time that leases take to adapt is left out. Three clusters: none slowed; one
+slowed; one slowed with equal leases that never move, nor anybody helps. Prints a table and one line
+of JSON. Ratios are what counts: the ideal is 1.25, and 4 with fixed leases.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from tests.support.processes import Cluster, Starter
+
+SLEEPER = str(Path(__file__).with_name("sleeper.py"))
+SLOTS, WORKERS, SLOWDOWN = 16, 4, 4
+WINDOWS = 7
+PATIENT: dict[str, object] = {"heartbeat_ms": 500, "dead_after_ms": 2_000}  # the defaults
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cluster to measure."""
+
+    name: str
+    slowdown: int
+    faults: list[str]
+    adapting_s: float = 4.0
+
+
+CASES = (
+    Case("none slowed", 1, []),
+    Case("one slowed", SLOWDOWN, []),
+    Case("one slowed, fixed equal leases", SLOWDOWN, ["equal_leases"], 0.5),
+)
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slot-ms", type=float, default=20.0, help="compute of one slot")
+    parser.add_argument("--window", type=int, default=15, help="rounds that are averaged")
+    chosen = parser.parse_args()
+    starter = Starter()
+    try:
+        found = {case.name: windows(starter, case, chosen) for case in CASES}
+    finally:
+        starter.close()
+    usual = statistics.median(found[CASES[0].name])
+    report: dict[str, object] = {"slot_ms": chosen.slot_ms, "simulated_ratio": simulated()}
+    print(f"{'':34}{'round':>10}{'windows from .. to':>24}{'ratio':>8}")
+    for name, times in found.items():
+        middle = statistics.median(times)
+        spread = f"{min(times):8.1f} .. {max(times):.1f} ms"
+        print(f"{name:34}{middle:7.1f} ms{spread:>24}{middle / usual:8.2f}")
+        report[name] = {"round_ms": round(middle, 2), "windows_ms": [round(t, 2) for t in times]}
+        report[f"{name}: ratio"] = round(middle / usual, 3)
+    print(json.dumps(report))
+
+
+def windows(starter: Starter, case: Case, chosen: argparse.Namespace) -> list[float]:
+    """Milliseconds per round, averaged over each of some windows after the leases have settled."""
+    slot_ms, window = chosen.slot_ms, chosen.window
+    usual_ms = slot_ms * SLOTS / WORKERS
+    rounds = int(case.adapting_s * 1e3 / usual_ms) + window * WINDOWS + 1
+    settings = PATIENT | {"servers": 1, "workers": WORKERS, "slots": SLOTS}
+    with Cluster(starter, settings, scheduler_faults=case.faults) as job:
+        for number in range(WORKERS):
+            factor = case.slowdown if number == WORKERS - 1 else 1
+            job.worker(SLEEPER, f"--slot-ms={slot_ms * factor}", f"--rounds={rounds}")
+        job.end()
+    begun: dict[int, int] = {}
+    for worker in job.workers:
+        for number, at_ns in worker.all(r"^round (\d+) at (\d+)$"):
+            begun[int(number)] = min(begun.get(int(number), int(at_ns)), int(at_ns))
+    last = rounds - 1
+    edges = [last - window * number for number in range(WINDOWS, -1, -1)]
+    return [
+        (begun[stop] - begun[start]) / 1e6 / window
+        for start, stop in zip(edges, edges[1:], strict=False)
+    ]
+
+
+def simulated() -> float | None:
+    """The same ratio in simulated time, if the simulator is here."""
+    try:
+        return round(float(import_module("tests.sim.stragglers").ratio()), 3)
+    except ModuleNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,576 @@
+"""Bugs to plant in the cores, each of which the simulator has to find.
+
+A bug is a function that patches the cores, most often what goes into or comes out of `handle`. The
+second half are bugs that the simulator found when the cores were written, planted again.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import msgspec
+import pytest
+
+from treefold.common.tree import FoldSet, Merge, Node
+from treefold.scheduler import balance, leases
+from treefold.scheduler.core import SchedulerCore
+from treefold.scheduler.norms import NormBook
+from treefold.server import core as server_core
+from treefold.server import rounds as server_rounds
+from treefold.server.core import ServerCore
+from treefold.server.effects import PartRef, ReleasePayload
+from treefold.server.rounds import Held, Round
+from treefold.wire import membership
+from treefold.wire.exchange import Received, Send, Tick
+from treefold.wire.membership import Standing, Step
+from treefold.wire.messages import (
+    Code,
+    Leave,
+    NormDecision,
+    NormReport,
+    Outcome,
+    Pull,
+    Push,
+    Refused,
+    Register,
+    Registered,
+    RoundStatus,
+    View,
+)
+from treefold.worker import rounds as worker_rounds
+from treefold.worker.core import WorkerCore
+from treefold.worker.declarations import Declarations
+from treefold.worker.effects import Complete, Contributed, Effect, FoldPayloads, SlotFinished
+from treefold.worker.effects import ReleasePayload as WorkerRelease
+from treefold.worker.exchange import Exchange
+from treefold.worker.pulls import ShardPull, Table
+from treefold.worker.rounds import LocalPart, LocalRound, Pushed
+
+Patch = pytest.MonkeyPatch
+Plant = Callable[[Patch], None]
+AnyCore = ServerCore | SchedulerCore | WorkerCore
+Before = Callable[[AnyCore, object], object]
+After = Callable[[AnyCore, object, list[object]], list[object]]
+PLANTED: dict[str, Plant] = {}
+
+
+def plant(function: Plant) -> Plant:
+    """Register a bug under its function's name."""
+    PLANTED[function.__name__] = function
+    return function
+
+
+def change_input(patch: Patch, core: type[AnyCore], before: Before) -> None:
+    """Let ``before`` change what a kind of core is given."""
+    handle = core.handle
+
+    def changed(self: AnyCore, now_ns: int, event: object) -> list[object]:
+        return handle(self, now_ns, before(self, event))  # type: ignore[arg-type]  # its own kind
+
+    patch.setattr(core, "handle", changed)
+
+
+def change_output(patch: Patch, core: type[AnyCore], after: After) -> None:
+    """Let ``after`` change what a kind of core wants done."""
+    handle = core.handle
+
+    def changed(self: AnyCore, now_ns: int, event: object) -> list[object]:
+        return after(self, event, list(handle(self, now_ns, event)))  # type: ignore[arg-type]  # same
+
+    patch.setattr(core, "handle", changed)
+
+
+def message_of(event: object) -> object:
+    """The message that an event brings, None if it brings none."""
+    return event.message if isinstance(event, Received) else None
+
+
+# ---- the server ----------------------------------------------------------------------------------
+
+
+@plant
+def no_duplicate_check(patch: Patch) -> None:
+    class Gullible(FoldSet[Held]):
+        def covers(self, node: Node) -> bool:
+            del node
+            return False
+
+    patch.setattr(server_rounds, "FoldSet", Gullible)
+
+
+@plant
+def leases_taken_for_ownership(patch: Patch) -> None:
+    owners: dict[int, list[int]] = {}
+
+    handle = ServerCore.handle
+
+    def changed(self: ServerCore, now_ns: int, event: Received) -> list[object]:
+        message = message_of(event)
+        if isinstance(message, View):
+            owners[id(self)] = message.leases.workers
+        held = owners.get(id(self), [])
+        slot = message.index << message.level if isinstance(message, Push) else 0
+        if not isinstance(message, Push) or message.round < 0 or slot >= len(held):
+            return list(handle(self, now_ns, event))
+        if held[slot] == message.sender:
+            return list(handle(self, now_ns, event))
+        refused = [] if event.payload is None else [ReleasePayload(event.payload)]
+        return [*refused, *handle(self, now_ns, Tick())]
+
+    patch.setattr(ServerCore, "handle", changed)
+
+
+@plant
+def published_before_every_root_is_there(patch: Patch) -> None:
+    def is_complete(self: Round, parts_count: int) -> bool:
+        has_meta = self.meta is not None or self.number < 0
+        return self.active > 0 and self.roots_count >= min(1, parts_count) and has_meta
+
+    patch.setattr(Round, "is_complete", is_complete)
+
+
+@plant
+def published_without_meta(patch: Patch) -> None:
+    def is_complete(self: Round, parts_count: int) -> bool:
+        return self.active > 0 and self.roots_count == parts_count
+
+    patch.setattr(Round, "is_complete", is_complete)
+
+
+@plant
+def folded_in_arrival_order(patch: Patch) -> None:
+    class Hasty(FoldSet[Held]):
+        def add(self, node: Node, handle: Held) -> tuple[list[Merge[Held]], list[Held]] | None:
+            added = super().add(node, handle)
+            if added is None:
+                return None
+            merges, late = [], handle
+            for merge in added[0]:
+                first = merge.left if merge.right is late else merge.right
+                merges.append(Merge(first, late, merge.parent))
+                late = first
+                self.nodes[merge.parent] = first
+            for inner, _ in pairwise(merges):
+                self.nodes.pop(inner.parent, None)
+            return merges, added[1]
+
+    patch.setattr(server_rounds, "FoldSet", Hasty)
+
+
+@plant
+def a_pull_is_answered_with_the_version_before(patch: Patch) -> None:
+    def older(self: AnyCore, event: object, effects: list[object]) -> list[object]:
+        del event
+        assert isinstance(self, ServerCore)
+        for at, effect in enumerate(effects):
+            if isinstance(effect, Send) and isinstance(effect.payload, PartRef):
+                ref = effect.payload
+                if ref.version - 1 in self.shards[ref.table, ref.shard].kept:
+                    effects[at] = replace(effect, payload=replace(ref, version=ref.version - 1))
+        return effects
+
+    change_output(patch, ServerCore, older)
+
+
+@plant
+def a_pull_of_the_next_version_is_answered_at_once(patch: Patch) -> None:
+    def impatient(self: AnyCore, event: object) -> object:
+        assert isinstance(self, ServerCore)
+        message = message_of(event)
+        if not isinstance(event, Received) or not isinstance(message, Pull):
+            return event
+        shard = self.shards.get((message.table, message.shard))
+        if shard is None or shard.version < 0:
+            return event
+        version = min(message.version, shard.version)
+        return replace(event, message=msgspec.structs.replace(message, version=version))
+
+    change_input(patch, ServerCore, impatient)
+
+
+@plant
+def duplicates_are_not_released(patch: Patch) -> None:
+    def leaky(self: AnyCore, event: object, effects: list[object]) -> list[object]:
+        del self
+        payload = event.payload if isinstance(event, Received) else None
+        return [effect for effect in effects if effect != ReleasePayload(payload or 0)]
+
+    change_output(patch, ServerCore, leaky)
+
+
+@plant
+def one_version_is_kept(patch: Patch) -> None:
+    patch.setattr(server_rounds, "VERSIONS_KEPT", 1)
+
+
+@plant
+def round_statuses_name_no_parts(patch: Patch) -> None:
+    patch.setattr(server_core, "STATUS_PARTS_MAX", 0)
+
+
+@plant
+def views_are_taken_in_any_order(patch: Patch) -> None:
+    def careless(self: AnyCore, event: object) -> object:
+        message = message_of(event)
+        if isinstance(self, ServerCore) and isinstance(message, View):
+            self.view = min(self.view, message.number - 1)
+        return event
+
+    change_input(patch, ServerCore, careless)
+
+
+@plant
+def a_deadline_stays_in_the_past(patch: Patch) -> None:
+    deadline = ServerCore.next_deadline_ns
+
+    def late(self: ServerCore) -> int | None:
+        held = [s.published_ns + 1 for s in self.shards.values() if s.version > 0]
+        return min([*held, deadline(self) or 0])
+
+    patch.setattr(ServerCore, "next_deadline_ns", late)
+
+
+# ---- the worker ----------------------------------------------------------------------------------
+
+
+@plant
+def folded_into_what_was_pushed(patch: Patch) -> None:
+    def push_ready(self: LocalRound, part: LocalPart) -> list[Pushed]:
+        held = [pushed.node for pushed in part.pushed]
+        ready = [n for n in part.fold.nodes if n not in held and not self._can_grow(part, n)]
+        pushed = [Pushed(node, part.fold.nodes[node]) for node in ready]
+        part.pushed += pushed
+        return pushed
+
+    patch.setattr(LocalRound, "_push_ready", push_ready)
+    patch.setattr(WorkerCore, "check_invariants", lambda self: None)
+
+
+@plant
+def folded_the_wrong_way_round(patch: Patch) -> None:
+    def swapped(left: int, right: int) -> FoldPayloads:
+        return FoldPayloads(right, left)
+
+    patch.setattr(worker_rounds, "FoldPayloads", swapped)
+
+
+@plant
+def a_pushed_payload_is_released_at_once(patch: Patch) -> None:
+    def careless(self: AnyCore, event: object, effects: list[object]) -> list[object]:
+        del self, event
+        pushed = [e.payload for e in effects if isinstance(e, Send) and isinstance(e.payload, int)]
+        return [*effects, *(WorkerRelease(payload) for payload in dict.fromkeys(pushed))]
+
+    change_output(patch, WorkerCore, careless)
+
+
+@plant
+def nothing_is_pushed_again(patch: Patch) -> None:
+    def deaf(self: AnyCore, event: object) -> object:
+        del self
+        message = message_of(event)
+        return Tick() if isinstance(message, RoundStatus) and message.round >= 0 else event
+
+    change_input(patch, WorkerCore, deaf)
+
+
+@plant
+def nothing_is_pulled_again(patch: Patch) -> None:
+    def silent(self: Exchange, now_ns: int) -> None:
+        for table in self.tables.values():
+            for pull in table.pulls.values():
+                pull.deadline_ns = max(pull.deadline_ns, now_ns + 10**12)
+
+    patch.setattr(Exchange, "retry", silent)
+
+
+@plant
+def meta_is_taken_from_any_slot(patch: Patch) -> None:
+    finish = Exchange.finish
+
+    def eager(self: Exchange, event: SlotFinished) -> None:
+        finish(self, event)
+        local = self.local
+        if local is None or event.round != local.number:
+            return
+        for table in self.trained():
+            local.metas[table.number] = event.metas[table.number]
+            for shard in table.place.shards if table.place else []:
+                self.send_meta(table, shard.shard)
+
+    patch.setattr(Exchange, "finish", eager)
+
+
+@plant
+def slots_without_samples_take_part(patch: Patch) -> None:
+    assign = LocalRound.assign
+
+    def generous(self: LocalRound, slots: list[int]) -> None:
+        self.active = max([self.active, *(slot + 1 for slot in slots)])
+        for part in self.parts.values():
+            part.fold.active = self.active
+        assign(self, slots)
+
+    patch.setattr(LocalRound, "assign", generous)
+
+
+@plant
+def a_torn_read_is_taken_for_a_version(patch: Patch) -> None:
+    def all_is_well(self: Exchange, now_ns: int, table: Table) -> bool:
+        del self, now_ns, table
+        return True
+
+    patch.setattr(Exchange, "is_consistent", all_is_well)
+
+
+@plant
+def parts_of_two_versions_are_mixed(patch: Patch) -> None:
+    take = ShardPull.take
+
+    def mix(self: ShardPull, *rest: object) -> None:
+        version = rest[0].version  # type: ignore[attr-defined]  # a Pulled
+        if self.got and version > self.version:
+            self.version = version
+        take(self, *rest)  # type: ignore[arg-type]  # passed on as they came
+
+    patch.setattr(ShardPull, "take", mix)
+
+
+@plant
+def leases_are_read_once_a_round(patch: Patch) -> None:
+    assign = LocalRound.assign
+
+    def once(self: LocalRound, slots: list[int]) -> None:
+        if not self.assigned:
+            assign(self, slots)
+
+    patch.setattr(LocalRound, "assign", once)
+
+
+@plant
+def a_slot_is_computed_again(patch: Patch) -> None:
+    next_slot = LocalRound.next_slot
+
+    def again(self: LocalRound) -> int | None:
+        slot = next_slot(self)
+        return slot if slot is not None or not self.done else max(self.done)
+
+    patch.setattr(LocalRound, "next_slot", again)
+
+
+@plant
+def marks_of_absence_are_joined(patch: Patch) -> None:
+    contribute = LocalRound.contribute
+
+    def joined(
+        self: LocalRound, key: tuple[int, int], leaf: Contributed, effects: list[Effect]
+    ) -> list[Pushed]:
+        before = {id(held): held.absent for held in self.parts[key].fold.nodes.values()}
+        found = contribute(self, key, leaf, effects)
+        for held in [*self.parts[key].fold.nodes.values(), *(pushed.held for pushed in found)]:
+            held.absent |= before.get(id(held), 0)
+        return found
+
+    patch.setattr(LocalRound, "contribute", joined)
+
+
+# ---- the scheduler -------------------------------------------------------------------------------
+
+
+@plant
+def the_last_slot_is_leased_to_nobody(patch: Patch) -> None:
+    lay_out = leases.lay_out
+    patch.setattr(leases, "lay_out", lambda given: lay_out(given)[:-1])
+    patch.setattr(SchedulerCore, "check_invariants", lambda self: None)
+
+
+@plant
+def a_norm_is_decided_without_every_shard(patch: Patch) -> None:
+    add = NormBook.add
+
+    def hasty(self: NormBook, report: NormReport, shards: int) -> NormDecision | None:
+        return add(self, report, max(1, shards - 1))
+
+    patch.setattr(NormBook, "add", hasty)
+
+
+@plant
+def leases_of_the_dead_stay(patch: Patch) -> None:
+    mended = balance.Balance.mended
+
+    def kept(self: balance.Balance, current: list[int]) -> list[int]:
+        return current or mended(self, current)
+
+    patch.setattr(balance.Balance, "mended", kept)
+    patch.setattr(SchedulerCore, "check_invariants", lambda self: None)
+
+
+@plant
+def view_numbers_fall(patch: Patch) -> None:
+    def falling(self: AnyCore, event: object) -> object:
+        if isinstance(self, SchedulerCore) and self.view.number == 7:
+            self.view = msgspec.structs.replace(self.view, number=4)
+        return event
+
+    change_input(patch, SchedulerCore, falling)
+    patch.setattr(SchedulerCore, "check_invariants", lambda self: None)
+
+
+# ---- bugs that the simulator found ---------------------------------------------------------------
+
+
+@plant
+def tables_declared_early_are_never_placed(patch: Patch) -> None:
+    place = SchedulerCore._place_tables
+    registering: dict[int, bool] = {}
+
+    def watch(self: AnyCore, event: object) -> object:
+        registering[id(self)] = isinstance(message_of(event), Register)
+        return event
+
+    def lazy(self: SchedulerCore, now_ns: int) -> None:
+        if not registering[id(self)]:
+            place(self, now_ns)
+
+    change_input(patch, SchedulerCore, watch)
+    patch.setattr(SchedulerCore, "_place_tables", lazy)
+
+
+@plant
+def a_view_is_used_up_before_our_own_name_is_known(patch: Patch) -> None:
+    def early(self: AnyCore, event: object) -> object:
+        message = message_of(event)
+        if isinstance(self, ServerCore) and isinstance(message, View):
+            if self.membership.incarnation == 0:
+                self.view = max(self.view, message.number)
+        return event
+
+    change_input(patch, ServerCore, early)
+
+
+@plant
+def a_server_without_a_job_refuses_workers(patch: Patch) -> None:
+    def strict(self: AnyCore, event: object, effects: list[object]) -> list[object]:
+        if self.membership.job or not isinstance(message_of(event), Pull):  # type: ignore[union-attr]
+            return effects
+        assert isinstance(event, Received)
+        return [*effects, Send(event.peer, Refused(0, Code.JOB_MISMATCH, "another job"))]
+
+    change_output(patch, ServerCore, strict)
+
+
+@plant
+def who_never_heard_its_name_cannot_ask_again(patch: Patch) -> None:
+    def once(self: AnyCore, event: object) -> object:
+        message = message_of(event)
+        if isinstance(self, SchedulerCore) and isinstance(message, Register):
+            state = self.roster.by_nonce(message.nonce)
+            if state is not None and not state.is_live:
+                return Tick()
+        return event
+
+    change_input(patch, SchedulerCore, once)
+
+
+@plant
+def contributions_bear_the_newest_incarnation(patch: Patch) -> None:
+    def renamed(self: AnyCore, event: object) -> object:
+        assert isinstance(self, WorkerCore)
+        self.membership.origin = self.membership.incarnation
+        return event
+
+    change_input(patch, WorkerCore, renamed)
+
+
+@plant
+def a_node_waits_for_a_sibling_that_is_gone(patch: Patch) -> None:
+    can_grow = LocalRound._can_grow
+
+    def hopeful(self: LocalRound, part: LocalPart, node: Node) -> bool:
+        gone, part.gone = part.gone, {}
+        found = can_grow(self, part, node)
+        part.gone = gone
+        return found
+
+    patch.setattr(LocalRound, "_can_grow", hopeful)
+
+
+@plant
+def earlier_leases_of_the_dead_stay(patch: Patch) -> None:
+    patch.setattr(balance.Balance, "repaired", lambda self, previous, wanted: previous)
+    patch.setattr(SchedulerCore, "check_invariants", lambda self: None)
+
+
+@plant
+def tables_are_declared_once(patch: Patch) -> None:
+    patch.setattr(Declarations, "renew", Declarations.announce)
+
+
+@plant
+def the_last_word_of_the_dead_is_not_heard(patch: Patch) -> None:
+    def deaf(self: AnyCore, event: object) -> object:
+        message = message_of(event)
+        if isinstance(self, SchedulerCore) and isinstance(message, Leave):
+            state = self.roster.by_incarnation.get(message.incarnation)
+            if state is not None and not state.is_live:
+                assert isinstance(event, Received)
+                drained = msgspec.structs.replace(message, outcome=Outcome.DRAINED)
+                return replace(event, message=drained)
+        return event
+
+    change_input(patch, SchedulerCore, deaf)
+
+
+@plant
+def who_was_given_up_leaves_without_a_word(patch: Patch) -> None:
+    table = {**membership.TRANSITIONS, (Standing.JOINING, Step.LEAVE_WANTED): Standing.GONE}
+    patch.setattr(membership, "TRANSITIONS", table)
+
+
+@plant
+def a_newcomer_waits_for_a_round_that_nobody_computes(patch: Patch) -> None:
+    patch.setattr(Exchange, "_torn_version", lambda self, late: None)
+
+
+@plant
+def a_join_waits_for_the_next_view(patch: Patch) -> None:
+    def forgetful(self: AnyCore, event: object, effects: list[object]) -> list[object]:
+        del self
+        if not isinstance(message_of(event), Registered):
+            return effects
+        return [effect for effect in effects if not isinstance(effect, Complete)]
+
+    change_output(patch, WorkerCore, forgetful)
+
+
+@plant
+def a_declaration_waits_for_a_scheduler_that_is_gone(patch: Patch) -> None:
+    patch.setattr(WorkerCore, "_check_scheduler", lambda self, now_ns: None)
+
+
+@plant
+def pulls_are_dropped_with_their_payloads(patch: Patch) -> None:
+    def forgetful(self: Exchange) -> None:
+        for table in self.tables.values():
+            table.declare_call = None
+            table.pulls = {}
+
+    patch.setattr(Exchange, "drop_pulls", forgetful)
+
+
+@plant
+def an_own_loader_is_missed_by_its_last_heartbeat(patch: Patch) -> None:
+    def suspicious(self: AnyCore, event: object) -> object:
+        message = message_of(event)
+        if not isinstance(self, SchedulerCore) or not isinstance(message, Leave):
+            return event
+        state = self.roster.by_incarnation.get(message.incarnation)
+        rounds = [s.beat.round for s in self.roster.live() if s.beat is not None]
+        last = 0 if state is None or state.beat is None else state.beat.round
+        if self.declared.is_loader and max(rounds, default=0) > last:
+            assert isinstance(event, Received)
+            failed = msgspec.structs.replace(message, outcome=Outcome.FAILED)
+            return replace(event, message=failed)
+        return event
+
+    change_input(patch, SchedulerCore, suspicious)
