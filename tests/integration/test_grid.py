@@ -47,6 +47,8 @@ def adagrad(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 OPTIMIZERS = {"SGD": sgd, "AdamW": adamw, "Adagrad": adagrad}
+State = list[tuple[int, str, object]]
+"""``(tensor, key, value)`` of an optimizer's state, in order."""
 GRID = [(slots, s, w) for slots in (1, 2, 3, 5, 8) for s in (1, 2, 3) for w in (1, 2, 3, 4)]
 
 
@@ -128,12 +130,16 @@ def reference(name: str, slots: int) -> str:
                 at = job.layout.starts[number]
                 parameter.grad = total[at : at + parameter.numel()].view(parameter.shape)
             job.optimizer.step()
-    state = [
+    return digest(job.flat(), state_of(job))
+
+
+def state_of(job: Subject) -> State:
+    """The optimizer's state, tensor by tensor."""
+    return [
         (number, key, value)
         for number, parameter in enumerate(job.parameters)
         for key, value in sorted(job.optimizer.state[parameter].items())
     ]
-    return digest(job.flat(), state)
 
 
 def tree_sum(leaves: Sequence[Tensor]) -> Tensor:
@@ -149,7 +155,7 @@ def buffers_of(job: Subject, flat: Tensor) -> Tensor:
     return flat[job.layout.starts[len(job.parameters)] :]
 
 
-def digest(flat: Tensor, state: Sequence[tuple[int, str, object]]) -> str:
+def digest(flat: Tensor, state: State) -> str:
     """One hash over values and optimizer state."""
     found = hashlib.sha256(flat.numpy().tobytes())
     for number, key, value in state:
@@ -165,6 +171,11 @@ def digest(flat: Tensor, state: Sequence[tuple[int, str, object]]) -> str:
 
 def on_cluster(name: str, slots: int, servers: int, workers: int) -> str:
     """The same job on a cluster of cores, messages in an order of its own."""
+    return digest(*trained(name, slots, servers, workers))
+
+
+def trained(name: str, slots: int, servers: int, workers: int) -> tuple[Tensor, State]:
+    """Values and optimizer state that a cluster ends with."""
     cluster = LocalCluster(servers, workers, seed=1000 * slots + 10 * servers + workers)
     cluster.run(lambda worker: script(worker, Subject(name), slots))
     job = Subject(name)
@@ -178,10 +189,10 @@ def on_cluster(name: str, slots: int, servers: int, workers: int) -> str:
         state.copy_to(values)
         flat[state.parts[0][0] : state.parts[-1][1]] = values
     assert all(not worker.store.tensors for worker in cluster.workers)
-    return digest(flat, joined(job, states))
+    return flat, joined(job, states)
 
 
-def joined(job: Subject, states: Sequence[ShardState]) -> list[tuple[int, str, object]]:
+def joined(job: Subject, states: Sequence[ShardState]) -> State:
     """Optimizer state tensor by tensor, put together again from the shards."""
     whole: dict[tuple[int, str], object] = {}
     for piece in (piece for state in states for piece in state.state_pieces()):
@@ -246,6 +257,31 @@ def test_every_cluster_ends_with_the_bits_of_the_one_process_reference(name: str
     found = {point: on_cluster(name, *point) for point in GRID}
     assert found == {point: wanted[point[0]] for point in GRID}
     assert len(set(wanted.values())) == len(wanted), "V is part of the job: its bits must differ"
+
+
+def plain_loop(name: str, parts: int) -> tuple[Tensor, State]:
+    """PyTorch as everybody writes it: ``parts`` backwards of ``loss / parts``, then a step."""
+    job = Subject(name)
+    for plan in plans(parts):
+        for round_ in range(plan.first_round, plan.end_round):
+            job.optimizer.zero_grad()
+            for part in range(parts):
+                low, high = plan.slot_range(round_, part)
+                torch.manual_seed(seeds.derive(plan.seed, seeds.COMPUTE, round_, part))
+                loss = nn.functional.cross_entropy(job.model(job.x[low:high]), job.y[low:high])
+                (loss / parts).backward()
+            job.optimizer.step()
+    return job.flat(), state_of(job)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_slot_is_the_plain_loop_and_two_are_accumulated_halves(name: str) -> None:
+    count = sum(parameter.numel() for parameter in Subject(name).parameters)
+    assert digest(*trained(name, 1, 2, 2)) == digest(*plain_loop(name, 1))
+    halves, accumulated = trained(name, 2, 2, 2), plain_loop(name, 2)
+    # A plain loop runs its second half on the running statistics of the first: parameters only.
+    assert digest(halves[0][:count], halves[1]) == digest(accumulated[0][:count], accumulated[1])
+    assert digest(*plain_loop(name, 1)) != digest(*accumulated)
 
 
 class ArrivalFold(FoldSet[object]):

@@ -33,6 +33,15 @@ class Kind(Enum):
     DRAIN = auto()  # a worker is asked to stop
 
 
+class Theme(Enum):
+    """What a seed has more of than others, so that rare meetings of faults become common."""
+
+    MIXED = auto()
+    FENCED = auto()  # heartbeats are lost and members given up although they live
+    DYING = auto()  # workers die and are started again, several times
+    ENDING = auto()  # the job is short: most of it is joining, leaving, and coming too late
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing that happens at a time. ``other`` is the receiving end of a partition."""
@@ -161,13 +170,16 @@ def loader(workers: int) -> tuple[LoopPlan, ...]:
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def draw(seed: int) -> Scenario:
-    """The scenario of a seed."""
+def draw(seed: int, theme: Theme | None = None) -> Scenario:
+    """The scenario of a seed, of the theme that it draws itself unless one is given."""
     rng = random.Random(f"scenario {seed}")
+    drawn = rng.choices(list(Theme), weights=(5, 1, 1, 1))[0]
+    theme = drawn if theme is None else theme
     slots = min(rng.randint(1, 16), rng.randint(1, 16))
     workers, servers = rng.randint(1, 4), rng.randint(1, 3)
-    is_loader = rng.random() < 0.07
-    heal_ns = rng.choice((0, rng.randint(500, 2_000), rng.randint(1_000, 6_000))) * MS
+    is_loader = theme is Theme.MIXED and rng.random() < 0.1
+    heal_ms = rng.choice((0, rng.randint(500, 2_000), rng.randint(1_000, 6_000)))
+    heal_ns = (heal_ms if theme is Theme.MIXED else 500 + rng.randint(500, 4_000)) * MS
     base = Scenario(
         seed=seed,
         slots=workers if is_loader else slots,
@@ -186,7 +198,32 @@ def draw(seed: int) -> Scenario:
     )
     job = _with_loader(rng, base) if is_loader else _with_slots(rng, base)
     job = replace(job, tables=_tables(rng, job.block_elements))
-    return _with_faults(rng, job)
+    return _with_theme(rng, _with_faults(rng, job), theme)
+
+
+def _with_theme(rng: random.Random, job: Scenario, theme: Theme) -> Scenario:
+    if theme is Theme.FENCED:
+        beat_ns = 100 * MS
+        patience = replace(job.patience, heartbeat_ns=beat_ns, dead_after_ns=2 * beat_ns)
+        drop = rng.choice((0.1, 0.3))
+        weather = replace(job.weather, is_reliable=False, drop=drop, tail=0.05, tail_ns=SECOND)
+        return replace(job, patience=patience, weather=weather)
+    if theme is Theme.DYING:
+        workers = [f"worker-{number}" for number in range(len(job.starts_ns))]
+        crashes = [
+            Fault(rng.randint(0, job.heal_ns), Kind.CRASH, name, rng.randint(1, 400) * MS)
+            for name in workers
+            for _ in range(3)
+        ]
+        faults = sorted([*job.faults, *crashes], key=lambda fault: fault.at_ns)
+        weather = replace(job.weather, is_reliable=False, drop=rng.choice((0.1, 0.3)))
+        return replace(job, faults=tuple(faults), weather=weather, compute_ns=5 * MS)
+    if theme is Theme.ENDING:
+        plans = passes(job.slots, [1] * rng.randint(1, 2), job.slots, rng.randint(1, job.slots))
+        starts = [*job.starts_ns[: job.workers], *(rng.randint(0, 600) * MS for _ in range(2))]
+        factors = [*job.factors[: job.workers], 1.0, 1.0]
+        return replace(job, plans=plans, starts_ns=tuple(starts), factors=tuple(factors))
+    return job
 
 
 def _weather(rng: random.Random, heal_ns: int) -> Weather:
