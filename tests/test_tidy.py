@@ -298,7 +298,7 @@ def set_names(scope: ast.AST, kind: type[ast.Name] | type[ast.Attribute]) -> set
         ):
             targets = [node.target]
         elif isinstance(node, ast.Assign) and re.match(
-            r"\{[^:]*\}$|(frozen)?set\(", ast.unparse(node.value)
+            r"\{(?!\*\*)[^:]*\}$|(frozen)?set\(", ast.unparse(node.value)
         ):
             targets = node.targets if ast.unparse(node.value) != "{}" else []
         for target in targets:

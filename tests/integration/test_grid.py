@@ -269,7 +269,7 @@ def plain_loop(name: str, parts: int) -> tuple[Tensor, State]:
                 low, high = plan.slot_range(round_, part)
                 torch.manual_seed(seeds.derive(plan.seed, seeds.COMPUTE, round_, part))
                 loss = nn.functional.cross_entropy(job.model(job.x[low:high]), job.y[low:high])
-                (loss / parts).backward()
+                (loss / parts).backward()  # type: ignore[no-untyped-call] # torch has no types
             job.optimizer.step()
     return job.flat(), state_of(job)
 

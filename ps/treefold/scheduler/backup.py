@@ -43,12 +43,14 @@ class Backups:
         Returns
         -------
         list of (worker, slot)
-            At most one slot for a worker, and only for those that owe none.
+            At most one slot for a worker, and only for those that owe none. Who got one and did not
+            do it in time, or never heard of it, may get another or the same again.
         """
         for old in [number for number in self._rounds if number < round_ - 1]:
             del self._rounds[old]
         slots = self._late_slots(now_ns, round_, owners, speeds)
-        busy = {holder: None for slot in owners for holder in slots[slot].holders}
+        waited_for = [slots[slot] for slot in owners if now_ns < slots[slot].stuck_ns]
+        busy = [*owners.values(), *(who for late in waited_for for who in late.holders)]
         found = []
         for who in sorted(speeds, key=lambda worker: (speeds[worker], worker)):
             done_ns = now_ns + speeds[who]
