@@ -1,4 +1,4 @@
-"""A worker whose compute is a sleep: what `bench.stragglers` measures, without cores being the limit.
+"""A worker whose compute is a sleep: what `bench.stragglers` measures without need of many cores.
 
 Prints the monotonic time at which it begins each round that it takes part in.
 """
@@ -31,7 +31,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--slot-ms", type=float, required=True)
     parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--trace", action="store_true", help="print every slot")
     chosen = parser.parse_args()
     settings = load({}).settings
     client = Client(settings)
@@ -48,8 +47,6 @@ def main() -> None:
         if task.round != seen:
             print(f"round {task.round} at {time.monotonic_ns()}", flush=True)
             seen = task.round
-        if chosen.trace:
-            print(f"{time.monotonic_ns() // 1000000} round {task.round} slot {task.slot}", flush=True)
         time.sleep(chosen.slot_ms / 1e3)
         contribute(client, task, 1.0 / slots)
     client.leave(Outcome.DONE, "")

@@ -1,9 +1,9 @@
-"""How much one slow worker costs: rounds with one of four workers slowed four times, and with none slowed.
+"""How much one slow worker costs: rounds with one of four workers slowed four times, and with none.
 
-Run from the root of the repository as ``python -m bench.stragglers``. Real processes whose compute is a
-sleep, 16 slots; the time that leases take to adapt is left out. Three clusters: none slowed; one
-slowed; one slowed with equal leases that never move, nor anybody helps. Prints a table and one line
-of JSON. Ratios are what counts: the ideal is 1.25, and 4 with fixed leases.
+Run from the root of the repository as ``python -m bench.stragglers``. Real processes whose compute
+is a sleep, 16 slots; the time that leases take to adapt is left out. Three clusters: none slowed;
+one slowed; one slowed with equal leases that never move, nor anybody helps. Prints a table and one
+line of JSON. Ratios are what counts: the ideal is 1.25, and 4 with fixed leases.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import statistics
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 from tests.support.processes import Cluster, Starter
@@ -50,7 +51,7 @@ def main() -> None:
     finally:
         starter.close()
     usual = statistics.median(found[CASES[0].name])
-    report: dict[str, object] = {"slot_ms": chosen.slot_ms, "simulated_ratio": simulated()}
+    report: dict[str, object] = {"slot_ms": chosen.slot_ms, "simulated ratios": simulated()}
     print(f"{'':34}{'round':>10}{'windows from .. to':>24}{'ratio':>8}")
     for name, times in found.items():
         middle = statistics.median(times)
@@ -67,29 +68,29 @@ def windows(starter: Starter, case: Case, chosen: argparse.Namespace) -> list[fl
     usual_ms = slot_ms * SLOTS / WORKERS
     rounds = int(case.adapting_s * 1e3 / usual_ms) + window * WINDOWS + 1
     settings = PATIENT | {"servers": 1, "workers": WORKERS, "slots": SLOTS}
-    with Cluster(starter, settings, scheduler_faults=case.faults) as job:
-        for number in range(WORKERS):
-            factor = case.slowdown if number == WORKERS - 1 else 1
+    with Cluster(starter, settings, faults={"scheduler": case.faults}) as job:
+        for rank in range(WORKERS):
+            factor = case.slowdown if rank == WORKERS - 1 else 1
             job.worker(SLEEPER, f"--slot-ms={slot_ms * factor}", f"--rounds={rounds}")
         job.end()
     begun: dict[int, int] = {}
     for worker in job.workers:
-        for number, at_ns in worker.all(r"^round (\d+) at (\d+)$"):
-            begun[int(number)] = min(begun.get(int(number), int(at_ns)), int(at_ns))
+        for words in worker.all(r"^round (\d+) at (\d+)$"):
+            number, at_ns = map(int, words)
+            begun[number] = min(begun.get(number, at_ns), at_ns)
     last = rounds - 1
     edges = [last - window * number for number in range(WINDOWS, -1, -1)]
-    return [
-        (begun[stop] - begun[start]) / 1e6 / window
-        for start, stop in zip(edges, edges[1:], strict=False)
-    ]
+    return [(begun[stop] - begun[start]) / 1e6 / window for start, stop in pairwise(edges)]
 
 
-def simulated() -> float | None:
-    """The same ratio in simulated time, if the simulator is here."""
+def simulated() -> dict[str, float] | None:
+    """The same ratios in simulated time, if the simulator is here."""
     try:
-        return round(float(import_module("tests.sim.stragglers").ratio()), 3)
+        figure = import_module("tests.sim.stragglers").figure
     except ModuleNotFoundError:
         return None
+    moves = {"as is": True, "fixed": False}
+    return {name: round(figure(is_elastic).ratio, 3) for name, is_elastic in moves.items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Fixtures of the tests that start real processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -21,17 +21,18 @@ def starter() -> Iterator[Starter]:
 
 @pytest.fixture
 def cluster(starter: Starter, tmp_path: Path) -> Callable[..., Cluster]:
-    """Makes a cluster with a ledger; its keywords are settings and the fields of `Cluster`."""
+    """Makes a cluster with a ledger; its other keywords are settings."""
 
-    def make(servers: int = 1, workers: int = 1, **settings: object) -> Cluster:
-        fields = {
-            name: settings.pop(name)
-            for name in ("server_faults", "scheduler_faults", "is_forked")
-            if name in settings
-        }
-        sizes: dict[str, object] = {"servers": servers, "workers": workers}
-        ledger: dict[str, object] = {"ledger": str(tmp_path / "ledger")}
-        return Cluster(starter, ledger | sizes | settings, **fields)
+    def make(
+        servers: int,
+        workers: int,
+        faults: Mapping[str, list[str]] | None = None,
+        is_forked: bool = True,
+        **settings: object,
+    ) -> Cluster:
+        fixed: dict[str, object] = {"servers": servers, "workers": workers}
+        fixed["ledger"] = str(tmp_path / "ledger")
+        return Cluster(starter, fixed | settings, faults or {}, is_forked)
 
     return make
 

@@ -1,7 +1,7 @@
-"""One job, many clusters of real processes: parameters, buffers and optimizer state are the same bits.
+"""One job, many clusters of real processes: parameters, buffers and optimizer state are the same.
 
-The job has AdamW with a limit for the norm and a schedule, SGD with momentum and Adagrad, BatchNorm and
-dropout, and a last round of an epoch in which not every slot takes part.
+The job has AdamW with a limit for the norm and a schedule, SGD with momentum and Adagrad, BatchNorm
+and dropout, and a last round of an epoch in which not every slot takes part.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def test_another_number_of_slots_gives_other_bits(alone: Callable[..., Bits]) ->
 def test_servers_that_fold_in_the_order_of_arrival_give_other_bits(
     cluster: Callable[..., Cluster], alone: Callable[..., Bits]
 ) -> None:
-    with cluster(1, 3, server_faults=["arrival_order"]) as job:
+    with cluster(1, 3, faults={"server": ["arrival_order"]}) as job:
         for _ in range(3):
             job.worker(JOB)
         found = job.bits()

@@ -1,7 +1,7 @@
-"""Every sample of an epoch enters one version, once, in the order of the plan: what the ledger says.
+"""Every sample of an epoch enters one version, once, in the plan's order: what the ledger says.
 
-The expected order is derived here from the plan's numbers; the ledger tells which worker's copy of each slot
-went into each version, and which samples that worker had read for it.
+The expected order is derived here from the plan's numbers; the ledger tells which worker's copy of
+each slot went into each version, and which samples that worker had read for it.
 """
 
 import signal
@@ -66,7 +66,7 @@ def shards_of(folder: str) -> list[tuple[int, int]]:
 
 
 def train(job: Cluster) -> str:
-    """Run the job with two workers, of which one is killed, and one that joins; returns the ledger."""
+    """Run the job with a worker that is killed, one that joins and one more; returns the ledger."""
     killed, _ = (
         job.worker(JOB, f"--epochs={EPOCHS}", "--sleep-ms=10", hold)
         for hold in ("--hold=7:step", "--hold=99:step")
@@ -93,7 +93,7 @@ def test_every_sample_of_an_epoch_enters_every_shard_once_though_a_worker_is_kil
 
 
 def write(folder: str, versions: dict[int, list[tuple[int, int, int]]]) -> None:
-    """A ledger of one worker that computed everything as planned, and of what entered the versions."""
+    """A ledger of one worker that computed all slots as planned, and of what entered versions."""
     writer = Writer(folder, "made-up")
     for (version, slot), samples in expected().items():
         writer.add(SamplesRecord(7, version - 1, slot, samples))

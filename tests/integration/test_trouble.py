@@ -1,7 +1,7 @@
-"""Workers are killed, join late, are slow, stop for a while or are asked to leave: the bits stay the same.
+"""Workers are killed, join late, are slow, hang, stop, are asked to leave: the bits stay the same.
 
-Every test first waits until the trouble has really happened in the middle of training, by what the processes
-say, and ends with the bits of the undisturbed job.
+Every test first waits until the trouble has really happened in the middle of training, by what the
+processes say, and ends with the bits of the undisturbed job.
 """
 
 import signal

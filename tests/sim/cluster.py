@@ -4,6 +4,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from tests.sim.checks import Checks
+from tests.sim.network import Network
+from tests.sim.process import Process
+from tests.sim.reference import Reference
+from tests.sim.roles import Listener, Probe, SchedulerProcess, ServerProcess, connect
+from tests.sim.scenario import Fault, Kind, Scenario
+from tests.sim.worker import Trainer, WorkerProcess
+from tests.sim.world import MS, Violation, World
 from treefold.common import layout as layouts
 from treefold.common.errors import FormationError, JobFailedError, UnavailableError
 from treefold.scheduler.core import SchedulerCore, SchedulerLimits
@@ -14,26 +22,18 @@ from treefold.wire.messages import Outcome, Phase, Role
 from treefold.worker.core import WorkerCore
 from treefold.worker.limits import WorkerLimits
 
-from tests.sim.checks import Checks
-from tests.sim.network import Network
-from tests.sim.process import Process
-from tests.sim.reference import Reference
-from tests.sim.roles import Listener, Probe, SchedulerProcess, ServerProcess, connect
-from tests.sim.scenario import Fault, Kind, Scenario
-from tests.sim.worker import Trainer, WorkerProcess
-from tests.sim.world import MS, Violation, World
-
 RESTART_NS = 300 * MS  # where a worker that died for good is needed for the cluster to form
 PROBES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Which cores to simulate; tests plant bugs here."""
+    """Which cores to simulate, and what runs the script."""
 
     scheduler: Callable[[SchedulerLimits], SchedulerCore] = SchedulerCore
     server: Callable[[Membership, ServerLimits], ServerCore] = ServerCore
     worker: Callable[[Membership, WorkerLimits], WorkerCore] = WorkerCore
+    trainer: type[Trainer] = Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,7 @@ class Cluster:
         process.listeners = {listener.name: listener for listener in listeners}
         process.open(SCHEDULER, "scheduler")
         number = int(name.rsplit("-", 1)[1])
-        process.trainer = Trainer(process, self.scenario, self.scenario.factors[number])
+        process.trainer = self.cores.trainer(process, self.scenario, self.scenario.factors[number])
         return process
 
     # ---- how it must end -------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """What one seed simulates: a job, a cluster, its limits, and the faults that happen to it.
 
-Each seed draws its own mix. Limits of patience are drawn so that no fault can end the job rightfully:
-whatever happens before `Scenario.heal_ns`, every script has to finish afterwards. Seeds that a server
-does not survive (`Scenario.is_doomed`) are the exception, and there every script has to end with an error.
+Each seed draws its own mix. Limits of patience are drawn so that no fault can end the job
+rightfully: whatever happens before `Scenario.heal_ns`, every script has to finish afterwards. Seeds
+that a server does not survive (`Scenario.is_doomed`) are the exception, and there every script has
+to end with an error.
 """
 
 import random
@@ -40,6 +41,7 @@ class Theme(Enum):
     FENCED = auto()  # heartbeats are lost and members given up although they live
     DYING = auto()  # workers die and are started again, several times
     ENDING = auto()  # the job is short: most of it is joining, leaving, and coming too late
+    LAGGING = auto()  # rounds are fast, few are needed for them, and the others fall far behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ def loader(workers: int) -> tuple[LoopPlan, ...]:
 def draw(seed: int, theme: Theme | None = None) -> Scenario:
     """The scenario of a seed, of the theme that it draws itself unless one is given."""
     rng = random.Random(f"scenario {seed}")
-    drawn = rng.choices(list(Theme), weights=(5, 1, 1, 1))[0]
+    drawn = rng.choices(list(Theme), weights=(5, 1, 1, 1, 1))[0]
     theme = drawn if theme is None else theme
     slots = min(rng.randint(1, 16), rng.randint(1, 16))
     workers, servers = rng.randint(1, 4), rng.randint(1, 3)
@@ -202,28 +204,69 @@ def draw(seed: int, theme: Theme | None = None) -> Scenario:
 
 
 def _with_theme(rng: random.Random, job: Scenario, theme: Theme) -> Scenario:
+    if theme is Theme.MIXED:
+        return job
+    lossy = replace(job.weather, is_reliable=False, drop=rng.choice((0.1, 0.3)))
+    beat_ns = 100 * MS
+    hasty = replace(job.patience, heartbeat_ns=beat_ns, dead_after_ns=2 * beat_ns)
     if theme is Theme.FENCED:
-        beat_ns = 100 * MS
-        patience = replace(job.patience, heartbeat_ns=beat_ns, dead_after_ns=2 * beat_ns)
-        drop = rng.choice((0.1, 0.3))
-        weather = replace(job.weather, is_reliable=False, drop=drop, tail=0.05, tail_ns=SECOND)
-        return replace(job, patience=patience, weather=weather)
+        weather = replace(lossy, tail=0.05, tail_ns=SECOND)
+        return replace(job, patience=hasty, weather=weather)
+    if theme is Theme.LAGGING:
+        return _lagging(rng, replace(job, weather=replace(lossy, drop=0.1)))
+    few = rng.randint(1, 2)
+    job = replace(
+        job, workers=few, starts_ns=job.starts_ns[:few], factors=job.factors[:few], weather=lossy
+    )
+    if len(job.starts_ns) < few:
+        job = replace(job, workers=1)
     if theme is Theme.DYING:
-        workers = [f"worker-{number}" for number in range(len(job.starts_ns))]
-        crashes = [
-            Fault(rng.randint(0, job.heal_ns), Kind.CRASH, name, rng.randint(1, 400) * MS)
-            for name in workers
-            for _ in range(3)
-        ]
-        faults = sorted([*job.faults, *crashes], key=lambda fault: fault.at_ns)
-        weather = replace(job.weather, is_reliable=False, drop=rng.choice((0.1, 0.3)))
-        return replace(job, faults=tuple(faults), weather=weather, compute_ns=5 * MS)
-    if theme is Theme.ENDING:
-        plans = passes(job.slots, [1] * rng.randint(1, 2), job.slots, rng.randint(1, job.slots))
-        starts = [*job.starts_ns[: job.workers], *(rng.randint(0, 600) * MS for _ in range(2))]
-        factors = [*job.factors[: job.workers], 1.0, 1.0]
-        return replace(job, plans=plans, starts_ns=tuple(starts), factors=tuple(factors))
-    return job
+        return replace(job, faults=_crashes(rng, job), compute_ns=5 * MS)
+    plans = passes(job.slots, [1] * rng.randint(1, 2), job.slots, rng.randint(1, job.slots))
+    joiners = [rng.randint(0, 600) * MS for _ in range(rng.choice((0, 0, 2)))]
+    job = replace(
+        job,
+        plans=plans,
+        starts_ns=(*job.starts_ns, *joiners),
+        factors=(*job.factors, *(1.0 for _ in joiners)),
+        patience=hasty,
+        compute_ns=5 * MS,
+    )
+    return job if job.is_doomed or rng.random() < 0.8 else _doomed(rng, job)
+
+
+def _lagging(rng: random.Random, job: Scenario) -> Scenario:
+    """More workers than slots, and each stopped twice while the others go on."""
+    starts = (0, *(rng.randint(0, 100) * MS for _ in range(rng.randint(2, 3))))
+    names = [f"worker-{number}" for number in range(len(starts))]
+    stops = [
+        Fault(rng.randint(0, job.heal_ns // 2), Kind.FREEZE, name, rng.randint(50, 800) * MS)
+        for name in names
+        for _ in range(2)
+    ]
+    slots = rng.randint(1, 2)
+    return replace(
+        job,
+        slots=slots,
+        workers=2,
+        plans=passes(slots, [6, 6], slots, slots),
+        starts_ns=starts,
+        factors=(1.0,) * len(starts),
+        compute_ns=2 * MS,
+        faults=tuple(sorted([*job.faults, *stops], key=lambda fault: fault.at_ns)),
+        patience=replace(job.patience, retry_ns=200 * MS),
+    )
+
+
+def _crashes(rng: random.Random, job: Scenario) -> tuple[Fault, ...]:
+    """The faults of a job, and each worker dying four times."""
+    names = [f"worker-{number}" for number in range(len(job.starts_ns))]
+    crashes = [
+        Fault(rng.randint(0, job.heal_ns), Kind.CRASH, name, rng.randint(1, 400) * MS)
+        for name in names
+        for _ in range(4)
+    ]
+    return tuple(sorted([*job.faults, *crashes], key=lambda fault: fault.at_ns))
 
 
 def _weather(rng: random.Random, heal_ns: int) -> Weather:
@@ -281,8 +324,8 @@ def _with_loader(rng: random.Random, job: Scenario) -> Scenario:
     """A job with own loaders.
 
     There a server's report of a late round may end the job, if the worker that it lacks has left in
-    an earlier round. If the worker's last heartbeat is lost and the report comes rounds too late, the
-    scheduler cannot know better, so no message is that late.
+    an earlier round. If the worker's last heartbeat is lost and the report comes rounds too late,
+    the scheduler cannot know better, so no message is that late.
     """
     return replace(
         job,
@@ -306,7 +349,7 @@ def _tables(rng: random.Random, block: int) -> tuple[TableSpec, ...]:
         last = [(size, BUFFER_GROUP if rng.random() < 0.4 else 1) for size, _ in found[second:]]
         return found[:second] + sorted(last, key=lambda item: item[1] == BUFFER_GROUP)
 
-    found = [table("a", sizes(rng.choice((1, 2, 3, 5))))]
+    found = [table("a", sizes(rng.choice((1, 2, 3, 5, 8))))]
     if rng.random() < 0.3:
         found.append(table("b", sizes(rng.choice((1, 2)))))
     if rng.random() < 0.2:
@@ -323,12 +366,17 @@ def _with_faults(rng: random.Random, job: Scenario) -> Scenario:
     faults: list[Fault] = []
     for _ in range(rng.randint(0, 6)):
         faults.append(_fault(rng, job))
-    is_doomed = not job.loader_rounds and rng.random() < 0.06
-    if is_doomed:
-        at_ns = rng.randint(0, job.heal_ns)
-        faults.append(Fault(at_ns, Kind.CRASH, f"server-{rng.randrange(job.servers)}"))
     faults.sort(key=lambda fault: fault.at_ns)
-    return replace(job, faults=tuple(faults), is_doomed=is_doomed)
+    job = replace(job, faults=tuple(faults))
+    return _doomed(rng, job) if not job.loader_rounds and rng.random() < 0.06 else job
+
+
+def _doomed(rng: random.Random, job: Scenario) -> Scenario:
+    """A job in which a server dies, most often before the job is done."""
+    at_ns = rng.randint(0, max(1, job.heal_ns // rng.choice((1, 8))))
+    death = Fault(at_ns, Kind.CRASH, f"server-{rng.randrange(job.servers)}")
+    faults = sorted([*job.faults, death], key=lambda fault: fault.at_ns)
+    return replace(job, faults=tuple(faults), is_doomed=True)
 
 
 def _fault(rng: random.Random, job: Scenario) -> Fault:

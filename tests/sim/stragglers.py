@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-from treefold.scheduler.core import SchedulerCore
-from treefold.wire.messages import RoundLate
-
 from tests.sim.cluster import Cluster, Cores, tiny_layout
 from tests.sim.network import Weather
 from tests.sim.scenario import Patience, Scenario, passes, table
 from tests.sim.world import MS
+from treefold.scheduler.core import SchedulerCore
+from treefold.wire.messages import RoundLate
 
 SLOTS = 16
 WORKERS = 4

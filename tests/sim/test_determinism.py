@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.sim.cluster import simulate
 from tests.sim.scenario import draw
 

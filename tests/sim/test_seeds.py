@@ -3,8 +3,9 @@
 from collections import Counter
 
 import pytest
+
 from tests.sim.cluster import simulate
-from tests.sim.planted import PLANTED
+from tests.sim.planted import folded_in_arrival_order
 from tests.sim.scenario import draw
 from tests.sim.world import Violation
 
@@ -39,10 +40,10 @@ def test_the_first_seeds_meet_every_fault_and_every_message_that_follows_from_on
 def test_a_failure_tells_seed_and_time_and_the_last_events(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    PLANTED["folded_in_arrival_order"](monkeypatch)
+    folded_in_arrival_order(monkeypatch)
     with pytest.raises(Violation) as failure:
         simulate(draw(0))
     story = str(failure.value)
     assert story.startswith("seed 0 at ")
     assert "is folded to" in story
-    assert "server-0       Received(peer=b'worker-" in story
+    assert "Received(peer=b'worker-" in story

@@ -4,9 +4,16 @@ import itertools
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from treefold.common.errors import JobFailedError, TreefoldError
-from treefold.common.spec import Rule
-from treefold.wire.exchange import SCHEDULER, Send
+from tests.sim.checks import Checks
+from tests.sim.network import Connection, Network, Payload
+from tests.sim.process import Process
+from tests.sim.reference import fold
+from tests.sim.roles import Listener, connect
+from tests.sim.scenario import Scenario
+from tests.sim.world import Violation
+from treefold.common.errors import TreefoldError
+from treefold.common.plan import LoopPlan
+from treefold.wire.exchange import Send
 from treefold.wire.messages import Outcome
 from treefold.worker.core import WorkerCore
 from treefold.worker.effects import (
@@ -30,14 +37,6 @@ from treefold.worker.effects import (
     TaskCalled,
 )
 from treefold.worker.pulls import PartRange
-
-from tests.sim.checks import Checks
-from tests.sim.network import Connection, Network, Payload
-from tests.sim.process import Process
-from tests.sim.reference import fold
-from tests.sim.roles import Listener, connect
-from tests.sim.scenario import Scenario
-from tests.sim.world import Violation
 
 STANDING_BY = -1
 Call = JoinCalled | DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
@@ -260,13 +259,16 @@ class Trainer:
 
     def _passes(self) -> Script:
         for plan in self.scenario.plans:
-            yield LoopCalled(self._number(), plan)
-            while True:
-                answer = self._load((yield TaskCalled(self._number())))
-                if isinstance(answer, LoopEnd):
-                    self._check_end(answer, plan.end_round)
-                    break
-                yield from self._compute(answer)
+            yield from self._pass(plan)
+
+    def _pass(self, plan: LoopPlan) -> Script:
+        yield LoopCalled(self._number(), plan)
+        while True:
+            answer = self._load((yield TaskCalled(self._number())))
+            if isinstance(answer, LoopEnd):
+                self._check_end(answer, plan.end_round)
+                return
+            yield from self._compute(answer)
 
     def _loader(self) -> Script:
         yield LoopCalled(self._number(), self.scenario.plans[0])
@@ -357,11 +359,3 @@ class Trainer:
         versions = [self.held[table] for table in self.reference.trained]
         if any(version != end.version for version in versions) or end.version < end_round:
             raise Violation(f"{end} of a pass to {end_round} with versions {versions} loaded")
-
-
-def is_over(error: Exception | None) -> bool:
-    """Whether a script was told that the job has ended without it."""
-    return isinstance(error, JobFailedError)
-
-
-__all__ = ["SCHEDULER", "Rule", "Trainer", "WorkerProcess", "is_over"]

@@ -11,19 +11,19 @@ from treefold.wire.messages import PROTOCOL_VERSION
 
 def arrival_order() -> None:
     """Fold whatever is there when it comes, not siblings as they meet."""
-    FoldSet.add = _add_as_it_comes  # type: ignore[method-assign] # the fault
-    FoldSet.missing = _missing_of_all  # type: ignore[method-assign] # goes with it
+    setattr(FoldSet, "add", _add_as_it_comes)  # noqa: B010 # mypy forbids it otherwise
+    setattr(FoldSet, "missing", _missing_of_all)  # noqa: B010
 
 
 def other_protocol() -> None:
     """Register as a process of another protocol version."""
-    membership.PROTOCOL_VERSION = PROTOCOL_VERSION + 1  # type: ignore[attr-defined] # the fault
+    setattr(membership, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)  # noqa: B010
 
 
 def equal_leases() -> None:
     """Deal slots evenly once; no lease moves and nobody helps."""
-    Balance.check = lambda *_: None  # type: ignore[assignment,method-assign] # the fault
-    Balance.help = lambda *_: []  # type: ignore[assignment,method-assign] # the fault
+    setattr(Balance, "check", lambda *_: None)  # noqa: B010
+    setattr(Balance, "help", lambda *_: [])  # noqa: B010
 
 
 def _add_as_it_comes(

@@ -1,7 +1,7 @@
 """Clusters of real processes for tests: start roles, wait for what they say, leave nothing behind.
 
-Waits are for events (a line of output, an end) and fail loudly with everybody's output when the event
-does not come. Nothing here sleeps.
+Waits are for events (a line of output, an end) and fail loudly with everybody's output when the
+event does not come. Nothing here sleeps.
 """
 
 import json
@@ -269,16 +269,15 @@ class Cluster:
     ----------
     settings : dict
         Settings of every process, such as ``servers`` and ``slots``.
-    server_faults : list of str
-        Faults of `tests.support.faults` that are planted in servers.
-    scheduler_faults : list of str
-        The same for the scheduler.
+    faults : mapping of str to list of str
+        Faults of `tests.support.faults` to plant, by role: ``server`` and ``scheduler``.
+    is_forked : bool
+        Whether to fork the processes from the zygote; otherwise they are new interpreters.
     """
 
     starter: Starter
     settings: dict[str, object]
-    server_faults: list[str] = field(default_factory=list)
-    scheduler_faults: list[str] = field(default_factory=list)
+    faults: Mapping[str, list[str]] = field(default_factory=dict)
     is_forked: bool = True
     processes: list[Process] = field(default_factory=list)
     workers: list[Process] = field(default_factory=list)
@@ -286,10 +285,10 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         self.settings = QUICK | self.settings
-        self.scheduler = self._role("scheduler", self.scheduler_faults)
+        self.scheduler = self._role("scheduler", self.faults.get("scheduler", []))
         self.address = self.scheduler.line(r"^(?:\S+ )*((?:tcp|ipc)://\S+)$")[1]
         servers = int(str(self.settings.get("servers", 1)))
-        self.servers = [self._role("server", self.server_faults) for _ in range(servers)]
+        self.servers = [self._role("server", self.faults.get("server", [])) for _ in range(servers)]
         return self
 
     def __exit__(
@@ -363,7 +362,8 @@ def bits_alone(starter: Starter, folder: Path, script: str, *arguments: str) -> 
         In ``tests/integration/jobs``; then its arguments, before them settings as ``KEY=VALUE``.
     """
     pairs = [argument.partition("=") for argument in arguments if not argument.startswith("-")]
-    values: dict[str, object] = {"ledger": str(folder)} | {key: value for key, _, value in pairs}
+    values: dict[str, object] = {"ledger": str(folder)}
+    values.update({key: value for key, _, value in pairs})
     rest = [argument for argument in arguments if argument.startswith("-")]
     process = starter.start("alone", [str(JOBS / script), *rest], environment_of(values))
     assert process.end() == 0, process.transcript()

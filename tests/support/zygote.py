@@ -1,8 +1,8 @@
 """A process that has imported everything once, and forks the processes of a test from itself.
 
-Importing torch takes seconds of a processor; a fork takes milliseconds. What comes of it is a process
-like any other: memory, sockets, signals and exit status of its own. The zygote itself runs no
-thread and opens no socket but its link to the tests, so that a fork inherits nothing.
+Importing torch takes seconds of a processor; a fork takes milliseconds. What comes of it is a
+process like any other: memory, sockets, signals and exit status of its own. The zygote itself runs
+no thread and opens no socket but its link to the tests, so that a fork inherits nothing.
 
 A request is one JSON message with two descriptors, for standard output and standard error. Answers
 are ``started`` with the process id and ``ended`` with the exit status. When the link breaks, every
@@ -101,7 +101,7 @@ def _become(request: dict[str, object], streams: list[int]) -> int:
         status = 0
     except SystemExit as ending:
         status = _status_of(ending)
-    except BaseException as error:  # noqa: BLE001 # as the interpreter does at its outermost
+    except BaseException as error:  # as the interpreter does at its outermost
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
         threading._shutdown()  # type: ignore[attr-defined] # what the interpreter calls here
@@ -135,7 +135,7 @@ def run(command: list[str]) -> None:
 def _status_of(ending: SystemExit) -> int:
     if ending.code is None or isinstance(ending.code, int):
         return ending.code or 0
-    print(ending.code, file=sys.stderr)
+    sys.stderr.write(f"{ending.code}\n")
     return 1
 
 

@@ -9,7 +9,7 @@ from treefold.scheduler import leases
 from treefold.scheduler.backup import Backups
 from treefold.scheduler.declared import Declared
 from treefold.scheduler.members import MemberState, Roster
-from treefold.wire.messages import Flush, Grant, Leases, Outcome, Role, RoundLate
+from treefold.wire.messages import Flush, Grant, Leases, Outcome, Role, RoundLate, View
 
 LEASE_LEAD_MS = 100  # new leases begin so far ahead that they arrive before their first round
 UNMEASURED_DECAY = 0.9  # per check: a worker without slots is slowly given the benefit of the doubt
@@ -70,9 +70,11 @@ class Balance:
         return wanted, self._round_seen[0] + int(self.round_rate * LEASE_LEAD_MS / 1e3) + 1
 
     def help(
-        self, now_ns: int, late: RoundLate, current: list[int]
+        self, now_ns: int, late: RoundLate, view: View
     ) -> list[tuple[MemberState, Grant | Flush]]:
         """Give missing slots of a late round to workers that owe none, where that helps."""
+        is_newest = late.round >= view.leases.from_round
+        current = (view.leases if is_newest else view.previous).workers
         if self._declared.is_loader or not current:
             return []
         missing = late.missing or range(self._declared.active_slots(late.round))

@@ -16,7 +16,7 @@ from treefold.scheduler.members import Happening, MemberState, Roster
 from treefold.scheduler.norms import NormBook
 from treefold.scheduler.status import status_of
 from treefold.wire.exchange import Halt, Level, Note, Peer, PeerLost, Received, Send, Tick
-from treefold.wire.membership import MS
+from treefold.wire.membership import MS, STALL_MS
 from treefold.wire.messages import (
     PROTOCOL_VERSION,
     Accepted,
@@ -108,6 +108,7 @@ class SchedulerCore:
         self._alone_since_ns: int | None = None
         self._alone_grace_ns = 0
         self._ended_ns = 0
+        self._handled_ns = 0
         self._is_over_noted = False
 
     @property
@@ -132,6 +133,7 @@ class SchedulerCore:
         self._out = []
         if self._started_ns is None:
             self._started_ns = now_ns
+        self._forgive_stall(now_ns)
         match event:
             case Received(peer, message, _):
                 self._on_message(now_ns, peer, message)
@@ -148,7 +150,7 @@ class SchedulerCore:
         if started is None:
             return None
         if self.phase is Phase.ENDED:
-            return self._ended_ns + FAREWELL_MS * MS
+            return None if self.limits.is_lingering else self._ended_ns + FAREWELL_MS * MS
         times = [state.seen_ns + self._patience_ns(state) for state in self.roster.live()]
         if self.phase is Phase.FORMING:
             times.append(started + self.limits.form_timeout_ns)
@@ -364,9 +366,7 @@ class SchedulerCore:
         lacking = self.balance.unfinished(late, self.view.leases.workers)
         if lacking:
             self._end(now_ns, Outcome.FAILED, lacking)
-        is_newest = late.round >= self.view.leases.from_round
-        leases = self.view.leases if is_newest else self.view.previous
-        for state, message in self.balance.help(now_ns, late, leases.workers):
+        for state, message in self.balance.help(now_ns, late, self.view):
             self._out.append(Send(state.peer, message))
 
     def _on_norm_report(self, report: NormReport) -> None:
@@ -402,28 +402,17 @@ class SchedulerCore:
             return
         if state.member.role is Role.SERVER:
             how = "fell silent" if outcome is None else f"left ({text})"
-            held = sum(
-                1
-                for t in self.tables
-                if t.place
-                for s in t.place.shards
-                if s.server == state.member.incarnation
-            )
+            held = self.declared.shards_of(state.member.incarnation)
             if held:
-                self._end(
-                    now_ns, Outcome.FAILED, f"{state.name} {how} and its {held} shards with it"
-                )
+                text = f"{state.name} {how} and its {held} shards with it"
+                self._end(now_ns, Outcome.FAILED, text)
                 return
         elif not self.roster.live(Role.WORKER):
             self._on_last_worker(now_ns, state, outcome, text)
             return
         elif self.declared.is_loader and outcome is not Outcome.DONE:
-            why = text or "fell silent"
-            self._end(
-                now_ns,
-                Outcome.FAILED,
-                f"{state.name}, one slot with its own loader, is gone: {why}",
-            )
+            who = f"{state.name}, one slot with its own loader,"
+            self._end(now_ns, Outcome.FAILED, f"{who} is gone: {text or 'fell silent'}")
             return
         self._place_tables(now_ns)
         self._new_view(now_ns)
@@ -453,6 +442,15 @@ class SchedulerCore:
 
     # ---- time ---------------------------------------------------------------------------------
 
+    def _forgive_stall(self, now_ns: int) -> None:
+        """A scheduler that was stopped itself heard nobody, which is no silence of theirs."""
+        slept_ns = now_ns - self._handled_ns
+        self._handled_ns = now_ns
+        due_ns = self.next_deadline_ns() if slept_ns > STALL_MS * MS else None
+        if due_ns is not None and now_ns - due_ns > STALL_MS * MS:
+            for state in self.roster.live():
+                state.seen_ns = now_ns
+
     def _patience_ns(self, state: MemberState) -> int:
         is_server = state.member.role is Role.SERVER
         return self.limits.server_dead_after_ns if is_server else self.limits.dead_after_ns
@@ -465,26 +463,18 @@ class SchedulerCore:
             silent_ns = now_ns - state.seen_ns
             if silent_ns >= self._patience_ns(state) and self.ending is None:
                 state.move(Happening.SILENCE)
-                self._note(
-                    now_ns,
-                    f"{state.name} has been silent for {silent_ns / 1e9:.1f} s and is given up",
-                )
+                text = f"{state.name} has been silent for {silent_ns / 1e9:.1f} s"
+                self._note(now_ns, f"{text} and is given up")
                 self._on_gone(now_ns, state, None, "")
         started = self._started_ns or 0
         if self.phase is Phase.FORMING and now_ns - started >= self.limits.form_timeout_ns:
-            self._end(
-                now_ns,
-                Outcome.NOT_FORMED,
-                formation.missing_text(self.roster, self._wanted(), now_ns - started),
-            )
+            text = formation.missing_text(self.roster, self._wanted(), now_ns - started)
+            self._end(now_ns, Outcome.NOT_FORMED, text)
         alone = self._alone_since_ns
         if alone is not None and now_ns - alone >= self._alone_grace_ns:
             waited = self._alone_grace_ns / 1e9
-            self._end(
-                now_ns,
-                Outcome.FAILED,
-                f"no worker is left and none came back within {waited:.0f} s",
-            )
+            text = f"no worker is left and none came back within {waited:.0f} s"
+            self._end(now_ns, Outcome.FAILED, text)
         if self.plans and now_ns >= self._lease_check_ns and self.phase is Phase.RUNNING:
             self._check_leases(now_ns)
 

@@ -57,7 +57,7 @@ class Declared:
         return any(plan.kind is PlanKind.LOADER for plan in self.plans.values())
 
     def active_slots(self, round_: int) -> int:
-        """Slots that have samples in a round; all of them if no pass is known that it belongs to."""
+        """Slots that have samples in a round; all of them if its pass is not known."""
         plans = [p for p in self.plans.values() if p.first_round <= round_ < p.end_round]
         return plans[0].active_slots(round_) if plans else self.slots
 
@@ -65,6 +65,10 @@ class Declared:
     def places(self) -> list[TablePlace]:
         """Where the tables lie, as far as they are placed."""
         return [table.place for table in self.tables if table.place is not None]
+
+    def shards_of(self, server: int) -> int:
+        """How many shards a server holds."""
+        return sum(shard.server == server for place in self.places for shard in place.shards)
 
     def table(self, name: str, message: DeclareTable) -> Accepted | Refused:
         """A worker, called ``name`` in messages, declares a table."""

@@ -6,10 +6,10 @@ every part is there, answer with a version that does not exist yet.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from treefold.common.errors import InvariantError
 from treefold.common.layout import Layout, ShardSpan
-from treefold.common.spec import Rule, TableSpec
 from treefold.common.story import Story
 from treefold.server import lateness
 from treefold.server.effects import (
@@ -40,7 +40,6 @@ from treefold.wire.exchange import (
 )
 from treefold.wire.membership import MS, Membership, Standing
 from treefold.wire.messages import (
-    INITIAL_ROUND,
     AssignTable,
     Code,
     Fenced,
@@ -61,6 +60,9 @@ from treefold.wire.messages import (
     Stop,
     View,
 )
+
+if TYPE_CHECKING:
+    from treefold.common.spec import TableSpec
 
 STATUS_PARTS_MAX = 64  # parts named in one RoundStatus; the worker asks again for the rest
 NORM_RETRY_MS = 500
@@ -115,6 +117,10 @@ class ServerCore:
         self._out = []
         if self._started_ns is None:
             self._started_ns = self._traffic_ns = now_ns
+        else:
+            stalled_ns = self.membership.forgive_stall(now_ns)
+            self._started_ns += stalled_ns
+            self._traffic_ns += stalled_ns
         match event:
             case Received(peer, message, payload) if peer == SCHEDULER:
                 del payload

@@ -155,6 +155,9 @@ class ServerShell:
             return []
         payload = None
         if isinstance(effect.payload, PartRef):
+            ref = effect.payload
+            if (ref.table, ref.shard, ref.version) not in self._published:
+                return []  # the step that should have made it failed, and with it the job
             payload = self._slice(effect.payload)
         key = None if effect.payload is None else (effect.peer, effect.payload)
         if self._hub.send(LISTENER, _identity(effect.peer), header, payload, key):

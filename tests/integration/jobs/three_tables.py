@@ -1,7 +1,7 @@
-"""A small job with three optimizers, BatchNorm, dropout, a limit for the norm and a short last round.
+"""A small job with three optimizers, BatchNorm, dropout, a norm limit and a short last round.
 
-Every slot is told on standard output before its loop body does anything. At the end the worker prints
-a hash of every parameter and buffer. Options make this worker stop, wait, fail or be slow.
+Every slot is told on standard output before its loop body does anything. At the end the worker
+prints a hash of every parameter and buffer. Options make this worker stop, wait, fail or be slow.
 """
 
 import argparse
@@ -28,7 +28,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--sleep-ms", type=float, default=0.0, help="in every loop body")
     parser.add_argument("--gate", default="", help="ROUND:PATH, wait there from this round on")
     parser.add_argument("--hold", default="", help="ROUND:WHERE, stop there for ever")
-    parser.add_argument("--fail", type=int, default=-1, help="raise in this round")
+    parser.add_argument("--fail", default="", help="raise in this round, or at the ``start``")
+    parser.add_argument("--lbfgs", action="store_true", help="with an optimizer that is refused")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--width", type=int, default=HIDDEN)
     parser.add_argument("--lr", type=float, default=1e-2)
@@ -61,7 +62,8 @@ class Nets(nn.Module):
                 module.train(self.training and len(x) > 1)  # one sample has no variance
         for net in self.nets:
             x = x + net(x)
-        return self.head(x)
+        scores: Tensor = self.head(x)
+        return scores
 
 
 class Trouble:
@@ -76,8 +78,8 @@ class Trouble:
         """Come to one place of the loop body: ``begin``, ``backward`` (done) or ``step`` (done)."""
         if where == "begin":
             self._wait()
-            if ps.round() == self._chosen.fail:
-                raise RuntimeError(f"this script fails in round {ps.round()} as it was told")
+            if str(ps.round()) == self._chosen.fail:
+                raise RuntimeError(f"this script fails in round {ps.round()}, as it was told")
             time.sleep(self._chosen.sleep_ms / 1e3)
         if where == self._hold_where and ps.round() >= int(self._hold_round):
             say(f"holding in round {ps.round()}")
@@ -92,7 +94,8 @@ class Trouble:
 
 def say(text: str) -> None:
     """Print at once."""
-    print(text, flush=True)
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def train(chosen: argparse.Namespace) -> None:
@@ -102,6 +105,10 @@ def train(chosen: argparse.Namespace) -> None:
     y = (x @ torch.randn(FEATURES, CLASSES)).argmax(1)
     dataset = torch.utils.data.TensorDataset(x, y)
     model = Nets(chosen.width)
+    if chosen.fail == "start":
+        raise RuntimeError("this script fails at the start, as it was told")
+    if chosen.lbfgs:
+        ps.DistributedOptimizer(torch.optim.LBFGS(model.parameters()), model)
     first, second, third = (net.parameters() for net in model.nets)
     trained = [
         ps.DistributedOptimizer(torch.optim.AdamW(first, lr=chosen.lr), model.nets[0]),

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from treefold.common.config import Settings
-from treefold.common.errors import ConfigError, LocalProtocolError
+from treefold.common.errors import ConfigError, DataError, LocalProtocolError
+from treefold.common.layout import Layout
 from treefold.common.ledger import SamplesRecord, Writer
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import Spent
@@ -23,7 +24,7 @@ from treefold.transport.sockets import Context
 from treefold.wire.messages import Outcome
 from treefold.worker import effects
 from treefold.worker.effects import SlotMeta
-from treefold.worker.pulls import PartRange
+from treefold.worker.pulls import PartRange, Table
 from treefold.worker.shell import Answer, Tensors, WorkerShell
 
 DRAIN_TEXT = "the worker was asked to stop"
@@ -179,6 +180,8 @@ class Client:
 
         Raises
         ------
+        DataError
+            The initial values are not what the spec says.
         SpecMismatchError
             Another worker declared the table otherwise.
         FormationError
@@ -186,6 +189,7 @@ class Client:
         SchedulerLostError
             No scheduler answered.
         """
+        _check(f"initial values for table {spec.name!r}", initial, Layout(spec).elements)
         self._shell.keep_initial(spec.name, initial.detach().contiguous())
         call = next(self._calls)
         answer = self._call(call, effects.DeclareCalled(call, spec), "declare")
@@ -194,8 +198,14 @@ class Client:
         return snapshot
 
     def parts(self, table: int) -> Sequence[PartRange]:
-        """The parts of a table, all shards, in the order of the flat space."""
-        return self._shell.core.tables[table].parts
+        """The parts of a table, all shards, in the order of the flat space.
+
+        Raises
+        ------
+        DataError
+            There is no such table.
+        """
+        return self._table(table).parts
 
     def enter_loop(self, plan: LoopPlan) -> None:
         """Begin a pass over the data.
@@ -258,7 +268,19 @@ class Client:
             From `scratch`; belongs to the client from now on. None if no tensor has a gradient.
         absent : bytes
             Bit ``i`` set if the part's ``i``-th tensor has no gradient; its values must be -0.0.
+
+        Raises
+        ------
+        DataError
+            There is no such table or part, or the values are not what it holds.
         """
+        known = self.parts(table)
+        if not 0 <= part < len(known):
+            msg = f"table {table} has parts 0 to {len(known) - 1}, not {part}"
+            raise DataError(msg)
+        if values is not None:
+            where = known[part]
+            _check(f"part {part} of table {table}", values, where.stop - where.start)
         event = effects.Contributed(table, part, task.round, task.slot, None, absent)
         self._shell.post(event, values)
 
@@ -316,7 +338,18 @@ class Client:
         -------
         int
             The round, for `wait`.
+
+        Raises
+        ------
+        DataError
+            There is no such table, or the gradient or the groups are not what it takes.
         """
+        known = self._table(table)
+        _check(f"a gradient for table {known.spec.name!r}", gradient, known.layout.elements)
+        wanted = len(known.spec.optimizer.groups) if known.spec.optimizer else 0
+        if len(groups) != wanted:
+            msg = f"table {known.spec.name!r} has {wanted} param groups, not {len(groups)}"
+            raise DataError(msg)
         task = self._take_direct()
         weight = 1.0 / self.size
         for number, part in enumerate(self.parts(table)):
@@ -338,7 +371,16 @@ class Client:
         self._take_direct()
 
     def pull(self, table: int) -> torch.Tensor:
-        """The newest version that this worker has waited for, float32 [elements of the table]."""
+        """The newest version that this worker has waited for, float32 [elements of the table].
+
+        Raises
+        ------
+        DataError
+            There is no such table.
+        LocalProtocolError
+            Its first snapshot was released before.
+        """
+        self._table(table)
         self._take_direct()
         declared = self._direct.declared.pop(table, None)
         if table not in self._direct.values:
@@ -349,6 +391,14 @@ class Client:
                 raise LocalProtocolError(msg)
             self._hold(declared)
         return self._direct.values[table].clone()
+
+    def _table(self, number: int) -> Table:
+        tables = self._shell.core.tables
+        if number not in tables:
+            known = ", ".join(f"{n} ({t.spec.name!r})" for n, t in list(tables.items())) or "none"
+            msg = f"there is no table {number}; declared are {known}"
+            raise DataError(msg)
+        return tables[number]
 
     def _take_direct(self) -> Task:
         if self._direct.task is not None:
@@ -406,6 +456,14 @@ class Client:
         if answer.error is not None:
             raise answer.error
         return answer
+
+
+def _check(what: str, values: torch.Tensor, elements: int) -> None:
+    """Refuse a tensor of another dtype or shape than servers hold."""
+    if values.dtype != torch.float32 or list(values.shape) != [elements]:
+        kind = f"{values.dtype} {list(values.shape)}"
+        msg = f"{what}: expected torch.float32 [{elements}], got {kind}"
+        raise DataError(msg)
 
 
 def _snapshot(item: Tensors) -> Snapshot:

@@ -80,7 +80,7 @@ class WorkerCore:
         self._task_call: int | None = None
         self._leave_call: int | None = None
         self._join_call: int | None = None
-        self._task_ns = 0
+        self._task_ns = self._slot_time_ns = 0
         self._wait_note_ns: int | None = None
         self._started_ns: int | None = None
         self._server_ns = 0
@@ -110,6 +110,7 @@ class WorkerCore:
             stalled_ns = self.membership.forgive_stall(now_ns)
             self._started_ns += stalled_ns
             self._server_ns += stalled_ns
+            self._task_ns += stalled_ns
         match event:
             case Received(peer, message, payload) if peer == SCHEDULER:
                 del payload
@@ -417,10 +418,8 @@ class WorkerCore:
 
     def _on_finished(self, now_ns: int, event: SlotFinished) -> None:
         took_ns = max(1, now_ns - self._task_ns)
-        vitals = self.membership.vitals
-        vitals.slot_time_ns = (
-            (vitals.slot_time_ns + took_ns) // 2 if vitals.slot_time_ns else took_ns
-        )
+        known_ns = self._slot_time_ns or took_ns
+        self._slot_time_ns = self.membership.vitals.slot_time_ns = (known_ns + took_ns) // 2
         self.exchange.finish(event)
 
     # ---- time ---------------------------------------------------------------------------------
@@ -430,6 +429,10 @@ class WorkerCore:
         if due_ns is not None and now_ns >= due_ns:
             self.membership.vitals.tables = len(self.tables)
             self.membership.vitals.waiting = self._waiting_for()
+            if self.local is not None and self.local.in_hand is not None:
+                # A slot that does not end shows in no finished one; leases must move all the same.
+                so_far_ns = now_ns - self._task_ns
+                self.membership.vitals.slot_time_ns = max(self._slot_time_ns, so_far_ns)
             self._out += self.membership.tick(now_ns)
         self.declarations.retry(now_ns)
         self.exchange.retry(now_ns)
