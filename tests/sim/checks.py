@@ -34,7 +34,7 @@ class Checks:
     may_fail: Callable[[], bool] = bool
 
     def on_roots(self, shard: Shard, round_: int, roots: Sequence[object]) -> None:
-        """Every part's root is the fold of all active slots, each once, in the order of the tree."""
+        """Every part's root is the fold of all active slots, each once, in the tree's order."""
         for part, root in enumerate(roots):
             start, stop = shard.parts[part]
             if round_ < 0:

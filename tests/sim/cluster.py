@@ -1,4 +1,4 @@
-"""A whole simulated cluster: starts it, lets faults happen, and says whether it ended as it must."""
+"""A whole simulated cluster: its start, the faults, and whether it ended as it must."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,7 +128,7 @@ class Cluster:
         world, scenario = self.world, self.scenario
         self.scheduler.start()
         for server in self.servers:
-            world.at(world.rng.randint(0, 200) * MS, lambda _, s=server: s.start())
+            world.at(world.rng.randint(0, 200) * MS, self._start_server, server)
         for number, at_ns in enumerate(scenario.starts_ns):
             self.pending += 1
             world.at(at_ns, self._start_worker, f"worker-{number}")
@@ -158,6 +158,10 @@ class Cluster:
             and not any(worker.is_alive for worker in self.workers.values())
             and not any(server.is_alive for server in self.servers)
         )
+
+    def _start_server(self, server: object) -> None:
+        assert isinstance(server, ServerProcess)
+        server.start()
 
     def _start_worker(self, name: object) -> None:
         assert isinstance(name, str)
@@ -190,7 +194,7 @@ class Cluster:
             if fault.kind is Kind.RECONNECT:
                 target.reconnect()
             elif self.scheduler.scheduler.phase is not Phase.FORMING and target.trainer is not None:
-                target.later(0, lambda _, trainer=target.trainer: trainer.drain())
+                target.later(0, target.trainer.drain)
 
     def _crash(self, target: Process, restart_ns: int) -> None:
         target.die()

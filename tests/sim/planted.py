@@ -1,16 +1,22 @@
 """Bugs to plant in the cores, each of which the simulator has to find.
 
-A bug is a function that patches the cores, most often what goes into or comes out of `handle`. The
-second half are bugs that the simulator found when the cores were written, planted again.
+Most change what goes into or comes out of `handle`. `tests.sim.found` has those that were there.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
 import msgspec
-import pytest
 
+from tests.sim.planting import (
+    AnyCore,
+    Patch,
+    change_input,
+    change_output,
+    message_of,
+    no_backup_tasks,
+    plant,
+)
 from tests.sim.scenario import Theme
 from treefold.common.tree import FoldSet, Merge, Node
 from treefold.scheduler import balance, leases
@@ -23,77 +29,20 @@ from treefold.server.effects import PartRef, ReleasePayload
 from treefold.server.rounds import Held, Round
 from treefold.wire.exchange import Received, Send, Tick
 from treefold.wire.messages import (
-    Code,
-    Leave,
     NormDecision,
     NormReport,
-    Outcome,
     Pull,
     Push,
-    Refused,
-    Register,
-    Registered,
     RoundStatus,
     View,
 )
 from treefold.worker import rounds as worker_rounds
 from treefold.worker.core import WorkerCore
-from treefold.worker.declarations import Declarations
-from treefold.worker.effects import Complete, Contributed, Effect, FoldPayloads, SlotFinished
+from treefold.worker.effects import Contributed, Effect, FoldPayloads, SlotFinished
 from treefold.worker.effects import ReleasePayload as WorkerRelease
 from treefold.worker.exchange import Exchange
 from treefold.worker.pulls import ShardPull, Table
 from treefold.worker.rounds import LocalPart, LocalRound, Pushed
-
-Patch = pytest.MonkeyPatch
-Plant = Callable[[Patch], None]
-AnyCore = ServerCore | SchedulerCore | WorkerCore
-Before = Callable[[AnyCore, object], object]
-After = Callable[[AnyCore, object, list[object]], list[object]]
-PLANTED: dict[str, tuple[Plant, Theme]] = {}
-"""Bugs by name, each with the kind of seeds in which it is met most often."""
-
-
-def plant(theme: Theme) -> Callable[[Plant], Plant]:
-    """Register a bug under its function's name."""
-
-    def register(function: Plant) -> Plant:
-        PLANTED[function.__name__] = function, theme
-        return function
-
-    return register
-
-
-def change_input(patch: Patch, core: type[AnyCore], before: Before) -> None:
-    """Let ``before`` change what a kind of core is given."""
-    handle = core.handle
-
-    def changed(self: AnyCore, now_ns: int, event: object) -> list[object]:
-        return handle(self, now_ns, before(self, event))  # type: ignore[arg-type]  # its own kind
-
-    patch.setattr(core, "handle", changed)
-
-
-def change_output(patch: Patch, core: type[AnyCore], after: After) -> None:
-    """Let ``after`` change what a kind of core wants done."""
-    handle = core.handle
-
-    def changed(self: AnyCore, now_ns: int, event: object) -> list[object]:
-        return after(self, event, list(handle(self, now_ns, event)))  # type: ignore[arg-type]  # same
-
-    patch.setattr(core, "handle", changed)
-
-
-def no_backup_tasks(patch: Patch) -> None:
-    """Let slots that are leased to nobody be missed: backup tasks would have them computed."""
-    patch.setattr(balance.Balance, "help", lambda *rest: [])
-    patch.setattr(SchedulerCore, "check_invariants", lambda self: None)
-
-
-def message_of(event: object) -> object:
-    """The message that an event brings, None if it brings none."""
-    return event.message if isinstance(event, Received) else None
-
 
 # ---- the server ----------------------------------------------------------------------------------
 
@@ -253,7 +202,7 @@ def folded_into_what_was_pushed(patch: Patch) -> None:
         return pushed
 
     patch.setattr(LocalRound, "_push_ready", push_ready)
-    patch.setattr(WorkerCore, "check_invariants", lambda self: None)
+    patch.setattr(WorkerCore, "check_invariants", lambda _: None)
 
 
 @plant(Theme.MIXED)
@@ -391,7 +340,7 @@ def marks_of_absence_are_joined(patch: Patch) -> None:
 def the_last_slot_is_leased_to_nobody(patch: Patch) -> None:
     lay_out = leases.lay_out
     patch.setattr(leases, "lay_out", lambda given: lay_out(given)[:-1])
-    patch.setattr(SchedulerCore, "check_invariants", lambda self: None)
+    patch.setattr(SchedulerCore, "check_invariants", lambda _: None)
 
 
 @plant(Theme.MIXED)
@@ -423,125 +372,4 @@ def view_numbers_fall(patch: Patch) -> None:
         return event
 
     change_input(patch, SchedulerCore, falling)
-    patch.setattr(SchedulerCore, "check_invariants", lambda self: None)
-
-
-# ---- bugs that the simulator found ---------------------------------------------------------------
-#
-# Others that it found are too rare to be found again in the time of a test, at less than one seed in
-# a hundred; the core tests in tests/unit hold those.
-
-
-@plant(Theme.MIXED)
-def tables_declared_early_are_never_placed(patch: Patch) -> None:
-    place = SchedulerCore._place_tables
-    registering: dict[int, bool] = {}
-
-    def watch(self: AnyCore, event: object) -> object:
-        registering[id(self)] = isinstance(message_of(event), Register)
-        return event
-
-    def lazy(self: SchedulerCore, now_ns: int) -> None:
-        if not registering[id(self)]:
-            place(self, now_ns)
-
-    change_input(patch, SchedulerCore, watch)
-    patch.setattr(SchedulerCore, "_place_tables", lazy)
-
-
-@plant(Theme.MIXED)
-def a_view_is_used_up_before_our_own_name_is_known(patch: Patch) -> None:
-    def early(self: AnyCore, event: object) -> object:
-        message = message_of(event)
-        if isinstance(self, ServerCore) and isinstance(message, View):
-            if self.membership.incarnation == 0:
-                self.view = max(self.view, message.number)
-        return event
-
-    change_input(patch, ServerCore, early)
-
-
-@plant(Theme.MIXED)
-def a_server_without_a_job_refuses_workers(patch: Patch) -> None:
-    def strict(self: AnyCore, event: object, effects: list[object]) -> list[object]:
-        if self.membership.job or not isinstance(message_of(event), Pull):  # type: ignore[union-attr]
-            return effects
-        assert isinstance(event, Received)
-        return [*effects, Send(event.peer, Refused(0, Code.JOB_MISMATCH, "another job"))]
-
-    change_output(patch, ServerCore, strict)
-
-
-@plant(Theme.FENCED)
-def who_never_heard_its_name_cannot_ask_again(patch: Patch) -> None:
-    def once(self: AnyCore, event: object) -> object:
-        message = message_of(event)
-        if isinstance(self, SchedulerCore) and isinstance(message, Register):
-            state = self.roster.by_nonce(message.nonce)
-            if state is not None and not state.is_live:
-                return Tick()
-        return event
-
-    change_input(patch, SchedulerCore, once)
-
-
-@plant(Theme.FENCED)
-def contributions_bear_the_newest_incarnation(patch: Patch) -> None:
-    def renamed(self: AnyCore, event: object) -> object:
-        assert isinstance(self, WorkerCore)
-        self.membership.origin = self.membership.incarnation
-        return event
-
-    change_input(patch, WorkerCore, renamed)
-
-
-@plant(Theme.DYING)
-def a_node_waits_for_a_sibling_that_is_gone(patch: Patch) -> None:
-    can_grow = LocalRound._can_grow
-
-    def hopeful(self: LocalRound, part: LocalPart, node: Node) -> bool:
-        gone, part.gone = part.gone, {}
-        found = can_grow(self, part, node)
-        part.gone = gone
-        return found
-
-    patch.setattr(LocalRound, "_can_grow", hopeful)
-
-
-@plant(Theme.ENDING)
-def tables_are_declared_once(patch: Patch) -> None:
-    patch.setattr(Declarations, "renew", Declarations.announce)
-
-
-@plant(Theme.MIXED)
-def a_join_waits_for_the_next_view(patch: Patch) -> None:
-    def forgetful(self: AnyCore, event: object, effects: list[object]) -> list[object]:
-        del self
-        if not isinstance(message_of(event), Registered):
-            return effects
-        return [effect for effect in effects if not isinstance(effect, Complete)]
-
-    change_output(patch, WorkerCore, forgetful)
-
-
-@plant(Theme.ENDING)
-def a_declaration_waits_for_a_scheduler_that_is_gone(patch: Patch) -> None:
-    patch.setattr(WorkerCore, "_check_scheduler", lambda self, now_ns: None)
-
-
-@plant(Theme.MIXED)
-def an_own_loader_is_missed_by_its_last_heartbeat(patch: Patch) -> None:
-    def suspicious(self: AnyCore, event: object) -> object:
-        message = message_of(event)
-        if not isinstance(self, SchedulerCore) or not isinstance(message, Leave):
-            return event
-        state = self.roster.by_incarnation.get(message.incarnation)
-        rounds = [s.beat.round for s in self.roster.live() if s.beat is not None]
-        last = 0 if state is None or state.beat is None else state.beat.round
-        if self.declared.is_loader and max(rounds, default=0) > last:
-            assert isinstance(event, Received)
-            failed = msgspec.structs.replace(message, outcome=Outcome.FAILED)
-            return replace(event, message=failed)
-        return event
-
-    change_input(patch, SchedulerCore, suspicious)
+    patch.setattr(SchedulerCore, "check_invariants", lambda _: None)

@@ -1,11 +1,11 @@
-"""A simulated process around a core: its timer, its payloads, its connections. The shell of a shell.
+"""A simulated process around a core, with its timer, its payloads and its connections.
 
 Subclasses carry out the effects of one role and check what they see.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from tests.sim.network import Connection, End, Network, Payload
 from tests.sim.world import Violation, World
@@ -20,7 +20,7 @@ STUCK_TICKS_MAX = 3  # ticks at one time after which a core that still asks for 
 class Core(Protocol):
     """What the simulator uses of a core."""
 
-    def handle(self, now_ns: int, event: object, /) -> Iterable[object]:
+    def handle(self, now_ns: int, event: Any, /) -> Iterable[object]:  # each its own events
         """Take in one event and say what is to be done."""
 
     def next_deadline_ns(self) -> int | None:
@@ -126,7 +126,7 @@ class Process:
         message = codec.decode(header)
         self.check_frame(message, payload)
         handle = None if payload is None else self.payloads.add(payload)
-        self.feed(Received(peer, message, handle), header)  # type: ignore[arg-type]  # hashable
+        self.feed(Received(peer, message, handle), header)
 
     def _receive_later(self, argument: object) -> None:
         assert isinstance(argument, tuple)

@@ -42,7 +42,7 @@ class Reference:
         return self._tensors[key]
 
     def absent(self, key: tuple[int, int, int], round_: int, slot: int) -> int:
-        """Marks of part ``key = (table, start, stop)`` in one slot: which tensors have no gradient."""
+        """Which tensors of part ``key = (table, start, stop)`` have no gradient in a slot."""
         few = self.scenario.absent_of
         if not few:
             return 0
@@ -54,7 +54,7 @@ class Reference:
         return marks
 
     def leaf(self, key: tuple[int, int, int], round_: int, slot: int) -> tuple[object, int]:
-        """Value and absent marks of one slot's contribution to one part; None if it has no gradient."""
+        """Value and absent marks of one slot's contribution to one part; None without gradient."""
         marks = self.absent(key, round_, slot)
         if marks == (1 << len(self.tensors(*key))) - 1:
             return None, marks

@@ -121,7 +121,7 @@ class Scenario:
 
     @property
     def deadline_ns(self) -> int:
-        """When every script has to be over: every wait has ended and all work was done thrice by one."""
+        """When every script has to be over: waits have ended, and one did all the work thrice."""
         slowest = max(self.factors)
         work_ns = int(self.compute_ns * slowest * self.slots * (self.rounds + 2) * 3)
         started_ns = max(self.heal_ns, *self.starts_ns)
@@ -363,11 +363,8 @@ def _tables(rng: random.Random, block: int) -> tuple[TableSpec, ...]:
 def _with_faults(rng: random.Random, job: Scenario) -> Scenario:
     if job.heal_ns == 0:
         return job
-    faults: list[Fault] = []
-    for _ in range(rng.randint(0, 6)):
-        faults.append(_fault(rng, job))
-    faults.sort(key=lambda fault: fault.at_ns)
-    job = replace(job, faults=tuple(faults))
+    faults = [_fault(rng, job) for _ in range(rng.randint(0, 6))]
+    job = replace(job, faults=tuple(sorted(faults, key=lambda fault: fault.at_ns)))
     return _doomed(rng, job) if not job.loader_rounds and rng.random() < 0.06 else job
 
 

@@ -1,4 +1,4 @@
-"""What one slow worker costs, in simulated time: with leases as they are, and with leases that never move."""
+"""What one slow worker costs, in simulated time, where leases move and where they never do."""
 
 from dataclasses import dataclass
 

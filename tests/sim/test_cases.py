@@ -159,8 +159,8 @@ def test_a_scheduler_that_was_stopped_gives_nobody_up() -> None:
 def test_a_scheduler_that_takes_its_own_stop_for_silence_ends_the_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(SchedulerCore, "_forgive_stall", lambda self, now_ns: None)
-    with pytest.raises(Violation, match="FAILED|while the job goes on"):
+    monkeypatch.setattr(SchedulerCore, "_forgive_stall", lambda *_: None)
+    with pytest.raises(Violation, match=r"FAILED|while the job goes on"):
         run(stopped("scheduler", 12 * SECOND))
 
 
@@ -172,7 +172,7 @@ def test_a_worker_that_was_stopped_goes_on() -> None:
 def test_a_worker_that_takes_its_own_stop_for_silence_of_servers_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Membership, "forgive_stall", lambda self, now_ns: 0)
+    monkeypatch.setattr(Membership, "forgive_stall", lambda *_: 0)
     with pytest.raises(Violation, match="while the job goes on"):
         run(stopped("worker-1", 12 * SECOND))
 

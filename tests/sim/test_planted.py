@@ -2,12 +2,20 @@
 
 import pytest
 
+from tests.sim import found, planted
 from tests.sim.cluster import simulate
-from tests.sim.planted import PLANTED
-from tests.sim.scenario import draw
+from tests.sim.planting import PLANTED
+from tests.sim.scenario import Theme, draw
 from tests.sim.world import Violation
 
 SEEDS_MAX = 150
+MODULES = (found, planted)  # importing them has filled `PLANTED`
+
+
+def run_seeds(theme: Theme, count: int) -> None:
+    """Run so many seeds of a theme."""
+    for seed in range(count):
+        simulate(draw(seed, theme))
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -15,5 +23,9 @@ def test_a_planted_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     bug, theme = PLANTED[name]
     bug(monkeypatch)
     with pytest.raises(Violation):
-        for seed in range(SEEDS_MAX):
-            simulate(draw(seed, theme))
+        run_seeds(theme, SEEDS_MAX)
+
+
+@pytest.mark.parametrize("theme", Theme)
+def test_the_same_seeds_find_nothing_where_nothing_is_planted(theme: Theme) -> None:
+    run_seeds(theme, SEEDS_MAX // 5)

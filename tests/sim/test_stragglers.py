@@ -1,4 +1,4 @@
-"""What one slow worker costs, in simulated time; `bench/stragglers.py` measures it with processes."""
+"""What one slow worker costs, in simulated time; ``bench`` measures it with processes."""
 
 from tests.sim.stragglers import figure
 

@@ -1,7 +1,7 @@
 """A worker's process: its core, and a training thread that runs the script of the scenario."""
 
 import itertools
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tests.sim.checks import Checks
@@ -52,7 +52,7 @@ class Loaded:
     """The answer to a call, with the payloads of its snapshots."""
 
     value: object
-    snapshots: list[tuple[Snapshot, Sequence[PartRange], list[Payload]]]
+    snapshots: Sequence[tuple[Snapshot, Sequence[PartRange], list[Payload]]]
 
 
 class WorkerProcess(Process):
@@ -77,7 +77,7 @@ class WorkerProcess(Process):
         self.outcome: Outcome | None = None
         self.is_finished = False
         self.error: TreefoldError | None = None
-        self.numbers = itertools.count(1)
+        self.numbers: Iterator[int] = itertools.count(1)
         self.trainer: Trainer | None = None
         self._view = 0
         self.acts |= {
@@ -202,7 +202,7 @@ class Trainer:
         """Begin the script."""
         self.process.later(0, self._resume)
 
-    def drain(self) -> None:
+    def drain(self, _: object = None) -> None:
         """Ask the script to stop, as a signal does."""
         self._drain_asked = True
         if isinstance(self.waits_for, JoinCalled | DeclareCalled | LoopCalled):

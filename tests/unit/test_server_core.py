@@ -1,7 +1,6 @@
 """The server's decisions: events in, effects out."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 
@@ -74,11 +73,10 @@ SPEC = TableSpec(
 
 
 @pytest.fixture(autouse=True)
-def _tiny_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _tiny_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight elements make two parts of one block each."""
     monkeypatch.setattr(layout, "BLOCK_ELEMENTS", 4)
     monkeypatch.setattr(layout, "PART_BLOCKS_MAX", 1)
-    yield
 
 
 def new_core() -> ServerCore:
@@ -376,12 +374,8 @@ def test_a_version_is_sent_part_by_part_with_its_state_in_part_zero() -> None:
         PartRef(0, 0, 1, 0),
         PartRef(0, 0, 1, 1),
     ]
-    states = [r.message.state for r in replies if isinstance(r, Send) and _is_pulled(r.message)]
+    states = [m.state for m in sent(replies, Pulled) if isinstance(m, Pulled)]
     assert states == [b"s", b""]
-
-
-def _is_pulled(message: object) -> bool:
-    return isinstance(message, Pulled)
 
 
 def test_a_version_that_does_not_exist_yet_is_sent_when_it_does() -> None:

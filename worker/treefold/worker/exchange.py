@@ -132,6 +132,8 @@ class Exchange:
             for shard, pull in table.pulls.items()
             if not pull.is_complete and now_ns >= pull.deadline_ns
         ]
+        if not late:
+            return
         version = self._torn_version([pull for table, _, pull in late if table in self.trained()])
         if version is not None:
             for table in self.trained():
