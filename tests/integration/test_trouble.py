@@ -53,6 +53,19 @@ def test_a_worker_killed_in_its_loop_body_leaves_no_trace(
     assert chief.status == -signal.SIGKILL
 
 
+def test_a_worker_that_hangs_for_ever_does_not_stop_the_others(
+    cluster: MakeCluster, alone: Alone
+) -> None:
+    with cluster(2, 2) as job:
+        hung = job.worker(JOB, LENGTH, "--hold=10:backward")
+        other = job.worker(JOB, LENGTH, SLEEP)
+        assert other.end() == 0
+        assert job.scheduler.found("has been silent") is None
+        hung.signal(signal.SIGKILL)
+        assert job.bits(hung) == alone(JOB, LENGTH)
+    hung.line("^holding in round")
+
+
 def test_the_last_of_three_workers_finishes_when_two_are_killed_at_any_moment(
     cluster: MakeCluster, alone: Alone
 ) -> None:

@@ -141,10 +141,14 @@ class Cluster:
 
     def _run(self) -> None:
         self.begin()
-        world, deadline_ns = self.world, self.scenario.deadline_ns
+        world, core, scenario = self.world, self.scheduler.scheduler, self.scenario
+        deadline_ns = scenario.job_deadline_ns
         while not self.is_over and world.step():
-            if world.now_ns > deadline_ns:
+            if world.now_ns <= deadline_ns:
+                continue
+            if core.ending is None or deadline_ns == scenario.deadline_ns:
                 raise Violation(f"not over in time: {self._waits()}")
+            deadline_ns = scenario.deadline_ns
         if not self.is_over:
             raise Violation(f"nothing happens any more: {self._waits()}")
         self._check_end()
@@ -271,11 +275,13 @@ class Cluster:
             expected = self.scenario.rounds if table in self.checks.reference.trained else 0
             if version != expected:
                 raise Violation(f"table {table} shard {shard} ends with version {version}")
+        allowed = (Exception,) if self.scenario.is_doomed else (JobFailedError, UnavailableError)
         for worker in self.everybody:
-            if worker.error is not None and not isinstance(
-                worker.error, JobFailedError | UnavailableError
-            ):
+            if worker.error is not None and not isinstance(worker.error, allowed):
                 raise Violation(f"the script of {worker.name} ended with {worker.error!r}")
+        halts = [process.halt for process in (self.scheduler, *self.servers)]
+        if not self.scenario.heal_ns and any(halt is None or halt.status for halt in halts):
+            raise Violation(f"a job without faults ends with {halts}")
 
     def _check_failed(self) -> None:
         for worker in self.workers.values():

@@ -120,12 +120,24 @@ class Scenario:
         return self.loader_rounds or self.plans[-1].end_round
 
     @property
+    def job_deadline_ns(self) -> int:
+        """When the job has to be done: after the faults, and time to do all the work thrice alone.
+
+        The seconds on top are many times what seeds were seen to need.
+        """
+        work_ns = int(self.compute_ns * max(self.factors) * self.slots * (self.rounds + 2) * 3)
+        if self.is_doomed:
+            work_ns += self.patience.server_dead_after_ns + self.patience.form_timeout_ns
+        return max(self.heal_ns, *self.starts_ns) + work_ns + 20 * SECOND
+
+    @property
     def deadline_ns(self) -> int:
-        """When every script has to be over: waits have ended, and one did all the work thrice."""
-        slowest = max(self.factors)
-        work_ns = int(self.compute_ns * slowest * self.slots * (self.rounds + 2) * 3)
-        started_ns = max(self.heal_ns, *self.starts_ns)
-        return started_ns + work_ns + 60 * SECOND + max(4 * self.patience.unreachable_ns, 0)
+        """When every process has to be gone: after that, and after the longest waits."""
+        patience = self.patience
+        longest = max(
+            patience.unreachable_ns, patience.connect_timeout_ns, patience.orphan_after_ns
+        )
+        return self.job_deadline_ns + 4 * longest
 
     def plan_of(self, round_: int) -> LoopPlan:
         """The pass that a round belongs to."""

@@ -11,7 +11,7 @@ from tests.sim.network import Weather
 from tests.sim.scenario import Fault, Kind, Patience, Scenario, loader, passes, table
 from tests.sim.worker import Script, Trainer
 from tests.sim.world import MS, SECOND, Violation
-from treefold.common.errors import JobFailedError
+from treefold.common.errors import JobFailedError, SpecMismatchError
 from treefold.scheduler.core import SchedulerCore
 from treefold.server import lateness
 from treefold.wire.membership import Membership
@@ -227,6 +227,26 @@ def test_who_was_given_up_while_it_finished_still_says_that_the_job_is_done() ->
     assert cluster.report().outcome is Outcome.DONE
 
 
+class Different(Trainer):
+    """Worker 1 runs another script than the others, and comes second."""
+
+    def _run(self) -> Script:
+        if self.process.name == "worker-1":
+            yield 500 * MS
+            other = table("model", [(12, 0), (4, 1)])
+            self.scenario = replace(self.scenario, tables=(other,))
+        yield from super()._run()
+
+
+def test_a_worker_with_another_script_is_refused_and_the_others_go_on() -> None:
+    cluster = run(replace(CALM, is_doomed=True), Cores(trainer=Different))
+    failed = [worker for worker in cluster.everybody if worker.outcome is Outcome.FAILED]
+    assert len(failed) == 1
+    assert isinstance(failed[0].error, SpecMismatchError)
+    assert "tensors[1].group" in str(failed[0].error)
+    assert cluster.report().outcome is Outcome.DONE
+
+
 # ---- workers with loaders of their own -----------------------------------------------------------
 
 LOADERS = replace(CALM, slots=2, plans=loader(2), loader_rounds=6)
@@ -265,6 +285,7 @@ class Pausing(Trainer):
 
 
 def test_a_script_that_pauses_longer_than_it_waits_for_servers_goes_on() -> None:
-    pausing = replace(CALM, plans=passes(4, [3, 3], 4, 4), weather=Weather(100 * MS, 0))
+    plans, late = passes(4, [3, 3], 4, 4), Weather(100 * MS, 0)
+    pausing = replace(CALM, plans=plans, weather=late, heal_ns=100 * SECOND)
     cluster = run(pausing, Cores(trainer=Pausing))
     assert [worker.outcome for worker in cluster.everybody] == [Outcome.DONE] * 2

@@ -11,50 +11,52 @@ from tests.sim.scenario import draw
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = range(10)
+HASH_SEEDS = ("1", "2")
 TRACES = """
 import sys
 from treefold.scheduler import leases
 from tests.sim.cluster import simulate
 from tests.sim.scenario import draw
-if sys.argv[1] == "careless":
-    whole = leases.lay_out
-    leases.lay_out = lambda given: sorted(whole(given), key=lambda who: hash(str(who)))
-sys.stdout.write(" ".join(simulate(draw(seed)).trace for seed in range(10)))
+traces = lambda: " ".join(simulate(draw(seed)).trace for seed in range(10))
+careful, lay_out = traces(), leases.lay_out
+leases.lay_out = lambda given: sorted(lay_out(given), key=lambda who: hash(str(who)))
+sys.stdout.write(careful + "\\n" + traces())
 """
 
 
-def traces(kind: str, hash_seed: str) -> list[str]:
-    """Traces of the first seeds in a process of its own."""
-    environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT), "PATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", TRACES, kind],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=240,
-    )
-    return done.stdout.split()
+@pytest.fixture(scope="module")
+def traces() -> list[list[str]]:
+    """Per hash seed: traces of the first seeds, and the same with cores that read hash order."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRACES],
+            env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT), "PATH": ""},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for hash_seed in HASH_SEEDS
+    ]
+    return [process.communicate(timeout=240)[0].splitlines() for process in started]
 
 
 def test_two_runs_of_one_seed_leave_one_trace() -> None:
-    assert [simulate(draw(seed)).trace for seed in SEEDS] == [
-        simulate(draw(seed)).trace for seed in SEEDS
-    ]
+    first = [simulate(draw(seed)).trace for seed in SEEDS]
+    assert first == [simulate(draw(seed)).trace for seed in SEEDS]
 
 
 def test_two_seeds_leave_two_traces() -> None:
     assert len({simulate(draw(seed)).trace for seed in SEEDS}) == len(SEEDS)
 
 
-@pytest.mark.slow
-def test_two_processes_with_other_hash_seeds_leave_one_trace() -> None:
-    here = [simulate(draw(seed)).trace for seed in SEEDS]
-    assert traces("careful", "1") == here
-    assert traces("careful", "2") == here
+def test_processes_with_other_hash_seeds_leave_the_trace_of_this_one(
+    traces: list[list[str]],
+) -> None:
+    here = " ".join(simulate(draw(seed)).trace for seed in SEEDS)
+    assert [careful for careful, _ in traces] == [here] * len(HASH_SEEDS)
 
 
-@pytest.mark.slow
-def test_a_core_that_reads_hash_order_leaves_another_trace_under_another_hash_seed() -> None:
-    assert traces("careless", "1") != traces("careless", "2")
+def test_cores_that_read_hash_order_leave_another_trace_under_another_hash_seed(
+    traces: list[list[str]],
+) -> None:
+    assert len({careless for _, careless in traces}) == len(HASH_SEEDS)

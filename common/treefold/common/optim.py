@@ -281,3 +281,13 @@ def _is_alike(value: HyperValue, default: HyperValue) -> bool:
     if default is None:
         return value is None or isinstance(value, str)
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def warm_up() -> None:
+    """Make torch import now what it would import with the first optimizer.
+
+    That takes about a second in which the process would not answer anybody.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    torch.optim.SGD([parameter], lr=0.0).step()

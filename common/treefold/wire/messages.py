@@ -261,7 +261,10 @@ class Leave(Message, tag=11, frozen=True):
 
 
 class RoundLate(Message, tag=12, frozen=True):
-    """A server to the scheduler: round ``round`` is taking too long, these slots are missing."""
+    """A server to the scheduler: round ``round`` is taking too long, these slots are missing.
+
+    ``missing`` is empty if nothing of the round has come: then all of them are.
+    """
 
     incarnation: Count
     round: Round

@@ -110,6 +110,7 @@ class SchedulerCore:
         self._ended_ns = 0
         self._handled_ns = 0
         self._is_over_noted = False
+        self._is_standby_noted = False
 
     @property
     def tables(self) -> list[TableState]:
@@ -269,10 +270,10 @@ class SchedulerCore:
                 self._out.append(Note(Level.WARNING, text))
         if self.phase is Phase.FORMING and not formation.missing(self.roster, self._wanted()):
             self.phase = Phase.RUNNING
-            self._note(
-                now_ns, f"{self.limits.servers} servers and {self.limits.workers} workers are there"
-            )
+            there = f"{self.limits.servers} servers and {self.limits.workers} workers are there"
+            self._note(now_ns, there)
             self._place_tables(now_ns)  # those that were declared while it formed
+        self._note_standby()
         self._new_view(now_ns)
 
     def _on_heartbeat(self, now_ns: int, state: MemberState, beat: Heartbeat) -> None:
@@ -315,11 +316,16 @@ class SchedulerCore:
         if not is_first or not self.plans:
             return
         self._lease_check_ns = now_ns + LEASE_CHECK_MS * MS
+        self._note_standby()
+        self._new_view(now_ns)
+
+    def _note_standby(self) -> None:
+        """Say once that there are more workers than slots."""
         workers, slots = len(self.roster.live(Role.WORKER)), self.declared.slots
-        if workers > slots:
+        if 0 < slots < workers and not self._is_standby_noted:
+            self._is_standby_noted = True
             idle = f"{workers - slots} stand by and take backup tasks"
             self._out.append(Note(Level.WARNING, f"{workers} workers for {slots} slots: {idle}"))
-        self._new_view(now_ns)
 
     # ---- views and leases ---------------------------------------------------------------------
 

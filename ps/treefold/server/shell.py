@@ -14,6 +14,7 @@ from treefold.common.errors import DataError, UnsupportedError
 from treefold.common.fold import fold
 from treefold.common.ledger import StateRecord, VersionRecord, Writer
 from treefold.common.log import logger
+from treefold.common.optim import warm_up
 from treefold.common.process import ProcessFigures, Spent, random_number
 from treefold.server.core import ServerCore, ServerLimits
 from treefold.server.digest import block_digests
@@ -255,13 +256,6 @@ class ServerShell:
             version = self._core.shards[table, shard].version
             first = self._core.places[table, shard].first_block
             ledger.add(StateRecord(table, shard, version, first, block_digests(state)))
-
-
-def warm_up() -> None:
-    """Make torch import now what it would import with the first optimizer: about a second."""
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
-    torch.optim.SGD([parameter], lr=0.0).step()
 
 
 def main(settings: Settings, announce: Callable[[str], None]) -> int:

@@ -19,6 +19,7 @@ from treefold.common.errors import (
     SchedulerLostError,
     TreefoldError,
 )
+from treefold.common.optim import warm_up
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.torch.embedded import connect_embedded
 from treefold.torch.leaving import ExitWatch, end_with
@@ -286,6 +287,7 @@ def init(
         raise ConfigError(msg)
     arguments = {"slots": slots, "seed": seed, "scheduler": scheduler}
     settings = load(arguments).settings
+    warm_up()
     client = _connect(settings)
     if threads:
         torch.set_num_threads(threads)
