@@ -78,7 +78,7 @@ class SchedulerShell:
             case Note(level, text):
                 self._log.log(level, text)
             case Halt():
-                self._halt = effect
+                self._halt = self._halt or effect  # what came in the same batch changes nothing
         return []
 
 

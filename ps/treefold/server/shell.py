@@ -146,7 +146,7 @@ class ServerShell:
             case Note(level, text):
                 self._log.log(level, text)
             case Halt():
-                self._halt = effect
+                self._halt = self._halt or effect  # what came in the same batch changes nothing
         return []
 
     def _send(self, effect: Send) -> list[Event]:

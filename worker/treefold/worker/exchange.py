@@ -134,7 +134,8 @@ class Exchange:
         ]
         if not late:
             return
-        version = self._torn_version([pull for table, _, pull in late if table in self.trained()])
+        trained = [pull for table, _, pull in late if table.spec.rule is Rule.OPTIMIZER]
+        version = self._torn_version(trained)
         if version is not None:
             for table in self.trained():
                 if table.pulls:
