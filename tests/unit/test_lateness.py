@@ -1,0 +1,123 @@
+"""When a server calls a round late: counted from when it is wanted, once for all shards."""
+
+from treefold.common.spec import (
+    Dtype,
+    OptimizerSpec,
+    Placement,
+    Rule,
+    TableSpec,
+    TensorSpec,
+)
+from treefold.server import lateness
+from treefold.server.rounds import RoundState, Shard, Wait
+from treefold.wire.membership import MS
+from treefold.wire.messages import Push
+
+AFTER = lateness.LATE_AFTER_MS * MS
+PERIOD = 400 * MS  # of the rounds before
+
+
+def make_shard(table: int, rule: Rule = Rule.OPTIMIZER) -> Shard:
+    """A shard of one part that has published versions 0 and 1, and takes `PERIOD` for a round."""
+    optimizer = OptimizerSpec("SGD", [{"lr": 0.1}]) if rule is Rule.OPTIMIZER else None
+    tensor = TensorSpec("w", [4], Dtype.FLOAT32, 0)
+    spec = TableSpec(f"t{table}", rule, Placement.ELEMENTWISE, [tensor], optimizer)
+    shard = Shard(table, 0, 1, spec, [(0, 4)], [1])
+    for now_ns in (1, 1 + PERIOD):
+        if shard.round is not None:
+            shard.publish(now_ns, shard.round, 0.0)
+    return shard
+
+
+def want(now_ns: int, shard: Shard) -> None:
+    """Somebody waits for the version that the shard collects."""
+    shard.waits["worker"] = Wait(shard.version + 1, [0])
+    lateness.begin(now_ns, shard)
+
+
+def bring(now_ns: int, shard: Shard, slot: int) -> None:
+    """A contribution of one of four slots arrives."""
+    assert shard.round is not None
+    if shard.round.active == 0:
+        shard.round.open(4, 1)
+        lateness.open_round(now_ns, shard)
+    push = Push(1, 1, 1, shard.table, 0, 0, shard.version, 4, 0, slot, b"\1", None)
+    shard.round.take(push, None, [])
+
+
+def reports(now_ns: int, *shards: Shard) -> list[tuple[int, list[int]]]:
+    """What is reported of these shards."""
+    return lateness.reports(now_ns, {(shard.table, 0): shard for shard in shards})
+
+
+def test_a_round_of_which_nothing_comes_is_late_half_a_round_after_its_usual_time() -> None:
+    shard = make_shard(0)
+    want(0, shard)
+    assert reports(PERIOD * 3 // 2 - 1, shard) == []
+    assert reports(PERIOD * 3 // 2, shard) == [(1, [])]
+
+
+def test_a_round_is_late_half_its_usual_time_after_its_first_contribution() -> None:
+    shard = make_shard(0)
+    want(0, shard)
+    bring(0, shard, 2)
+    assert reports(PERIOD // 2 - 1, shard) == []
+    assert reports(PERIOD // 2, shard) == [(1, [0, 1, 3])]
+
+
+def test_a_late_round_is_reported_again_as_long_as_it_is_not_complete() -> None:
+    shard = make_shard(0)
+    want(0, shard)
+    bring(0, shard, 2)
+    reports(PERIOD // 2, shard)
+    assert reports(PERIOD // 2 + 1, shard) == []
+    bring(PERIOD, shard, 3)
+    assert reports(PERIOD, shard) == [(1, [0, 1])]
+
+
+def test_tiny_rounds_are_not_called_late_at_once() -> None:
+    shard = make_shard(0)
+    shard.round_time_ns = 1
+    want(0, shard)
+    assert reports(AFTER - 1, shard) == []
+    assert reports(AFTER, shard) == [(1, [])]
+
+
+def test_a_round_is_reported_once_for_all_shards_with_what_any_of_them_lacks() -> None:
+    first, second = make_shard(0), make_shard(1)
+    for shard, slots in ((first, (0, 1, 2)), (second, (0, 1))):
+        want(0, shard)
+        for slot in slots:
+            bring(0, shard, slot)
+    assert reports(PERIOD, first, second) == [(1, [0, 2, 3])]
+    assert reports(PERIOD + 1, first, second) == []
+
+
+def test_a_round_that_nobody_waits_for_is_not_late() -> None:
+    shard = make_shard(0)
+    want(0, shard)
+    shard.waits.clear()
+    assert reports(10 * PERIOD, shard) == []
+    assert shard.late_ns is None
+
+
+def test_a_round_that_waits_for_the_norm_is_not_late() -> None:
+    shard = make_shard(0)
+    want(0, shard)
+    bring(0, shard, 0)
+    assert shard.round is not None
+    shard.round.state = RoundState.MEASURING
+    assert reports(10 * PERIOD, shard) == []
+
+
+def test_initial_values_and_constant_tables_are_never_late() -> None:
+    constant = make_shard(0, Rule.CONSTANT)
+    lateness.begin(0, constant)
+    assert constant.late_ns is None
+
+
+def test_a_pause_of_the_script_does_not_count_as_a_long_round() -> None:
+    shard = make_shard(0)
+    assert shard.round is not None
+    shard.publish(1 + PERIOD + 100 * PERIOD, shard.round, 0.0)
+    assert shard.round_time_ns < 2 * PERIOD
