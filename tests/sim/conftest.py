@@ -1,5 +1,7 @@
 """Options of the simulator, beside ``--seeds N`` of all tests."""
 
+import gc
+
 import pytest
 
 
@@ -12,5 +14,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def seeds(pytestconfig: pytest.Config) -> range:
     """The seeds that the simulator is to run."""
+    gc.freeze()  # what torch imported need not be looked at again and again: a tenth of the time
     first = int(pytestconfig.getoption("--first-seed", 0))
     return range(first, first + int(pytestconfig.getoption("--seeds")))

@@ -461,17 +461,17 @@ class WorkerCore:
     def _check_scheduler(self, now_ns: int) -> None:
         """What only the scheduler can answer is not waited for without end."""
         quiet_ns = now_ns - self.membership.heard_ns
+        if quiet_ns <= self.limits.unreachable_ns or self.membership.incarnation == 0:
+            return
         is_waiting = self.declarations.is_waiting or self.exchange.is_unplaced
-        is_waiting |= self._join_call is not None
-        is_known = self.membership.incarnation > 0
-        if is_waiting and is_known and quiet_ns > self.limits.unreachable_ns:
+        if is_waiting or self._join_call is not None:
             text = f"the scheduler has not answered for {quiet_ns / 1e9:.0f} s; is it still there?"
             self._fail(errors.SchedulerLostError(text))
 
     def _check_servers(self, now_ns: int) -> None:
         quiet_ns = now_ns - max(self._server_ns, self.exchange.asked_ns)
-        is_waiting = self._task_call is not None or self.exchange.is_declaring
-        if is_waiting and self.exchange.is_asking and quiet_ns > self.limits.unreachable_ns:
+        is_quiet = quiet_ns > self.limits.unreachable_ns and self.exchange.is_asking
+        if is_quiet and (self._task_call is not None or self.exchange.is_declaring):
             text = f"no server answered for {quiet_ns / 1e9:.0f} s; {self._waiting_for()}"
             self._fail(errors.UnavailableError(text))
         elif self._wait_note_ns is not None and now_ns >= self._wait_note_ns:
