@@ -382,8 +382,7 @@ class SchedulerCore:
         decision = self.norms.add(report, len(place.shards))
         if decision is None:
             return
-        holders = {shard.server: None for shard in place.shards}
-        for who in holders:
+        for who in {shard.server: None for shard in place.shards}:
             state = self.roster.by_incarnation[who]
             self._out.append(Send(state.peer, decision))
 
@@ -394,9 +393,8 @@ class SchedulerCore:
         state.move(Happening.FAREWELL)
         state.outcome = message.outcome
         if was_live:
-            self._note(
-                now_ns, f"{state.name} left: {message.outcome.name.lower()} {message.text}".rstrip()
-            )
+            text = f"{state.name} left: {message.outcome.name.lower()} {message.text}"
+            self._note(now_ns, text.rstrip())
             self._on_gone(now_ns, state, message.outcome, message.text)
         elif message.outcome is Outcome.DONE and not self.roster.live(Role.WORKER):
             self._end(now_ns, Outcome.DONE, "the job is done")
@@ -426,13 +424,14 @@ class SchedulerCore:
     def _on_last_worker(
         self, now_ns: int, state: MemberState, outcome: Outcome | None, text: str
     ) -> None:
-        if any(s.outcome is Outcome.DONE for s in self.roster.by_incarnation.values()):
+        is_done, patience_ns = self.roster.is_done, self.limits.dead_after_ns
+        if is_done and not self.roster.is_awaited(now_ns, 2 * patience_ns):
             self._end(now_ns, Outcome.DONE, "the job is done")
-        elif outcome is Outcome.FAILED and not self.limits.is_restarting:
+        elif outcome is Outcome.FAILED and not self.limits.is_restarting and not is_done:
             self._end(now_ns, Outcome.FAILED, f"{state.name} failed and no worker is left: {text}")
         else:
             self._alone_since_ns = now_ns
-            self._alone_grace_ns = self.limits.rejoin_grace_ns
+            self._alone_grace_ns = patience_ns if is_done else self.limits.rejoin_grace_ns
             self._new_view(now_ns)
 
     def _end(self, now_ns: int, outcome: Outcome, text: str) -> None:
@@ -478,9 +477,10 @@ class SchedulerCore:
             self._end(now_ns, Outcome.NOT_FORMED, text)
         alone = self._alone_since_ns
         if alone is not None and now_ns - alone >= self._alone_grace_ns:
-            waited = self._alone_grace_ns / 1e9
-            text = f"no worker is left and none came back within {waited:.0f} s"
-            self._end(now_ns, Outcome.FAILED, text)
+            text = f"no worker is left and none came back within {(now_ns - alone) / 1e9:.0f} s"
+            is_done = self.roster.is_done
+            outcome = Outcome.DONE if is_done else Outcome.FAILED
+            self._end(now_ns, outcome, "the job is done" if is_done else text)
         if self.plans and now_ns >= self._lease_check_ns and self.phase is Phase.RUNNING:
             self._check_leases(now_ns)
 

@@ -105,6 +105,24 @@ class Roster:
         states = reversed(self.by_incarnation.values())
         return next((state for state in states if state.nonce == nonce), None)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether some worker has left because its script was done."""
+        return any(state.outcome is Outcome.DONE for state in self.by_incarnation.values())
+
+    def is_awaited(self, now_ns: int, patience_ns: int) -> bool:
+        """Whether a worker fell silent so recently that it may yet come back.
+
+        It may have been too busy to speak. One that has come back registered with the next nonce.
+        """
+        silent = [
+            state
+            for state in self.by_incarnation.values()
+            if state.life is Life.DEAD and now_ns - state.seen_ns < patience_ns
+        ]
+        workers = [state for state in silent if state.member.role is Role.WORKER]
+        return any(self.by_nonce(state.nonce + 1) is None for state in workers)
+
     def live(self, role: Role | None = None) -> list[MemberState]:
         """Live members (of one role), by rank."""
         found = [
