@@ -61,6 +61,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Seconds that a job without any worker waits for one to come back.
     retry_ms : int
         Silence after which a worker asks a server again.
+    lane : str
+        ``auto``: members on one host exchange tensors in shared memory; ``socket``: nobody does.
+    lane_bytes_max : int
+        Shared memory that one process may make, in bytes; what is beyond goes through sockets.
     max_restarts : int
         How many times ``treefold run`` starts a dead role again.
     linger : bool
@@ -87,6 +91,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     form_timeout_s: Seconds = 120.0
     rejoin_grace_s: Annotated[float, Meta(ge=0, le=1e9)] = 5.0
     retry_ms: Positive = 1_000
+    lane: str = "auto"
+    lane_bytes_max: Annotated[int, Meta(ge=0, le=1 << 50)] = 1 << 36
     max_restarts: NotNegative = 0
     linger: bool = False
     ledger: str = ""
@@ -103,6 +109,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(msg)
         if self.log_level not in ("debug", "info", "warning", "error"):
             msg = f"log_level is {self.log_level!r}; it is one of debug, info, warning, error"
+            raise ConfigError(msg)
+        if self.lane not in ("auto", "socket"):
+            msg = f"lane is {self.lane!r}; it is auto or socket"
             raise ConfigError(msg)
         for key in ("scheduler", "bind", "advertise"):
             value: str = getattr(self, key)

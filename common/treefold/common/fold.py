@@ -6,6 +6,7 @@ its sum elsewhere. Nothing here knows which nodes meet: that is `treefold.common
 
 import sys
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,25 +14,35 @@ from torch import Tensor
 from treefold.common.errors import DataError, UnsupportedError
 from treefold.common.spec import Dtype
 
+TORCH_DTYPES = {
+    Dtype.FLOAT32: torch.float32,
+    Dtype.FLOAT16: torch.float16,
+    Dtype.BFLOAT16: torch.bfloat16,
+    Dtype.FLOAT64: torch.float64,
+    Dtype.INT64: torch.int64,
+}
+
 with warnings.catch_warnings():
     # torch warns about read-only buffers once per process; `view_frame` guards them by other means.
     warnings.simplefilter("ignore")
     torch.frombuffer(bytes(Dtype.FLOAT32.itemsize), dtype=torch.float32)
 
 
-def view_frame(frame: bytes | bytearray | memoryview) -> Tensor:
+def view_frame(frame: bytes | bytearray | memoryview, dtype: Dtype = Dtype.FLOAT32) -> Tensor:
     """A received payload frame as a tensor that shares its memory and may only be read.
 
     Parameters
     ----------
     frame : bytes-like
-        Little-endian float32 values, at any address. The tensor keeps it alive.
+        Little-endian values, at any address. The tensor keeps it alive.
+    dtype : Dtype
+        Of the values.
 
     Returns
     -------
-    Tensor, float32 [n]
-        An inference tensor: it can be an operand anywhere, `fold` refuses to write to it, and torch
-        raises if something else has.
+    Tensor, of that dtype [n]
+        An inference tensor: it can be an operand anywhere, `Folder` refuses to write to it, and
+        torch raises if something else has.
 
     Raises
     ------
@@ -43,37 +54,75 @@ def view_frame(frame: bytes | bytearray | memoryview) -> Tensor:
     if sys.byteorder != "little":
         raise UnsupportedError("tensors travel as little-endian bytes, and this machine is not")
     nbytes = memoryview(frame).nbytes
-    if nbytes % Dtype.FLOAT32.itemsize:
-        text = f"a payload frame of {nbytes} bytes is not a whole number of float32 values"
+    if nbytes % dtype.itemsize:
+        name = dtype.name.lower()
+        text = f"a payload frame of {nbytes} bytes is not a whole number of {name} values"
         raise DataError(text)
     with torch.inference_mode():
         if nbytes == 0:
-            return torch.empty(0)
-        return torch.frombuffer(frame, dtype=torch.float32)
+            return torch.empty(0, dtype=TORCH_DTYPES[dtype])
+        return torch.frombuffer(frame, dtype=TORCH_DTYPES[dtype])
 
 
-def fold(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write ``left + right`` to ``out``: the sum of two sibling nodes, always in this order.
+class Payload(NamedTuple):
+    """The values of one node for one part: each is an element times ``scale``, rounded once.
 
-    Parameters
-    ----------
-    left, right : Tensor, float32 [n]
-        The values of the two nodes. Neither is changed, unless it is ``out`` itself.
-    out : Tensor, float32 [n]
-        Where the sum goes; may be ``left`` or ``right``, but no received frame.
-
-    Raises
-    ------
-    DataError
-        If shapes or dtypes differ, or ``out`` is a received frame; nothing is written then.
+    The product is a rounding of its own. It is never part of a fused multiply-add, so that it does
+    not matter where it is computed.
     """
-    for tensor in (left, right, out):
-        if tensor.dtype != torch.float32 or tensor.shape != out.shape:
-            text = (
-                f"a fold of {tensor.dtype} {list(tensor.shape)} into {out.dtype} "
-                f"{list(out.shape)}: all must be float32 and of one shape"
-            )
-            raise DataError(text)
-    if out.is_inference():
-        raise DataError("a fold would write to a received frame: give it a buffer as `out`")
-    torch.add(left, right, out=out)
+
+    tensor: Tensor
+    scale: float = 1.0
+
+
+class Folder:
+    """The addition of two sibling nodes. Belongs to one thread.
+
+    Notes
+    -----
+    Has a buffer of one part, so that a fold allocates nothing.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def fold(self, left: Payload, right: Payload, out: Tensor) -> None:
+        """Write ``left + right`` to ``out``: the sum of two sibling nodes, always in this order.
+
+        Parameters
+        ----------
+        left, right : Payload, float32 [n]
+            The values of the two nodes. Neither is changed, unless it is ``out`` itself.
+        out : Tensor, float32 [n]
+            Where the sum goes; may be the tensor of either, but no received frame.
+
+        Raises
+        ------
+        DataError
+            If shapes or dtypes differ, or ``out`` is a received frame; nothing is written then.
+        """
+        for tensor in (left.tensor, right.tensor, out):
+            if tensor.dtype != torch.float32 or tensor.shape != out.shape:
+                text = (
+                    f"a fold of {tensor.dtype} {list(tensor.shape)} into {out.dtype} "
+                    f"{list(out.shape)}: all must be float32 and of one shape"
+                )
+                raise DataError(text)
+        if out.is_inference():
+            raise DataError("a fold would write to a received frame: give it a buffer as `out`")
+        if left.scale == 1.0 and right.scale == 1.0:
+            torch.add(left.tensor, right.tensor, out=out)
+        elif left.scale == 1.0:
+            torch.add(left.tensor, self._product(right), out=out)
+        elif right.scale == 1.0:
+            torch.add(self._product(left), right.tensor, out=out)
+        else:
+            product = self._product(right)
+            torch.mul(left.tensor, left.scale, out=out)
+            out.add_(product)
+
+    def _product(self, payload: Payload) -> Tensor:
+        elements = payload.tensor.numel()
+        if self._buffer.numel() < elements:
+            self._buffer = torch.empty(elements)
+        return torch.mul(payload.tensor, payload.scale, out=self._buffer[:elements])

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from treefold.common.errors import DataError
 from treefold.common.spec import Placement, TableSpec
 
 BLOCK_ELEMENTS = 65_536
@@ -106,3 +107,21 @@ class Layout:
         chosen = sorted({borders[bisect_right(borders, block) - 1] for block in wanted})
         ends = [*chosen[1:], self.blocks]
         return [ShardSpan(a, b - a) for a, b in zip(chosen, ends, strict=True)]
+
+
+def split_run(count: int, elements: int) -> list[int]:
+    """Elements of each of ``count`` adjacent parts of a shard that have ``elements`` together.
+
+    All parts of a shard are of one size, but for its last one, which may be shorter.
+
+    Raises
+    ------
+    DataError
+        No run of so many parts has so many elements.
+    """
+    full = PART_BLOCKS_MAX * BLOCK_ELEMENTS
+    rest = elements - (count - 1) * full
+    if not 0 <= rest <= full or (rest == 0 and count > 1):
+        text = f"{elements} elements in {count} parts, each of which has at most {full}"
+        raise DataError(text)
+    return [full] * (count - 1) + [rest]

@@ -7,18 +7,23 @@ otherwise ignored.
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-import torch
-
 from treefold.common.errors import RemoteProtocolError
-from treefold.common.fold import view_frame
 from treefold.common.log import logger
 from treefold.transport.sockets import Arrival, Hub
 from treefold.wire import codec
 from treefold.wire.exchange import Peer, Received, Tick
-from treefold.wire.messages import Code, Refused
+from treefold.wire.messages import (
+    AnyMessage,
+    Code,
+    Pulled,
+    Push,
+    Refused,
+    SegmentAnswer,
+    SegmentOffer,
+)
 
 BATCH_MAX = 64  # messages taken from one socket before the clock is looked at
 REFUSAL_TEXT_MAX = 500
@@ -38,35 +43,14 @@ class Core(Protocol[SeenT, DoneT]):
         """When a `Tick` is needed at the latest."""
 
 
-class Payloads:
-    """Tensors by the numbers that cores know them by."""
+class Tensors(Protocol):
+    """Takes in the payloads of arrivals; see `treefold.transport.carrier.Carrier`."""
 
-    def __init__(self) -> None:
-        self._tensors: dict[int, torch.Tensor] = {}
-        self._next = 1
+    def receive(self, arrival: Arrival, message: Push | Pulled) -> tuple[int, ...] | None:
+        """Hold the payloads of a message; None if it is to be ignored."""
 
-    def __len__(self) -> int:
-        """How many are held."""
-        return len(self._tensors)
-
-    def add(self, tensor: torch.Tensor) -> int:
-        """Hold a tensor; returns its number."""
-        number = self._next
-        self._next += 1
-        self._tensors[number] = tensor
-        return number
-
-    def get(self, number: int) -> torch.Tensor:
-        """The tensor of a number."""
-        return self._tensors[number]
-
-    def put(self, number: int, tensor: torch.Tensor) -> None:
-        """Hold another tensor under a number."""
-        self._tensors[number] = tensor
-
-    def pop(self, number: int) -> torch.Tensor:
-        """The tensor of a number, held no longer."""
-        return self._tensors.pop(number)
+    def on_segment(self, arrival: Arrival, message: SegmentOffer | SegmentAnswer) -> None:
+        """Deal with an offer of shared memory, or with the answer to ours."""
 
 
 class Loop(Generic[EventT, EffectT]):
@@ -80,6 +64,8 @@ class Loop(Generic[EventT, EffectT]):
         Decides.
     perform : callable
         Carries out one effect; returns events that came of it.
+    tensors : Tensors, optional
+        Takes in payloads. A role without tensors refuses messages that have some.
     """
 
     def __init__(
@@ -87,11 +73,12 @@ class Loop(Generic[EventT, EffectT]):
         hub: Hub,
         core: Core[EventT | Received | Tick, EffectT],
         perform: Callable[[EffectT], Iterable[EventT]],
+        tensors: Tensors | None = None,
     ) -> None:
         self.hub = hub
         self.core = core
-        self.payloads = Payloads()
         self.refused = 0
+        self._tensors = tensors
         self._perform = perform
         self._log = logger("transport")
 
@@ -119,16 +106,25 @@ class Loop(Generic[EventT, EffectT]):
         try:
             message = codec.decode(arrival.header)
             codec.check_payload(message, [payload.nbytes for payload in arrival.payloads])
+            return self._received(arrival, peer, message)
         except RemoteProtocolError as error:
-            self._refuse(arrival.sender, str(error))
+            self._refuse(arrival, str(error))
             return None
-        if not arrival.payloads:
-            return Received(peer, message)
-        return Received(peer, message, self.payloads.add(view_frame(arrival.payloads[0])))
 
-    def _refuse(self, sender: Hashable, text: str) -> None:
+    def _received(self, arrival: Arrival, peer: Peer, message: AnyMessage) -> Received | None:
+        if not isinstance(message, Push | Pulled | SegmentOffer | SegmentAnswer):
+            return Received(peer, message)
+        if self._tensors is None:
+            raise RemoteProtocolError(f"{type(message).__name__} to a member without tensors")
+        if isinstance(message, SegmentOffer | SegmentAnswer):
+            self._tensors.on_segment(arrival, message)
+            return None
+        payloads = self._tensors.receive(arrival, message)
+        return None if payloads is None else Received(peer, message, payloads)
+
+    def _refuse(self, arrival: Arrival, text: str) -> None:
         self.refused += 1
         self._log.warning("message refused (%d so far): %s", self.refused, text[:REFUSAL_TEXT_MAX])
-        if isinstance(sender, bytes):
+        if isinstance(arrival.sender, bytes):
             header = codec.encode(Refused(0, Code.BAD_MESSAGE, text[:REFUSAL_TEXT_MAX]))
-            self.hub.send("listener", sender, header)
+            self.hub.send(arrival.socket, arrival.sender, header)

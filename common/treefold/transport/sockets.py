@@ -1,24 +1,23 @@
 """Sockets of one process: a listener, links to others, and a bell that other threads may ring.
 
 One thread owns a `Hub` and everything in it. Only `Bell.ring` may be called from elsewhere. Nothing
-here understands messages: what goes in and out is an address, a header and at most one payload.
+here understands messages: what goes in and out is an address, a header and payload frames.
 """
 
 import errno
 import os
 import socket
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-import torch
 import zmq
 
 from treefold.common.errors import ConfigError, LocalProtocolError
-from treefold.transport.pool import BufferPool
 
 CONTROL_FRAME_BYTES_MAX = 64 << 20  # specs and views of very large jobs
 DATA_FRAME_BYTES_MAX = (4 << 20) + (64 << 10)  # the largest payload frame, or a header
+IN_FLIGHT_MAX = 1_024  # messages remembered before those that have left are forgotten
 RECEIVE_QUEUE_MAX = 256  # messages per peer that ZeroMQ takes from the kernel ahead of us
 FLUSH_MS = 2_000  # how long a closing process waits for its last messages to leave
 HANDSHAKE_MS = 3_000
@@ -32,8 +31,13 @@ LOOPBACK_HOSTS = ("localhost", "[::1]", "::1")
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One message as it came. ``sender`` is the routing identity (listener) or the link's name."""
+    """One message as it came.
 
+    ``socket`` is the name of the socket that it came by, ``sender`` the routing identity (listener)
+    or that name again (link).
+    """
+
+    socket: Hashable
     sender: Hashable
     header: bytes
     payloads: list[memoryview]
@@ -55,7 +59,6 @@ class Hub:
         self._sockets: dict[Hashable, zmq.Socket[bytes]] = {}
         self._in_flight: dict[Hashable, zmq.MessageTracker] = {}
         self._pid = os.getpid()
-        self.pool = BufferPool()
         self.bell = Bell()
         self._poller.register(self.bell.fileno(), zmq.POLLIN)
 
@@ -143,15 +146,8 @@ class Hub:
             if known in ready:
                 yield from self._receive(name, known, batch_max)
 
-    def send(
-        self,
-        name: Hashable,
-        identity: bytes | None,
-        header: bytes,
-        payload: torch.Tensor | None = None,
-        key: Hashable = None,
-    ) -> bool:
-        """Send one message; never blocks.
+    def send(self, name: Hashable, identity: bytes | None, header: bytes) -> bool:
+        """Send a message without a payload; never blocks.
 
         Parameters
         ----------
@@ -161,40 +157,60 @@ class Hub:
             The peer, for a listener.
         header : bytes
             The encoded message.
-        payload : Tensor, float32, contiguous, optional
-            Sent without a copy; it must not be written until the pool says so.
-        key : hashable
-            Names the message; while an earlier one of the same name is still on its way, this one
-            is skipped.
 
         Returns
         -------
         bool
             False if the peer cannot be reached.
         """
-        if os.getpid() != self._pid:
-            msg = "this process was forked from the one that owns the sockets; open your own"
-            raise LocalProtocolError(msg)
-        sock = self._sockets.get(name)
+        sock = self._socket(name)
         if sock is None:
             return False
-        if key is not None and key in self._in_flight and not self._in_flight[key].done:
-            return True
-        frames = [header] if identity is None else [identity, header]
         try:
-            if payload is None:
-                sock.send_multipart(frames, zmq.DONTWAIT)
-                return True
-            sock.send_multipart(frames, zmq.DONTWAIT | zmq.SNDMORE)
-            view = payload.detach().numpy().data.cast("B")
-            tracker = sock.send(view, zmq.DONTWAIT, copy=False, track=True)
+            sock.send_multipart([header] if identity is None else [identity, header], zmq.DONTWAIT)
         except zmq.ZMQError as error:
-            if error.errno in (errno.EHOSTUNREACH, zmq.EAGAIN):
-                return False
-            raise
-        if tracker is not None:
-            self._track(payload, tracker, key)
+            return _is_unreachable(error)
         return True
+
+    def send_frames(
+        self, name: Hashable, identity: bytes | None, header: bytes, frames: Sequence[memoryview]
+    ) -> list[zmq.MessageTracker] | None:
+        """Send a message with payload frames, without copying them; never blocks.
+
+        Parameters
+        ----------
+        name, identity, header :
+            As for `send`. While an equal message is still on its way, this one is skipped.
+        frames : sequence of memoryview
+            Must not be written to until their trackers are done.
+
+        Returns
+        -------
+        list of zmq.MessageTracker, or None
+            One per frame, none if it was skipped; None if the peer cannot be reached.
+        """
+        sock = self._socket(name)
+        if sock is None:
+            return None
+        key = (name, identity, header)
+        if key in self._in_flight and not self._in_flight[key].done:
+            return []
+        trackers: list[zmq.MessageTracker] = []
+        try:
+            sock.send_multipart(
+                [header] if identity is None else [identity, header], zmq.DONTWAIT | zmq.SNDMORE
+            )
+            for left, frame in zip(range(len(frames) - 1, -1, -1), frames, strict=True):
+                flags = zmq.DONTWAIT | (zmq.SNDMORE if left else 0)
+                tracker = sock.send(frame, flags, copy=False, track=True)
+                if tracker is not None:
+                    trackers.append(tracker)
+        except zmq.ZMQError as error:
+            _is_unreachable(error)
+            return None
+        if trackers and not trackers[-1].done:
+            self._remember(key, trackers[-1])
+        return trackers
 
     def close(self) -> None:
         """Close every socket, waiting a bounded time for what was sent to leave."""
@@ -206,11 +222,14 @@ class Hub:
         if self._owns_context:
             self._context.term()
 
-    def _track(self, payload: torch.Tensor, tracker: zmq.MessageTracker, key: Hashable) -> None:
-        self.pool.note_send(payload, tracker)
-        if key is None or tracker.done:
-            return
-        if len(self._in_flight) > 4 * RECEIVE_QUEUE_MAX:
+    def _socket(self, name: Hashable) -> zmq.Socket[bytes] | None:
+        if os.getpid() != self._pid:
+            msg = "this process was forked from the one that owns the sockets; open your own"
+            raise LocalProtocolError(msg)
+        return self._sockets.get(name)
+
+    def _remember(self, key: Hashable, tracker: zmq.MessageTracker) -> None:
+        if len(self._in_flight) > IN_FLIGHT_MAX:
             self._in_flight = {k: t for k, t in self._in_flight.items() if not t.done}
         self._in_flight[key] = tracker
 
@@ -245,7 +264,7 @@ class Hub:
                 return
             sender = frames.pop(0).bytes if is_router else name
             header = frames[0].bytes if frames else b""
-            yield Arrival(sender, header, [memoryview(frame.buffer) for frame in frames[1:]])
+            yield Arrival(name, sender, header, [memoryview(frame.buffer) for frame in frames[1:]])
 
 
 class Bell:
@@ -316,3 +335,10 @@ def _bind_text(address: str, error: zmq.ZMQError) -> str:
     if error.errno == zmq.EADDRNOTAVAIL or error.errno == errno.ENODEV:
         return f"{address} is not an address of this machine"
     return f"cannot listen on {address}: {error}"
+
+
+def _is_unreachable(error: zmq.ZMQError) -> bool:
+    """False for a peer that cannot be reached, as senders return it; anything else is raised."""
+    if error.errno in (errno.EHOSTUNREACH, zmq.EAGAIN):
+        return False
+    raise error

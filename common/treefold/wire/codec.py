@@ -9,8 +9,9 @@ from typing import Final
 
 import msgspec
 
-from treefold.common.errors import RemoteProtocolError
-from treefold.wire.messages import AnyMessage, Frame, Pulled, Push
+from treefold.common.errors import DataError, RemoteProtocolError
+from treefold.common.layout import split_run
+from treefold.wire.messages import AnyMessage, Pulled, Push
 
 HEADER_BYTES_MAX = 64 << 20  # a table of a million tensors; checked before decoding
 DATA_HEADER_BYTES_MAX = 4 << 20
@@ -49,21 +50,25 @@ def decode(header: bytes | bytearray | memoryview, bytes_max: int = HEADER_BYTES
         raise RemoteProtocolError(msg) from error
 
 
-def frame_of(message: AnyMessage) -> Frame | None:
-    """Description of the payload that must follow a message, None if none may."""
-    return message.frame if isinstance(message, Push | Pulled) else None
-
-
 def check_payload(message: AnyMessage, payload_bytes: list[int]) -> None:
     """Check the sizes of the frames after the header against what the header announces.
 
     Raises
     ------
     RemoteProtocolError
-        Another number of frames, or a frame of another size, than announced.
+        Another number of frames, or a frame of another size, than announced; or a run of parts that
+        cannot have as many elements as it says.
     """
-    frame = frame_of(message)
-    expected = [] if frame is None else [frame.nbytes]
+    expected: list[int] = []
+    if isinstance(message, Push | Pulled) and message.frame is not None:
+        frame = message.frame
+        try:
+            sizes = split_run(message.count, frame.elements)
+        except DataError as error:
+            name = type(message).__name__
+            raise RemoteProtocolError(f"{name}: {error}") from error
+        if not frame.segment:
+            expected = [size * frame.dtype.itemsize for size in sizes]
     if payload_bytes != expected:
         name = type(message).__name__
         msg = f"{name} with payload frames of {payload_bytes} bytes, announced {expected}"

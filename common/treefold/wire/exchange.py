@@ -29,11 +29,11 @@ class Level(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message arrived. ``payload`` is the handle of its payload frame, None if it has none."""
+    """A message arrived. ``payloads`` has the handle of each part's payload, if it has any."""
 
     peer: Peer
     message: AnyMessage
-    payload: int | None = None
+    payloads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a message; with ``payload``, a handle or reference that the shell resolves to bytes."""
+    """Send a message; the shell resolves ``payload``, a reference or a handle per part."""
 
     peer: Peer
     message: AnyMessage

@@ -4,7 +4,9 @@ Structs are positional on the wire: append fields with defaults, never reorder, 
 tag is never used twice. Each struct, its page in ``docs/wire.md`` and its golden bytes change in
 one commit.
 
-A message with tensor data carries a `Frame` that describes it; the bytes follow as one more frame.
+A message with tensor data covers a *run* of adjacent parts of a shard and carries a `Frame` that
+describes it. The bytes follow as one frame per part, or lie in a segment that sender and receiver
+share.
 """
 
 from enum import IntEnum
@@ -17,13 +19,15 @@ from treefold.common.errors import DataError
 from treefold.common.plan import SLOTS_MAX, Count, LoopPlan
 from treefold.common.spec import GROUPS_MAX, Dtype, Hyper, Name, TableSpec, Text
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MEMBERS_MAX = 65_536
 TABLES_MAX = 1_024
 SHARDS_MAX = 1_048_576
 PARTS_MAX = 1_048_576
 STATE_BYTES_MAX = 1 << 20  # LR schedulers and integer buffers of one job
 FRAME_BYTES_MAX = 4 << 20  # one payload frame
+RUN_BYTES_MAX = 1 << 30  # payload of one message, all frames together
+RUN_PARTS_MAX = 4_096  # parts in one message
 ABSENT_BYTES_MAX = 1 << 17  # one bit per tensor of a part
 
 Slot = Annotated[int, Meta(ge=0, lt=SLOTS_MAX)]
@@ -31,6 +35,7 @@ Slots = Annotated[list[Slot], Meta(max_length=SLOTS_MAX)]
 TableNumber = Annotated[int, Meta(ge=0, lt=TABLES_MAX)]
 ShardNumber = Annotated[int, Meta(ge=0, lt=SHARDS_MAX)]
 PartNumber = Annotated[int, Meta(ge=0, lt=PARTS_MAX)]
+Parts = Annotated[int, Meta(ge=1, le=RUN_PARTS_MAX)]
 Round = Annotated[int, Meta(ge=-1, lt=1 << 62)]
 Active = Annotated[int, Meta(ge=1, le=SLOTS_MAX)]
 Address = Annotated[str, Meta(max_length=1_024)]
@@ -51,7 +56,7 @@ class Role(IntEnum):
 class Code(IntEnum):
     """Why a request was refused. Stable numbers; `treefold.common.errors` has a class for each."""
 
-    PROTOCOL_VERSION = 1
+    PROTOCOL_VERSION = 2
     JOB_MISMATCH = 2
     SPEC_MISMATCH = 3
     UNKNOWN_TABLE = 4
@@ -88,20 +93,27 @@ class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Description of one payload frame: element type and number of elements of a flat tensor."""
+    """Description of a payload: element type and number of elements, all parts of the run together.
+
+    A value is an element times ``scale``, rounded to float32 once. ``segment`` is 0 if the bytes
+    follow, one frame per part; otherwise they begin ``offset`` bytes into that shared segment.
+    """
 
     dtype: Dtype
-    elements: Annotated[int, Meta(ge=0, le=FRAME_BYTES_MAX // 2)]
+    elements: Annotated[int, Meta(ge=0, le=RUN_BYTES_MAX // 2)]
+    scale: float = 1.0
+    segment: Count = 0
+    offset: Count = 0
 
     def __post_init__(self) -> None:
-        """Check what concerns both fields at once."""
-        if self.nbytes > FRAME_BYTES_MAX:
-            msg = f"a payload frame of {self.nbytes} bytes, at most {FRAME_BYTES_MAX} are allowed"
+        """Check what concerns several fields at once."""
+        if self.nbytes > RUN_BYTES_MAX:
+            msg = f"a payload of {self.nbytes} bytes, at most {RUN_BYTES_MAX} are allowed"
             raise DataError(msg)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the frame must have."""
+        """Bytes of the whole payload."""
         return self.elements * self.dtype.itemsize
 
 
@@ -331,12 +343,13 @@ class Fenced(Message, tag=20, frozen=True):
 # ---- worker and server -----------------------------------------------------------------------
 
 
-class Push(Message, tag=32, frozen=True):
-    """One node of the fold tree for one part of a shard, and its payload frame if it has one.
+class Push(Message, tag=40, frozen=True):
+    """One node of the fold tree for ``count`` adjacent parts of a shard, and its payload.
 
-    ``active`` is the number of slots of the round that contribute. ``absent`` has bit ``i`` set
-    (byte ``i // 8``, value ``1 << i % 8``) if the part's ``i``-th tensor had no gradient in any of
-    the node's slots; ``frame`` is None if that holds for all of them. Round `INITIAL_ROUND` brings
+    ``active`` is the number of slots of the round that contribute. ``absent`` is empty if every
+    tensor has a gradient. Otherwise it has a bitmap per part: bit ``i`` (byte ``i // 8``, value
+    ``1 << i % 8``) is set if the part's ``i``-th tensor had no gradient in any of the node's slots;
+    ``frame`` is None if that holds for all tensors of all parts. Round `INITIAL_ROUND` brings
     initial values.
     """
 
@@ -346,12 +359,33 @@ class Push(Message, tag=32, frozen=True):
     table: TableNumber
     shard: ShardNumber
     part: PartNumber
+    count: Parts
     round: Round
     active: Active
     level: Annotated[int, Meta(ge=0, le=16)]
     index: Slot
-    absent: Annotated[bytes, Meta(max_length=ABSENT_BYTES_MAX)]
+    absent: Annotated[
+        list[Annotated[bytes, Meta(max_length=ABSENT_BYTES_MAX)]], Meta(max_length=RUN_PARTS_MAX)
+    ]
     frame: Frame | None
+
+
+class RoundHyper(Message, tag=44, frozen=True):
+    """What the optimizer needs from slot 0 to step parts of a round before the round is over.
+
+    Hyper-parameters by param group, and the limit for the global gradient norm, 0 for none.
+    `RoundMeta` repeats both.
+    """
+
+    job: Count
+    sender: Count
+    view: Count
+    table: TableNumber
+    shard: ShardNumber
+    round: Round
+    active: Active
+    groups: Annotated[list[Hyper], Meta(max_length=GROUPS_MAX)]
+    norm_max: Annotated[float, Meta(ge=0)]
 
 
 class RoundMeta(Message, tag=33, frozen=True):
@@ -359,7 +393,7 @@ class RoundMeta(Message, tag=33, frozen=True):
 
     ``norm_max`` is the limit for the global gradient norm, 0 for none. ``state`` is the worker's
     own record of what the next round starts from (LR schedulers, integer buffers), opaque to
-    servers.
+    servers. A round is complete only with it.
     """
 
     job: Count
@@ -375,7 +409,7 @@ class RoundMeta(Message, tag=33, frozen=True):
 
 
 class Pull(Message, tag=34, frozen=True):
-    """Asks for ``version`` of a shard; answered part by part once it exists.
+    """Asks for ``version`` of a shard: `Pulled` for its parts as they are made, `Published` last.
 
     A version too old to be kept is answered with the current one; who knows no version asks for 0.
     From the second ``attempt`` on, a version that does not exist yet is answered with `RoundStatus`
@@ -392,20 +426,29 @@ class Pull(Message, tag=34, frozen=True):
     parts: Annotated[list[PartNumber], Meta(max_length=PARTS_MAX)]
 
 
-class Pulled(Message, tag=35, frozen=True):
-    """One part of one version of a shard, followed by its payload frame.
-
-    ``state`` (with part 0 only) is what `RoundMeta` brought for this version, ``norm`` the gradient
-    norm of the round that made it, NaN if none was computed.
-    """
+class Pulled(Message, tag=42, frozen=True):
+    """``count`` adjacent parts of one version of a shard, and their payload."""
 
     table: TableNumber
     shard: ShardNumber
     part: PartNumber
+    count: Parts
+    version: Count
+    frame: Frame
+
+
+class Published(Message, tag=43, frozen=True):
+    """A version of a shard is complete.
+
+    ``state`` is what `RoundMeta` brought for it, ``norm`` the gradient norm of the round that made
+    it, NaN if none was computed.
+    """
+
+    table: TableNumber
+    shard: ShardNumber
     version: Count
     state: State
     norm: float
-    frame: Frame
 
 
 class PartMissing(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -423,6 +466,31 @@ class RoundStatus(Message, tag=36, frozen=True):
     round: Round
     missing: Annotated[list[PartMissing], Meta(max_length=PARTS_MAX)]
     is_meta_missing: bool
+
+
+# ---- members on one host ---------------------------------------------------------------------
+
+
+class SegmentOffer(Message, tag=48, frozen=True):
+    """A process offers a segment of its memory to a peer that may be on the same host.
+
+    It is file descriptor ``descriptor`` of process ``pid``, has ``nbytes`` bytes and begins with
+    ``token``. The peer reads from it; only the owner writes.
+    """
+
+    segment: Annotated[int, Meta(ge=1, lt=1 << 62)]
+    pid: Count
+    descriptor: Count
+    nbytes: Count
+    token: Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class SegmentAnswer(Message, tag=49, frozen=True):
+    """Whether the peer has mapped a segment, and if not, why."""
+
+    segment: Annotated[int, Meta(ge=1, lt=1 << 62)]
+    is_mapped: bool
+    text: Text
 
 
 AnyMessage = (
@@ -447,8 +515,12 @@ AnyMessage = (
     | Stop
     | Fenced
     | Push
+    | RoundHyper
     | RoundMeta
     | Pull
     | Pulled
+    | Published
     | RoundStatus
+    | SegmentOffer
+    | SegmentAnswer
 )

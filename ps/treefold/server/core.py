@@ -11,22 +11,28 @@ from typing import TYPE_CHECKING
 from treefold.common.errors import InvariantError
 from treefold.common.layout import Layout, ShardSpan
 from treefold.common.story import Story
-from treefold.server import lateness
+from treefold.server import answers, lateness
 from treefold.server.effects import (
     ComputeNorm,
     Effect,
     Event,
+    MakeParts,
     NormComputed,
     OpenShard,
-    PartRef,
-    PublishVersion,
     RecordVersion,
     ReleasePayload,
     ReleaseVersion,
     ServerDrainAsked,
     ServerFailed,
 )
-from treefold.server.rounds import Round, RoundState, Shard, Wait
+from treefold.server.rounds import (
+    Arrived,
+    HyperOf,
+    Round,
+    RoundState,
+    Shard,
+    Wait,
+)
 from treefold.wire.exchange import (
     SCHEDULER,
     Halt,
@@ -50,10 +56,10 @@ from treefold.wire.messages import (
     Outcome,
     Phase,
     Pull,
-    Pulled,
     Push,
     Refused,
     Registered,
+    RoundHyper,
     RoundLate,
     RoundMeta,
     ShardPlace,
@@ -64,6 +70,7 @@ from treefold.wire.messages import (
 if TYPE_CHECKING:
     from treefold.common.spec import TableSpec
 
+ANSWER_PARTS_MAX = 8  # parts (MiB) that are made before those who wait hear of them
 STATUS_PARTS_MAX = 64  # parts named in one RoundStatus; the worker asks again for the rest
 NORM_RETRY_MS = 500
 
@@ -122,12 +129,11 @@ class ServerCore:
             self._started_ns += stalled_ns
             self._traffic_ns += stalled_ns
         match event:
-            case Received(peer, message, payload) if peer == SCHEDULER:
-                del payload
+            case Received(peer, message) if peer == SCHEDULER:
                 self._on_control(now_ns, message)
-            case Received(peer, message, payload):
+            case Received(peer, message, payloads):
                 self._traffic_ns = now_ns
-                self._on_worker(now_ns, peer, message, payload)
+                self._on_worker(now_ns, peer, message, payloads)
             case NormComputed(table, shard, round_, sums):
                 self._on_norm_computed(now_ns, (table, shard), round_, sums)
             case PeerLost(peer):
@@ -161,8 +167,7 @@ class ServerCore:
             current = shard.round
             if current is None:
                 continue
-            complete = current.is_complete(shard.parts_count)
-            if complete and current.state is RoundState.OPEN:
+            if current.is_complete and current.state is RoundState.OPEN:
                 raise InvariantError(
                     f"round {current.number} of shard {key} is complete and open",
                     self.story.lines(),
@@ -242,24 +247,24 @@ class ServerCore:
 
     # ---- workers ------------------------------------------------------------------------------
 
-    def _on_worker(self, now_ns: int, peer: Peer, message: object, payload: int | None) -> None:
-        if not isinstance(message, Push | RoundMeta | Pull):
+    def _on_worker(
+        self, now_ns: int, peer: Peer, message: object, payloads: tuple[int, ...]
+    ) -> None:
+        if not isinstance(message, Push | RoundHyper | RoundMeta | Pull):
             text = f"a server takes pushes and pulls, not {type(message).__name__}"
             self._out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))
             return
-        used = False
         shard = self._shard_for(peer, message)
-        if shard is not None:
-            if isinstance(message, Push):
-                used = self._on_push(now_ns, peer, shard, message, payload)
-            elif isinstance(message, RoundMeta):
-                self._on_meta(now_ns, peer, shard, message)
-            else:
-                self._on_pull(now_ns, peer, shard, message)
-        if payload is not None and not used:
-            self._out.append(ReleasePayload(payload))
+        if shard is None:
+            self._out += [ReleasePayload(payload) for payload in payloads]
+        elif isinstance(message, Push):
+            self._on_push(now_ns, peer, shard, Arrived(message, payloads))
+        elif isinstance(message, Pull):
+            self._on_pull(now_ns, peer, shard, message)
+        else:
+            self._on_hyper(now_ns, peer, shard, message)
 
-    def _shard_for(self, peer: Peer, message: Push | RoundMeta | Pull) -> Shard | None:
+    def _shard_for(self, peer: Peer, message: Push | RoundHyper | RoundMeta | Pull) -> Shard | None:
         """The shard a worker means; None with a refusal, or in silence while we are behind."""
         shard = self.shards.get((message.table, message.shard))
         refusal: Refused | None = None
@@ -285,29 +290,26 @@ class ServerCore:
             return None
         return shard
 
-    def _on_push(
-        self,
-        now_ns: int,
-        peer: Peer,
-        shard: Shard,
-        push: Push,
-        payload: int | None,
-    ) -> bool:
-        """Take in one node; True if its payload is kept."""
+    def _on_push(self, now_ns: int, peer: Peer, shard: Shard, arrived: Arrived) -> None:
+        """Take in one node of a run of parts, and make what can be made of it."""
+        push = arrived.push
         refusal = shard.refusal_of(push) or self._out_of_turn(shard, push.round, push.active)
-        if refusal is not None:
-            self._out.append(Send(peer, refusal))
-            return False
-        if push.round < shard.version or shard.round is None:
-            self.duplicates += 1
-            return False
+        is_late = push.round < shard.version or shard.round is None
+        if refusal is not None or is_late:
+            self._out += [ReleasePayload(payload) for payload in arrived.payloads]
+            self.duplicates += push.count if refusal is None else 0
+            self._out += [] if refusal is None else [Send(peer, refusal)]
+            return
         current = self._open_round(now_ns, shard, push.active)
-        taken = current.take(push, payload, self._out)
-        if not taken:
-            self.duplicates += 1
-            return False
+        for number in range(push.count):
+            held = arrived.held(number)
+            if not current.take(push.part + number, push, held, self._out):
+                self.duplicates += 1
+                if held.payload is not None:
+                    self._out.append(ReleasePayload(held.payload))
+            else:  # at once, while the sum is in the processor's cache
+                self._make_parts(shard, current)
         self._advance(now_ns, shard)
-        return payload is not None
 
     def _out_of_turn(self, shard: Shard, round_: int, active: int) -> Refused | None:
         if round_ > shard.version:
@@ -330,35 +332,85 @@ class ServerCore:
             lateness.open_round(now_ns, shard)
         return current
 
-    def _on_meta(self, now_ns: int, peer: Peer, shard: Shard, meta: RoundMeta) -> None:
-        refusal = shard.refusal_of_meta(meta) or self._out_of_turn(shard, meta.round, meta.active)
+    def _on_hyper(
+        self, now_ns: int, peer: Peer, shard: Shard, message: RoundHyper | RoundMeta
+    ) -> None:
+        refusal = shard.refusal_of_hyper(message)
+        refusal = refusal or self._out_of_turn(shard, message.round, message.active)
         if refusal is not None:
             self._out.append(Send(peer, refusal))
             return
-        if meta.round < shard.version or shard.round is None:
+        if message.round < shard.version or shard.round is None:
             self.duplicates += 1
             return
-        current = self._open_round(now_ns, shard, meta.active)
-        if current.meta is None:
-            current.meta = meta
-            self._advance(now_ns, shard)
+        current = self._open_round(now_ns, shard, message.active)
+        if current.hyper is None:
+            current.hyper = HyperOf(message.groups, message.norm_max)
+        if isinstance(message, RoundMeta) and current.meta is None:
+            current.meta = message
+        self._advance(now_ns, shard)
 
     # ---- a round's way to its version ---------------------------------------------------------
 
     def _advance(self, now_ns: int, shard: Shard) -> None:
+        """Do what can be done with what is there now."""
         current = shard.round
-        if current is None or current.state is not RoundState.OPEN:
+        if current is None:
             return
-        if not current.is_complete(shard.parts_count):
+        hyper = current.hyper
+        if hyper is not None and hyper.norm_max > 0:
+            self._measure(now_ns, shard, current)
+        else:
+            self._make_parts(shard, current)
+        self._out += answers.made(shard, current)
+        if current.is_complete:
+            self._publish(now_ns, shard, current)
+
+    def _measure(self, now_ns: int, shard: Shard, current: Round) -> None:
+        if current.state is not RoundState.OPEN or not current.is_rooted:
             return
-        if current.meta is not None and current.meta.norm_max > 0:
-            current.state = RoundState.MEASURING
-            shard.norm_retry_ns = now_ns + NORM_RETRY_MS * MS
-            self._out.append(
-                ComputeNorm(shard.table, shard.number, current.number, current.roots())
+        current.state = RoundState.MEASURING
+        shard.norm_retry_ns = now_ns + NORM_RETRY_MS * MS
+        ready = current.ready()
+        self._out.append(ComputeNorm(shard.table, shard.number, current.number, ready))
+
+    def _make_parts(self, shard: Shard, current: Round) -> None:
+        """Step what is rooted, if that is possible yet: parts one by one, or all at once."""
+        hyper = current.hyper
+        if hyper is None or not current.rooted:
+            return
+        is_measured = hyper.norm_max == 0 or current.is_norm_known
+        if not is_measured or (shard.is_whole and not current.is_rooted):
+            return
+        if not current.made:
+            self._release_oldest(shard, current)
+        ready = current.ready()
+        self._out.append(
+            MakeParts(
+                shard.table,
+                shard.number,
+                current.number + 1,
+                ready,
+                hyper.groups,
+                hyper.norm_max,
+                current.norm,
             )
-            return
-        self._publish(now_ns, shard, float("nan"))
+        )
+        current.made.update(current.rooted)
+        current.rooted.clear()
+        current.fresh += [part.part for part in ready]
+        if len(current.fresh) >= ANSWER_PARTS_MAX:
+            self._out += answers.made(shard, current)
+
+    def _release_oldest(self, shard: Shard, current: Round) -> None:
+        """The version before the round's own makes room for the one after it.
+
+        Nobody needs it any more: every slot of this round was computed from the round's version,
+        which exists on all servers then.
+        """
+        oldest = current.number - 1
+        if shard.kept.pop(oldest, None) is not None:
+            self._out.append(ReleaseVersion(shard.table, shard.number, oldest))
 
     def _on_norm_computed(
         self, now_ns: int, key: tuple[int, int], round_: int, sums: list[float]
@@ -382,29 +434,18 @@ class ServerCore:
             current = shard.round
             if table != decision.table or current is None or current.number != decision.round:
                 continue
-            if current.state is RoundState.MEASURING:
-                self._publish(now_ns, shard, decision.norm)
+            if current.state is RoundState.MEASURING and not current.is_norm_known:
+                current.norm, current.is_norm_known = decision.norm, True
+                shard.norm_retry_ns = None
+                self._make_parts(shard, current)
+                self._advance(now_ns, shard)
 
-    def _publish(self, now_ns: int, shard: Shard, norm: float) -> None:
-        current = shard.round
-        if current is None:
-            raise InvariantError("a version without a round", self.story.lines())
+    def _publish(self, now_ns: int, shard: Shard, current: Round) -> None:
         version = current.number + 1
-        absent = [current.folds[part].root_absent() for part in range(shard.parts_count)]
-        self._out.append(
-            PublishVersion(
-                shard.table, shard.number, version, current.roots(), absent, current.meta, norm
-            )
-        )
         self._out.append(RecordVersion(shard.table, shard.number, version, current.contributors()))
         self.story.add(now_ns, f"table {shard.table} shard {shard.number}: version {version}")
-        released = shard.publish(now_ns, current, norm)
-        if released is not None:
-            self._out.append(ReleaseVersion(shard.table, shard.number, released))
-        for peer, wait in list(shard.waits.items()):
-            if wait.version <= version:
-                del shard.waits[peer]
-                self._answer(peer, shard, version, wait.parts)
+        shard.publish(now_ns, current)
+        self._out += answers.published(shard)
 
     # ---- pulls --------------------------------------------------------------------------------
 
@@ -414,23 +455,12 @@ class ServerCore:
             text = f"shard {shard.number} of table {shard.table} has {shard.parts_count} parts"
             self._out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))
         elif pull.version <= shard.version:
-            version = pull.version if pull.version in shard.kept else shard.version
-            whole = parts if version == pull.version else list(range(shard.parts_count))
-            self._answer(peer, shard, version, whole)
+            self._out += answers.of_version(peer, shard, pull.version, parts)
         else:
-            shard.waits[peer] = Wait(pull.version, parts)
             lateness.begin(now_ns, shard)
+            self._out += answers.wait(peer, shard, Wait(pull.version, dict.fromkeys(parts)))
             if pull.attempt > 0:
                 self._out.append(Send(peer, shard.status(STATUS_PARTS_MAX)))
-
-    def _answer(self, peer: Peer, shard: Shard, version: int, parts: list[int]) -> None:
-        kept = shard.kept[version]
-        for part in parts:
-            state = kept.state if part == 0 else b""
-            frame = shard.frame(part)
-            reply = Pulled(shard.table, shard.number, part, version, state, kept.norm, frame)
-            ref = PartRef(shard.table, shard.number, version, part)
-            self._out.append(Send(peer, reply, ref))
 
     # ---- time ---------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from treefold.common import layout as layouts
-from treefold.server.shard import ShardState, StatePiece
+from treefold.server.shard import ShardState
+from treefold.server.unit import StatePiece
 
 
 def block_digests(state: ShardState) -> list[bytes]:

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from treefold.common.layout import ShardSpan
-from treefold.common.spec import TableSpec
+from treefold.common.spec import Hyper, TableSpec
 from treefold.wire.exchange import Halt, Note, PeerLost, Received, Send, Tick
-from treefold.wire.messages import RoundMeta
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,6 @@ class OpenShard:
 class FoldPayloads:
     """Payload ``left`` becomes ``left + right``; ``right`` is not needed any more."""
 
-    table: int
-    shard: int
-    part: int
     left: int
     right: int
 
@@ -59,44 +55,53 @@ class ReleasePayload:
 
 
 @dataclass(frozen=True, slots=True)
-class ComputeNorm:
-    """Sum the squares of the folded gradient block by block; answered by `NormComputed`.
+class ReadyPart:
+    """A part of which the root is there: its payload, None if no tensor has a gradient.
 
-    ``roots`` has one payload per part, None where no tensor of the part has a gradient.
+    ``absent`` is the bitmap of tensors without a gradient.
     """
+
+    part: int
+    root: int | None
+    absent: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeNorm:
+    """Sum the squares of the folded gradient block by block; answered by `NormComputed`."""
 
     table: int
     shard: int
     round: int
-    roots: list[int | None]
+    parts: list[ReadyPart]
 
 
 @dataclass(frozen=True, slots=True)
-class PublishVersion:
-    """Make ``version`` from the roots (a step, or initial values) and keep it for pulls.
+class MakeParts:
+    """Make parts of ``version`` from their roots and keep them for pulls. Takes over the roots.
 
-    ``absent`` has per part the bitmap of tensors without a gradient; ``meta`` is None for version
-    0; ``norm`` is the global gradient norm, NaN if the round has no limit for it. Takes over the
-    roots.
+    ``groups`` are the round's hyper-parameters, None for initial values. ``norm`` is the global
+    gradient norm and ``norm_max`` its limit, 0 for none.
     """
 
     table: int
     shard: int
     version: int
-    roots: list[int | None]
-    absent: list[bytes]
-    meta: RoundMeta | None
+    parts: list[ReadyPart]
+    groups: list[Hyper] | None
+    norm_max: float
     norm: float
 
 
 @dataclass(frozen=True, slots=True)
-class PartRef:
-    """Reference to one part of a published version, as the payload of a `Send`."""
+class PartsRef:
+    """Reference to adjacent parts of a version, as the payload of a `Send`."""
 
     table: int
     shard: int
     version: int
     part: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +132,7 @@ Effect = (
     | FoldPayloads
     | ReleasePayload
     | ComputeNorm
-    | PublishVersion
+    | MakeParts
     | ReleaseVersion
     | RecordVersion
 )

@@ -15,16 +15,49 @@ from treefold.common.errors import DataError, UnsupportedError
 from treefold.common.optim import PINNED, complete_hyper, default_hyper, optimizer_class
 from treefold.common.spec import Hyper, HyperValue, OptimizerSpec
 
+TorchHyper = dict[str, HyperValue | tuple[float, ...]]
+"""Hyper-parameters of one param group as torch wants them."""
 
-def build(spec: OptimizerSpec, groups: Sequence[Sequence[nn.Parameter]]) -> Optimizer:
-    """Make the optimizer of one shard.
+
+def check_optimizer(spec: OptimizerSpec) -> list[TorchHyper]:
+    """Let torch's own constructor judge an optimizer's hyper-parameters.
 
     Parameters
     ----------
     spec : OptimizerSpec
         Class by name, and hyper-parameters per param group.
+
+    Returns
+    -------
+    list of dict
+        What `make` and `set_hyper` take, by param group.
+
+    Raises
+    ------
+    UnsupportedError
+        If the class is not on the allow-list.
+    DataError
+        If a hyper-parameter is unknown or wrong.
+    """
+    hypers = [_torch_values(complete_hyper(spec.name, hyper)) for hyper in spec.groups]
+    for number, hyper in enumerate(hypers):
+        _check_by_torch(spec.name, number, hyper)
+    return hypers
+
+
+def make(
+    name: str, hypers: Sequence[TorchHyper], groups: Sequence[Sequence[nn.Parameter]]
+) -> Optimizer:
+    """Make an optimizer.
+
+    Parameters
+    ----------
+    name : str
+        A class of the allow-list.
+    hypers : sequence of dict
+        From `check_optimizer`, per param group.
     groups : sequence of sequences of Parameter, float32
-        Parameters per param group; a group of which this shard holds nothing is empty.
+        Parameters per param group; a group of which there are none is empty.
 
     Returns
     -------
@@ -33,38 +66,38 @@ def build(spec: OptimizerSpec, groups: Sequence[Sequence[nn.Parameter]]) -> Opti
 
     Raises
     ------
-    UnsupportedError
-        If the class is not on the allow-list.
     DataError
-        If the number of groups or a hyper-parameter is wrong, or torch refuses them.
+        If torch refuses the parameters.
     """
-    hypers = _complete(spec.name, spec.groups, len(groups))
-    for number, hyper in enumerate(hypers):
-        _check_by_torch(spec.name, number, hyper)
     arguments: list[dict[str, object]] = [
-        {**_torch_values(hyper), "params": list(parameters)}
+        {**hyper, "params": list(parameters)}
         for hyper, parameters in zip(hypers, groups, strict=True)
     ]
     # Adagrad makes its state at once, from the constructor's argument whatever the groups say.
     first = hypers[0] if hypers else {}
     constructed = {key: value for key, value in first.items() if key == "initial_accumulator_value"}
     try:
-        return optimizer_class(spec.name)(arguments, **constructed)
+        return optimizer_class(name)(arguments, **constructed)
     except ValueError as error:
-        text = f"torch.optim.{spec.name} refuses the parameters of this table: {error}"
+        text = f"torch.optim.{name} refuses the parameters of this table: {error}"
         raise DataError(text) from error
 
 
-def apply_hyper(optimizer: Optimizer, groups: Sequence[Hyper]) -> None:
-    """Set the hyper-parameters of the round that comes next. On an error nothing is changed.
+def prepare_hyper(spec: OptimizerSpec, groups: Sequence[Hyper]) -> list[TorchHyper]:
+    """Check the hyper-parameters of a round.
 
     Parameters
     ----------
-    optimizer : torch.optim.Optimizer
-        Made by `build`.
+    spec : OptimizerSpec
+        As the table was declared.
     groups : sequence of dict
         Hyper-parameters per param group. What one leaves out gets torch's default, never the value
         of an earlier round.
+
+    Returns
+    -------
+    list of dict
+        For `set_hyper`.
 
     Raises
     ------
@@ -72,17 +105,37 @@ def apply_hyper(optimizer: Optimizer, groups: Sequence[Hyper]) -> None:
         If the number of groups is wrong, a key is unknown to the class, a value is of the wrong
         kind, or ``foreach`` or ``fused`` change.
     """
-    hypers = _complete(type(optimizer).__name__, groups, len(optimizer.param_groups))
-    for number, (group, hyper) in enumerate(zip(optimizer.param_groups, hypers, strict=True)):
+    if len(groups) != len(spec.groups):
+        text = (
+            f"torch.optim.{spec.name}: hyper-parameters for {len(groups)} param groups, "
+            f"not {len(spec.groups)}"
+        )
+        raise DataError(text)
+    found = [complete_hyper(spec.name, hyper) for hyper in groups]
+    declared = [complete_hyper(spec.name, hyper) for hyper in spec.groups]
+    for number, (hyper, old) in enumerate(zip(found, declared, strict=True)):
         for key in PINNED:
-            if key in hyper and hyper[key] != group[key]:
+            if key in hyper and hyper[key] != old[key]:
                 text = (
                     f"param group {number}: {key}={hyper[key]!r}, but this job was declared with "
-                    f"{key}={group[key]!r}; the two give different bits and cannot be exchanged"
+                    f"{key}={old[key]!r}; the two give different bits and cannot be exchanged"
                 )
                 raise DataError(text)
+    return [_torch_values(hyper) for hyper in found]
+
+
+def set_hyper(optimizer: Optimizer, hypers: Sequence[TorchHyper]) -> None:
+    """Set the hyper-parameters of the steps that come next.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Made by `make`.
+    hypers : sequence of dict
+        From `prepare_hyper`.
+    """
     for group, hyper in zip(optimizer.param_groups, hypers, strict=True):
-        group.update(_torch_values(hyper))
+        group.update(hyper)
 
 
 def step(optimizer: Optimizer) -> None:
@@ -91,7 +144,7 @@ def step(optimizer: Optimizer) -> None:
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Made by `build`.
+        Made by `make`.
 
     Raises
     ------
@@ -191,16 +244,8 @@ def _slice(value: object, start: int, stop: int) -> object:
     return value.clone() if value.dim() == 0 else rebased_view(value, start, stop)
 
 
-def _complete(name: str, groups: Sequence[Hyper], wanted: int) -> list[Hyper]:
-    if len(groups) != wanted:
-        text = f"torch.optim.{name}: hyper-parameters for {len(groups)} param groups, not {wanted}"
-        raise DataError(text)
-    return [complete_hyper(name, hyper) for hyper in groups]
-
-
-def _check_by_torch(name: str, number: int, hyper: Hyper) -> None:
-    """Let torch's own constructor judge the values of a group."""
-    arguments = _torch_values(hyper)
+def _check_by_torch(name: str, number: int, hyper: TorchHyper) -> None:
+    arguments = dict(hyper)
     if arguments["lr"] == 0:
         # A warm-up may begin at 0, which some constructors refuse although their steps do not.
         arguments["lr"] = default_hyper(name)["lr"]
@@ -211,6 +256,6 @@ def _check_by_torch(name: str, number: int, hyper: Hyper) -> None:
         raise DataError(text) from error
 
 
-def _torch_values(hyper: Hyper) -> dict[str, HyperValue | tuple[float, ...]]:
+def _torch_values(hyper: Hyper) -> TorchHyper:
     """Lists, which is what arrives, as the tuples that torch documents."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in hyper.items()}

@@ -1,12 +1,13 @@
 """The state of one shard and of the round that it collects, for `treefold.server.core`; pure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from treefold.common.spec import Dtype, Rule, TableSpec
+from treefold.common.spec import Dtype, Hyper, Placement, Rule, TableSpec
 from treefold.common.tree import FoldSet, Node, is_valid, span
-from treefold.server.effects import Effect, FoldPayloads, ReleasePayload
+from treefold.server.effects import Effect, FoldPayloads, ReadyPart, ReleasePayload
 from treefold.wire.exchange import Peer
 from treefold.wire.messages import (
     INITIAL_ROUND,
@@ -15,13 +16,11 @@ from treefold.wire.messages import (
     PartMissing,
     Push,
     Refused,
+    RoundHyper,
     RoundMeta,
     RoundStatus,
 )
 
-VERSIONS_KEPT = (
-    2  # shards of one table are at most one version apart, so a reader needs the last two
-)
 PAUSE_FACTOR = 4  # what takes longer than so many usual rounds says nothing of the next one
 
 
@@ -33,12 +32,34 @@ class RoundState(Enum):
     PUBLISHED = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class HyperOf:
+    """Hyper-parameters of a round by param group, None for initial values, and its norm limit."""
+
+    groups: list[Hyper] | None
+    norm_max: float
+
+
 @dataclass(slots=True)
 class Held:
     """What a node holds: a payload, None if no tensor has a gradient, and which have none."""
 
     payload: int | None
     absent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A push and the payloads that came with it."""
+
+    push: Push
+    payloads: tuple[int, ...]
+
+    def held(self, number: int) -> Held:
+        """What one part of the run holds."""
+        absent = self.push.absent
+        mask = int.from_bytes(absent[number], "little") if absent else 0
+        return Held(self.payloads[number] if self.payloads else None, mask)
 
 
 @dataclass(slots=True)
@@ -49,16 +70,33 @@ class PartFold:
     pieces: int
     senders: dict[Node, int] = field(default_factory=dict)
 
-    def root_absent(self) -> bytes:
-        """Bitmap of the tensors that no slot had a gradient for."""
+    def ready(self, part: int) -> ReadyPart | None:
+        """The part as its optimizer needs it, None while its root is not there."""
         root = self.fold.root
-        mask = 0 if root is None else root.absent
-        return mask.to_bytes(-(-self.pieces // 8), "little")
+        if root is None:
+            return None
+        return ReadyPart(part, root.payload, root.absent.to_bytes(-(-self.pieces // 8), "little"))
 
 
 @dataclass(slots=True)
 class Round:
-    """The round that a shard collects. ``active`` is 0 until its first message says it."""
+    """The round that a shard collects. ``active`` is 0 until its first message says it.
+
+    Attributes
+    ----------
+    hyper : HyperOf or None
+        What parts are stepped with, once it is known.
+    meta : RoundMeta or None
+        What slot 0's worker said at the end of its loop body.
+    rooted : dict of int to None
+        Parts of which the root is there and nothing was made yet, in the order in which they came.
+    made : dict of int to None
+        Parts of which the next version exists.
+    fresh : list of int
+        Those of them that nobody who waits has been sent.
+    norm : float
+        The global gradient norm, once it is known and if it is limited.
+    """
 
     number: int
     key: tuple[int, int]
@@ -66,47 +104,65 @@ class Round:
     active: int = 0
     state: RoundState = RoundState.OPEN
     folds: list[PartFold] = field(default_factory=list)
+    hyper: HyperOf | None = None
     meta: RoundMeta | None = None
     sums: list[float] = field(default_factory=list)
-    roots_count: int = 0
+    rooted: dict[int, None] = field(default_factory=dict)
+    made: dict[int, None] = field(default_factory=dict)
+    fresh: list[int] = field(default_factory=list)
+    norm: float = math.nan
+    is_norm_known: bool = False
+
+    def __post_init__(self) -> None:
+        """Initial values need nothing from slot 0."""
+        if self.number == INITIAL_ROUND:
+            self.hyper = HyperOf(None, 0.0)
 
     def open(self, active: int, parts_count: int) -> None:
         """Learn how many slots contribute."""
         self.active = active
         self.folds = [PartFold(FoldSet(active), self.pieces[part]) for part in range(parts_count)]
 
-    def take(self, push: Push, payload: int | None, effects: list[Effect]) -> bool:
-        """Take in a node and fold what meets; False if it was a duplicate."""
-        part = self.folds[push.part]
+    def take(self, part: int, push: Push, held: Held, effects: list[Effect]) -> bool:
+        """Take in a node of one part and fold what meets; False if it was a duplicate."""
+        target = self.folds[part]
         node = Node(push.level, push.index)
-        held = Held(payload, int.from_bytes(push.absent, "little"))
-        added = part.fold.add(node, held)
+        added = target.fold.add(node, held)
         if added is None:
             return False
         merges, dropped = added
-        low, high = span(node, self.active)
-        for inner in [n for n in part.senders if low <= span(n, self.active)[0] < high]:
-            del part.senders[inner]
-        part.senders[node] = push.sender
+        if dropped:
+            low, high = span(node, self.active)
+            for inner in [n for n in target.senders if low <= span(n, self.active)[0] < high]:
+                del target.senders[inner]
+        target.senders[node] = push.sender
         effects += [ReleasePayload(old.payload) for old in dropped if old.payload is not None]
         for merge in merges:
             left, right = merge.left, merge.right
             if left.payload is None:
                 left.payload = right.payload
             elif right.payload is not None:
-                effects.append(FoldPayloads(*self.key, push.part, left.payload, right.payload))
+                effects.append(FoldPayloads(left.payload, right.payload))
             left.absent &= right.absent
-        self.roots_count += part.fold.root is not None
+        if target.fold.root is not None:
+            self.rooted[part] = None
         return True
 
-    def is_complete(self, parts_count: int) -> bool:
-        """Whether every part's root is there, and what slot 0 brings."""
-        has_meta = self.meta is not None or self.number == INITIAL_ROUND
-        return self.active > 0 and self.roots_count == parts_count and has_meta
+    @property
+    def is_rooted(self) -> bool:
+        """Whether every part's root is there."""
+        return self.active > 0 and len(self.rooted) + len(self.made) == len(self.pieces)
 
-    def roots(self) -> list[int | None]:
-        """Payload of each part's root."""
-        return [None if part.fold.root is None else part.fold.root.payload for part in self.folds]
+    @property
+    def is_complete(self) -> bool:
+        """Whether every part is made, and what the next round starts from is known."""
+        has_meta = self.meta is not None or self.number == INITIAL_ROUND
+        return self.active > 0 and len(self.made) == len(self.pieces) and has_meta
+
+    def ready(self) -> list[ReadyPart]:
+        """Parts that are rooted and not made."""
+        found = [self.folds[part].ready(part) for part in self.rooted]
+        return [part for part in found if part is not None]
 
     def contributors(self) -> list[tuple[int, int, int]]:
         """``(level, index, sender)`` of every contribution in part 0."""
@@ -120,12 +176,12 @@ class Round:
         return sorted(lacking)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Wait:
-    """A pull of a version that does not exist yet."""
+    """A pull of a version that is not complete yet, and the parts that are still to be sent."""
 
     version: int
-    parts: list[int]
+    parts: dict[int, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +198,9 @@ class Shard:
 
     Attributes
     ----------
+    kept : dict of int to Kept
+        Versions that can be pulled: the newest, and until parts of the next one are made the one
+        before, since shards of one table are at most one version apart.
     parts : list of (start, stop)
         Elements of each part in the table's flat space.
     pieces : list of int
@@ -172,16 +231,20 @@ class Shard:
         """Number of parts."""
         return len(self.parts)
 
-    def frame(self, part: int) -> Frame:
-        """Description of a part's payload."""
-        start, stop = self.parts[part]
-        return Frame(Dtype.FLOAT32, stop - start)
+    @property
+    def is_whole(self) -> bool:
+        """Whether the optimizer steps all parts at once."""
+        return self.spec.placement is Placement.TENSORWISE and self.spec.rule is Rule.OPTIMIZER
 
-    def publish(self, now_ns: int, done: Round, norm: float) -> int | None:
-        """Move on to the next round; returns a version that need not be kept any longer."""
+    def frame(self, part: int, count: int) -> Frame:
+        """Description of the payload of a run of parts."""
+        return Frame(Dtype.FLOAT32, self.parts[part + count - 1][1] - self.parts[part][0])
+
+    def publish(self, now_ns: int, done: Round) -> None:
+        """Every part of the next version is made: move on to the round that begins with it."""
         done.state = RoundState.PUBLISHED
         self.version = done.number + 1
-        self.kept[self.version] = Kept(b"" if done.meta is None else done.meta.state, norm)
+        self.kept[self.version] = Kept(b"" if done.meta is None else done.meta.state, done.norm)
         if self.published_ns:
             took_ns = now_ns - self.published_ns
             if self.round_time_ns:  # a pause of the script, as for an evaluation, is no round
@@ -193,41 +256,50 @@ class Shard:
         self.late_ns = self.norm_retry_ns = None
         closed = self.spec.rule is Rule.CONSTANT
         self.round = None if closed else Round(self.version, (self.table, self.number), self.pieces)
-        old = self.version - VERSIONS_KEPT
-        return old if self.kept.pop(old, None) is not None else None
 
     def refusal_of(self, push: Push) -> Refused | None:
         """Why a push cannot be meant for this shard, None if it can."""
         where = f"table {self.spec.name!r} shard {self.number}"
-        if push.part >= self.parts_count:
+        last = push.part + push.count - 1
+        if last >= self.parts_count:
             return Refused(
-                0, Code.BAD_NODE, f"{where} has {self.parts_count} parts, not part {push.part}"
+                0, Code.BAD_NODE, f"{where} has {self.parts_count} parts, not part {last}"
             )
         if not is_valid(Node(push.level, push.index), push.active):
             text = f"no node ({push.level}, {push.index}) in a fold of {push.active} slots"
             return Refused(0, Code.BAD_NODE, text)
         if push.round == INITIAL_ROUND and push.active != 1:
             return Refused(0, Code.BAD_NODE, "initial values come from one worker, as one node")
-        pieces = self.pieces[push.part]
-        wanted = -(-pieces // 8)
-        if len(push.absent) != wanted:
-            marks = len(push.absent)
-            text = f"{where} part {push.part}: {marks} bytes of absent marks, expected {wanted}"
-            return Refused(0, Code.BAD_PAYLOAD, text)
-        if push.frame is not None and push.frame != self.frame(push.part):
-            expected, got = self.frame(push.part), push.frame
+        return self._refusal_of_marks(push, where) or self._refusal_of_frame(push, where)
+
+    def _refusal_of_marks(self, push: Push, where: str) -> Refused | None:
+        pieces = self.pieces[push.part : push.part + push.count]
+        lengths = [len(marks) for marks in push.absent]
+        if lengths and lengths != [-(-count // 8) for count in pieces]:
             text = (
-                f"{where} part {push.part}: expected {expected.elements} elements of "
-                f"{expected.dtype.name.lower()}, got {got.elements} of {got.dtype.name.lower()}"
+                f"{where} parts {push.part} to {push.part + push.count - 1}: absent marks of "
+                f"{lengths} bytes, expected {[-(-count // 8) for count in pieces]}"
             )
             return Refused(0, Code.BAD_PAYLOAD, text)
-        if push.frame is None and int.from_bytes(push.absent, "little") != (1 << pieces) - 1:
-            text = f"{where} part {push.part}: a push without payload must mark every tensor absent"
-            return Refused(0, Code.BAD_PAYLOAD, text)
+        if push.frame is None:
+            masks = [int.from_bytes(marks, "little") for marks in push.absent]
+            if masks != [(1 << count) - 1 for count in pieces]:
+                text = f"{where}: a push without payload must mark every tensor absent"
+                return Refused(0, Code.BAD_PAYLOAD, text)
         return None
 
-    def refusal_of_meta(self, meta: RoundMeta) -> Refused | None:
-        """Why a round's meta cannot be meant for this shard, None if it can."""
+    def _refusal_of_frame(self, push: Push, where: str) -> Refused | None:
+        expected, got = self.frame(push.part, push.count), push.frame
+        if got is None or (got.dtype, got.elements) == (expected.dtype, expected.elements):
+            return None
+        text = (
+            f"{where} part {push.part}: expected {expected.elements} elements of "
+            f"{expected.dtype.name.lower()}, got {got.elements} of {got.dtype.name.lower()}"
+        )
+        return Refused(0, Code.BAD_PAYLOAD, text)
+
+    def refusal_of_hyper(self, meta: RoundHyper | RoundMeta) -> Refused | None:
+        """Why a round's hyper-parameters cannot be meant for this shard, None if they can."""
         wanted = 0 if self.spec.optimizer is None else len(self.spec.optimizer.groups)
         if len(meta.groups) != wanted:
             text = f"table {self.spec.name!r} has {wanted} param groups, not {len(meta.groups)}"

@@ -1,69 +1,42 @@
-"""The tensors of one shard: its float32 master copy, the folded gradient, the optimizer's state.
-
-Adjacent tensors of one param group are stepped as one flat parameter, a *run*, so that a step costs
-the same however small the tensors are. A round in which only some of a run's tensors have a
-gradient cuts it, for good: `torch.optim` leaves a parameter without gradient alone, counters
-included. None of these cuts changes a bit.
+"""The tensors of one shard: its float32 master copy and the optimizers that step it, unit by unit.
 
 No I/O here, and no knowledge of rounds, nodes or members.
 """
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer, SparseAdam
+from torch import Tensor
 
-from treefold.common import layout as layouts
 from treefold.common.errors import DataError
-from treefold.common.layout import Layout, Piece, ShardSpan
+from treefold.common.layout import Layout, ShardSpan
 from treefold.common.optim import placement_of
-from treefold.common.spec import BUFFER_GROUP, Hyper, Placement, Rule, TableSpec
-from treefold.server.optimizers import (
-    apply_hyper,
-    build,
-    rebased_view,
-    slice_state,
-    split_parameter,
-    step,
-)
+from treefold.common.spec import Hyper, Placement, Rule, TableSpec
+from treefold.server.optimizers import TorchHyper, check_optimizer, prepare_hyper, rebased_view
+from treefold.server.unit import Extent, StatePiece, Unit
 
-SUM_ELEMENTS = 16_384
-"""Elements summed at once for a norm. Torch does not share sums of less than 32,768 elements
-(`at::internal::GRAIN_SIZE`) among threads, which would make the bits depend on their number."""
-
-_NEGATIVE_ZERO_BITS = torch.iinfo(torch.int32).min
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_
 
 
-class StatePiece(NamedTuple):
-    """Optimizer state of the part of one tensor that lies in a shard.
+@dataclass(frozen=True, slots=True)
+class FoldedPart:
+    """The root of one part's fold.
 
-    ``offset`` is the position of its first element in the tensor, ``elements`` their number.
-    ``state`` has views of the state tensors, and numbers where torch keeps one per parameter.
+    Attributes
+    ----------
+    part : int
+        Number of the part in its shard.
+    gradient : Tensor, float32 [part], or None
+        None if no tensor of the part has a gradient.
+    absent : bytes
+        Bitmap of the tensors without a gradient: bit ``i`` for the ``i``-th of
+        ``Layout.pieces(*part)``.
     """
 
-    tensor: int
-    offset: int
-    elements: int
-    state: dict[str, object]
-
-
-@dataclass(slots=True)
-class _Run:
-    """Elements ``[start, stop)`` of the flat space that step alike; a buffer has no parameter."""
-
-    group: int
-    start: int
-    stop: int
-    values: Tensor
-    gradient: Tensor
-    parameter: nn.Parameter | None = None
-    is_absent: bool = False
+    part: int
+    gradient: Tensor | None
+    absent: bytes
 
 
 def clip_coefficient(norm_max: float, norm: float) -> float:
@@ -114,79 +87,81 @@ class ShardState:
         self.layout = Layout(spec)
         self.parts = self.layout.parts(span)
         self._start, self._stop = self.layout.shard_range(span)
-        elements = max(0, self._stop - self._start)
-        self._master = torch.zeros(elements)
-        self._gradient = torch.zeros(0 if spec.rule is Rule.CONSTANT else elements)
-        self._runs: list[_Run] = []
-        self._norm_ranges: list[list[tuple[int, int]]] = []
-        self._optimizer: Optimizer | None = None
-        self._absent = [bytes(-(-len(self.layout.pieces(*part)) // 8)) for part in self.parts]
+        self._master = torch.zeros(max(0, self._stop - self._start))
+        self._is_whole = spec.placement is Placement.TENSORWISE
+        self._gradient: Tensor | None = None
+        self._groups: Sequence[Hyper] | None = None
+        self._hypers: Sequence[TorchHyper] = ()
+        self._units: list[Unit] = []
         if spec.rule is not Rule.CONSTANT:
-            self._runs = self._initial_runs()
-            self._norm_ranges = self._ranges_by_block(span)
-            self._optimizer = self._build_optimizer()
+            self._units = self._make_units()
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self._master.numel()
 
     # ---- round by round -----------------------------------------------------------------------
 
-    def initialize(self, parts: Sequence[Tensor]) -> None:
-        """Set the values of version 0.
-
-        Parameters
-        ----------
-        parts : sequence of Tensor, float32 [part]
-            One per part, in order.
-
-        Raises
-        ------
-        DataError
-            If their number or a shape is wrong; nothing is changed then.
-        """
-        wanted = [[stop - start] for start, stop in self.parts]
-        shapes = [list(part.shape) for part in parts]
-        if shapes != wanted:
-            raise DataError(self._text(f"initial values of shapes {shapes}, expected {wanted}"))
-        for (start, stop), part in zip(self.parts, parts, strict=True):
-            self._master[start - self._start : stop - self._start].copy_(part)
-
-    def gradient_part(self, part: int) -> Tensor:
-        """Where the root of a part's fold is to be written, before `block_sums` and `step`.
+    def initialize(self, part: int, values: Tensor) -> None:
+        """Set the values that a part has in version 0.
 
         Parameters
         ----------
         part : int
             Number of the part in this shard.
-
-        Returns
-        -------
-        Tensor, float32 [part]
-            A view of the shard's gradient.
+        values : Tensor, float32 [part]
+            The values.
 
         Raises
         ------
         DataError
-            If the table is constant.
+            If their shape is wrong; nothing is changed then.
+        """
+        start, stop = self.parts[part]
+        if list(values.shape) != [stop - start]:
+            text = f"initial values of shape {list(values.shape)}, expected [{stop - start}]"
+            raise DataError(self._text(text))
+        self._of(part).copy_(values)
+
+    def step(
+        self, folded: Sequence[FoldedPart], groups: Sequence[Hyper], coefficient: float = 1.0
+    ) -> None:
+        """Make the next version of some parts from their folded gradients.
+
+        Parameters
+        ----------
+        folded : sequence of FoldedPart
+            Any parts, each once per round; with tensorwise placement all parts at once, in order.
+        groups : sequence of dict
+            Hyper-parameters of the round, by param group.
+        coefficient : float
+            The gradient of parameters, not of buffers, is multiplied with it in float32 first.
+
+        Raises
+        ------
+        DataError
+            If anything does not fit the table.
+        UnsupportedError
+            If torch cannot take this step.
         """
         self._refuse_constant()
-        start, stop = self.parts[part]
-        return self._gradient[start - self._start : stop - self._start]
+        self._prepare(groups)
+        if self._is_whole:
+            absent = [part.absent for part in folded]
+            self._units[0].step(self._gathered(folded), absent, self._hypers, coefficient)
+            return
+        for part in folded:
+            gradient = self._or_zeros(part)
+            self._units[part.part].step(gradient, [part.absent], self._hypers, coefficient)
 
-    def clear_gradient(self, part: int) -> None:
-        """Do for a part whose root has no payload what `gradient_part` is for otherwise.
+    def block_sums(self, folded: Sequence[FoldedPart]) -> list[float]:
+        """Sums of squares of the folded gradient of all parts, one per block, in order.
 
         Parameters
         ----------
-        part : int
-            Number of the part in this shard.
-
-        Raises
-        ------
-        DataError
-            If the table is constant.
-        """
-        self.gradient_part(part).fill_(-0.0)
-
-    def block_sums(self) -> list[float]:
-        """Sums of squares of the folded gradient, one per block, in order.
+        folded : sequence of FoldedPart
+            All parts, in order.
 
         Returns
         -------
@@ -200,51 +175,22 @@ class ShardState:
             If the table is constant.
         """
         self._refuse_constant()
-        return [
-            _sum_of_squares([self._gradient[low:high] for low, high in ranges])
-            for ranges in self._norm_ranges
-        ]
+        if self._is_whole:
+            return self._units[0].block_sums(self._gathered(folded))
+        sums = [self._units[part.part].block_sums(self._or_zeros(part)) for part in folded]
+        return [value for part in sums for value in part]
 
-    def step(
-        self, groups: Sequence[Hyper], absent: Sequence[bytes], coefficient: float = 1.0
-    ) -> None:
-        """Make the next version from the folded gradient, which is used up.
+    def copy_part(self, part: int, out: Tensor) -> None:
+        """Copy the newest values of a part.
 
         Parameters
         ----------
-        groups : sequence of dict
-            Hyper-parameters of the round, by param group.
-        absent : sequence of bytes
-            Per part, a bitmap of the tensors without a gradient: bit ``i`` for the ``i``-th of
-            ``Layout.pieces(*part)``.
-        coefficient : float
-            The gradient of parameters, not of buffers, is multiplied with it in float32 first.
-
-        Raises
-        ------
-        DataError
-            If anything does not fit the table.
-        UnsupportedError
-            If torch cannot take this step. In both cases the version stays as it was.
+        part : int
+            Number of the part in this shard.
+        out : Tensor, float32 [part]
+            Gets them.
         """
-        self._refuse_constant()
-        is_changed = list(absent) != self._absent
-        ranges = self._absent_ranges(absent) if is_changed else []
-        if self._optimizer is not None:
-            apply_hyper(self._optimizer, groups)
-        elif groups:
-            raise DataError(self._text(f"{len(groups)} param groups, but no optimizer"))
-        if is_changed:
-            self._mark_absent(ranges)
-            self._absent = list(absent)
-        for run in self._runs:
-            if run.parameter is not None:
-                run.parameter.grad = None if run.is_absent else self._scaled(run, coefficient)
-        if self._optimizer is not None:
-            step(self._optimizer)
-        for run in self._runs:
-            if run.parameter is None and not run.is_absent:
-                run.values.copy_(run.gradient)
+        out.copy_(self._of(part))
 
     def copy_to(self, out: Tensor) -> None:
         """Copy the newest version.
@@ -270,25 +216,12 @@ class ShardState:
         Returns
         -------
         list of StatePiece
-            For every tensor or piece of one in this shard, in order, buffers left out. Views of the
-            living state: copy what is to be kept.
+            For every tensor or piece of one in each unit of this shard, in order, buffers left out.
+            Views of the living state: copy what is to be kept.
         """
-        if self._optimizer is None:
-            return []
-        found: list[StatePiece] = []
-        for run in self._runs:
-            if run.parameter is None:
-                continue
-            state = self._optimizer.state.get(run.parameter, {})
-            pieces = self.layout.pieces(run.start, run.stop)
-            found += [_state_piece(state, piece, run, self._is_whole) for piece in pieces]
-        return found
+        return [piece for unit in self._units for piece in unit.state_pieces()]
 
-    # ---- runs ---------------------------------------------------------------------------------
-
-    @property
-    def _is_whole(self) -> bool:
-        return self.spec.placement is Placement.TENSORWISE
+    # ---- insides ------------------------------------------------------------------------------
 
     def _text(self, what: str) -> str:
         return f"table {self.spec.name!r}: {what}"
@@ -297,144 +230,60 @@ class ShardState:
         if self.spec.rule is Rule.CONSTANT:
             raise DataError(self._text("it is constant and has no rounds"))
 
-    def _initial_runs(self) -> list[_Run]:
-        """As few as possible: one per param group, or with tensorwise placement one per tensor."""
-        found: list[tuple[int, int, int]] = []
-        for piece in self.layout.pieces(self._start, self._stop):
-            group, start = self.spec.tensors[piece.tensor].group, piece.start
-            if self._is_whole:
-                self._refuse_cut(piece)
-            elif found and found[-1][0] == group and found[-1][2] == start:
-                start = found.pop()[1]
-            found.append((group, start, piece.stop))
-        runs = [self._run(*bounds) for bounds in found]
-        if self._is_whole:
-            pieces = self.layout.pieces(self._start, self._stop)
-            for run, piece in zip(runs, pieces, strict=True):
-                shape = self.spec.tensors[piece.tensor].shape
-                run.values, run.gradient = run.values.view(shape), run.gradient.view(shape)
-        return runs
+    def _of(self, part: int) -> Tensor:
+        start, stop = self.parts[part]
+        return self._master[start - self._start : stop - self._start]
 
-    def _run(self, group: int, start: int, stop: int) -> _Run:
-        where = start - self._start, stop - self._start
-        values, gradient = rebased_view(self._master, *where), self._gradient[slice(*where)]
-        return _Run(group, start, stop, values, gradient)
-
-    def _refuse_cut(self, piece: Piece) -> None:
-        tensor = self.spec.tensors[piece.tensor]
-        if piece.stop - piece.start != tensor.elements:
-            text = (
-                f"a shard would cut {tensor.name!r}, but tensorwise placement keeps tensors whole"
-            )
-            raise DataError(self._text(text))
-
-    def _ranges_by_block(self, span: ShardSpan) -> list[list[tuple[int, int]]]:
-        """Per block, where in the shard's gradient the elements of parameters are."""
-        found: list[list[tuple[int, int]]] = [[] for _ in range(span.blocks)]
-        step = layouts.BLOCK_ELEMENTS
-        for run in self._runs:
-            low, high = run.start - self._start, run.stop - self._start
-            if run.group != BUFFER_GROUP:
-                for block in range(low // step, -(-high // step)):
-                    inside = max(low, block * step), min(high, (block + 1) * step)
-                    found[block].append(inside)
-        return found
-
-    def _build_optimizer(self) -> Optimizer | None:
+    def _prepare(self, groups: Sequence[Hyper]) -> None:
+        """Work out the hyper-parameters of a round, once for all of its parts."""
+        if groups is self._groups:
+            return
         spec = self.spec.optimizer
-        if spec is None:
-            return None
-        if placement_of(spec.name, spec.groups) is Placement.TENSORWISE and not self._is_whole:
-            text = f"{spec.name} with {spec.groups} needs tensorwise placement"
-            raise DataError(self._text(text))
-        groups: list[list[nn.Parameter]] = [[] for _ in spec.groups]
-        for run in self._runs:
-            if run.group != BUFFER_GROUP:
-                run.parameter = nn.Parameter(run.values)
-                groups[run.group].append(run.parameter)
-        return build(spec, groups)
+        if spec is not None:
+            self._hypers = prepare_hyper(spec, groups)
+        elif groups:
+            raise DataError(self._text(f"{len(groups)} param groups, but no optimizer"))
+        self._groups = groups
 
-    def _absent_ranges(self, absent: Sequence[bytes]) -> list[tuple[int, int]]:
-        """Elements of the tensors marked absent, adjacent ones as one range."""
-        lengths, wanted = [len(marks) for marks in absent], [len(marks) for marks in self._absent]
-        if lengths != wanted:
-            raise DataError(self._text(f"absent marks of {lengths} bytes, expected {wanted}"))
-        found: list[tuple[int, int]] = []
-        last = (-1, False)
-        for (start, stop), marks in zip(self.parts, absent, strict=True):
-            for number, piece in enumerate(self.layout.pieces(start, stop)):
-                is_absent = bool(marks[number // 8] >> number % 8 & 1)
-                if last == (piece.tensor, not is_absent):
-                    name = self.spec.tensors[piece.tensor].name
-                    raise DataError(self._text(f"{name!r} is marked absent in some of its parts"))
-                last = (piece.tensor, is_absent)
-                if is_absent:
-                    is_next = bool(found) and found[-1][1] == piece.start
-                    first = found.pop()[0] if is_next else piece.start
-                    found.append((first, piece.stop))
-        return found
+    def _or_zeros(self, part: FoldedPart) -> Tensor:
+        if part.gradient is not None:
+            return part.gradient
+        return torch.full((self.parts[part.part][1] - self.parts[part.part][0],), -0.0)
 
-    def _mark_absent(self, ranges: list[tuple[int, int]]) -> None:
-        """Mark the runs in these ranges, and no others, after cutting those that are partly in."""
-        borders = [border for range_ in ranges for border in range_]
-        self._runs = [piece for run in self._runs for piece in self._cut(run, borders)]
-        starts = [start for start, _ in ranges]
-        for run in self._runs:
-            at = bisect_right(starts, run.start) - 1
-            run.is_absent = at >= 0 and run.start < ranges[at][1]
+    def _gathered(self, folded: Sequence[FoldedPart]) -> Tensor:
+        """The gradient of the whole shard in one piece."""
+        if [part.part for part in folded] != list(range(len(self.parts))):
+            raise DataError(self._text("tensors that stay whole are stepped all parts at once"))
+        if self._gradient is None:
+            self._gradient = torch.empty_like(self._master)
+        for part in folded:
+            start, stop = self.parts[part.part]
+            target = self._gradient[start - self._start : stop - self._start]
+            if part.gradient is None:
+                target.fill_(-0.0)
+            else:
+                target.copy_(part.gradient)
+        return self._gradient
 
-    def _cut(self, run: _Run, borders: list[int]) -> list[_Run]:
-        inner = borders[bisect_right(borders, run.start) : bisect_left(borders, run.stop)]
-        if not inner:
-            return [run]
-        bounds = pairwise([run.start, *inner, run.stop])
-        cuts = [self._run(run.group, start, stop) for start, stop in bounds]
-        if run.parameter is not None and self._optimizer is not None:
-            values = [cut.values for cut in cuts]
-            parameters = split_parameter(self._optimizer, run.parameter, values)
-            for cut, parameter in zip(cuts, parameters, strict=True):
-                cut.parameter = parameter
-        return cuts
-
-    def _scaled(self, run: _Run, coefficient: float) -> Tensor:
-        """The run's gradient as its optimizer wants it."""
-        if isinstance(self._optimizer, SparseAdam):
-            return _touched(run.gradient, coefficient)
-        return run.gradient if coefficient == 1.0 else run.gradient.mul_(coefficient)
-
-
-def _touched(gradient: Tensor, coefficient: float) -> Tensor:
-    """The elements that are not -0.0, as a sparse gradient.
-
-    Workers fill what they did not touch with -0.0. The product must not take part in the decision,
-    since a small negative gradient may become -0.0 by it.
-    """
-    is_touched = gradient.view(torch.int32) != _NEGATIVE_ZERO_BITS
-    values = gradient[is_touched]
-    if coefficient != 1.0:
-        values.mul_(coefficient)
-    return torch.sparse_coo_tensor(
-        is_touched.nonzero().t(),
-        values,
-        gradient.shape,
-        check_invariants=False,
-        is_coalesced=True,
-    )
-
-
-def _sum_of_squares(values: list[Tensor]) -> float:
-    total = 0.0
-    for tensor in values:
-        for chunk in torch.split(tensor, SUM_ELEMENTS):
-            total += chunk.double().square_().sum().item()
-    return total
-
-
-def _state_piece(state: dict[str, object], piece: Piece, run: _Run, is_whole: bool) -> StatePiece:
-    start, stop = piece.start - run.start, piece.stop - run.start
-    inside = dict(state) if is_whole else slice_state(state, start, stop)
-    plain = {
-        key: value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
-        for key, value in inside.items()
-    }
-    return StatePiece(piece.tensor, piece.offset, stop - start, plain)
+    def _make_units(self) -> list[Unit]:
+        spec = self.spec.optimizer
+        hypers: list[TorchHyper] = []
+        if spec is not None:
+            needed = placement_of(spec.name, spec.groups)
+            if needed is Placement.TENSORWISE and not self._is_whole:
+                text = f"{spec.name} with {spec.groups} needs tensorwise placement"
+                raise DataError(self._text(text))
+            hypers = check_optimizer(spec)
+        extents = [Extent(start, stop, [(start, stop)]) for start, stop in self.parts]
+        if self._is_whole:
+            extents = [Extent(self._start, self._stop, self.parts)]
+        return [
+            Unit(
+                self.spec,
+                self.layout,
+                extent,
+                rebased_view(self._master, extent.start - self._start, extent.stop - self._start),
+                hypers,
+            )
+            for extent in extents
+        ]

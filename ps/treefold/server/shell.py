@@ -11,11 +11,12 @@ import torch
 
 from treefold.common.config import Settings
 from treefold.common.errors import DataError, UnsupportedError
-from treefold.common.fold import fold
+from treefold.common.fold import Folder, Payload
 from treefold.common.ledger import StateRecord, VersionRecord, Writer
 from treefold.common.log import logger
 from treefold.common.optim import warm_up
-from treefold.common.process import ProcessFigures, Spent, random_number
+from treefold.common.process import ProcessFigures, Spent, keep_freed_memory, random_number
+from treefold.common.spec import Rule
 from treefold.server.core import ServerCore, ServerLimits
 from treefold.server.digest import block_digests
 from treefold.server.effects import (
@@ -23,18 +24,23 @@ from treefold.server.effects import (
     Effect,
     Event,
     FoldPayloads,
+    MakeParts,
     NormComputed,
     OpenShard,
-    PartRef,
-    PublishVersion,
+    PartsRef,
+    ReadyPart,
     RecordVersion,
     ReleasePayload,
     ReleaseVersion,
     ServerDrainAsked,
     ServerFailed,
 )
-from treefold.server.shard import ShardState, clip_coefficient
+from treefold.server.published import Published
+from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
+from treefold.transport.carrier import Carrier, Destination, Held
+from treefold.transport.lanes import lane_settings
 from treefold.transport.loop import Loop
+from treefold.transport.pool import BufferPool
 from treefold.transport.sockets import (
     CONTROL_FRAME_BYTES_MAX,
     DATA_FRAME_BYTES_MAX,
@@ -46,7 +52,7 @@ from treefold.transport.sockets import (
 from treefold.wire.codec import encode
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Peer, PeerLost, Send
 from treefold.wire.membership import MS, Identity, Membership
-from treefold.wire.messages import Role
+from treefold.wire.messages import Pulled, Role
 
 LISTENER = "listener"
 
@@ -85,11 +91,12 @@ class ServerShell:
         )
         limits = ServerLimits(int(settings.connect_timeout_s * 1000) * MS)
         self._core = ServerCore(Membership(identity), limits)
-        self._loop: Loop[Event, Effect] = Loop(self._hub, self._core, self._perform)
+        self._carrier = Carrier(self._hub, lane_settings(settings))
+        self._loop: Loop[Event, Effect] = Loop(self._hub, self._core, self._perform, self._carrier)
+        self._pool = BufferPool()
+        self._folder = Folder()
         self._states: dict[tuple[int, int], ShardState] = {}
-        self._published: dict[tuple[int, int, int], torch.Tensor] = {}
-        self._placed: dict[tuple[int, int], int] = {}
-        self._own: dict[int, None] = {}
+        self._published: dict[tuple[int, int], Published] = {}
         self._halt: Halt | None = None
         self._figures = ProcessFigures()
         self._spent = Spent()
@@ -132,15 +139,15 @@ class ServerShell:
         match effect:
             case Send():
                 return self._send(effect)
-            case FoldPayloads():
+            case FoldPayloads(left, right):
                 with self._spent.on("fold"):
-                    self._fold(effect)
+                    self._fold(left, right)
             case ReleasePayload(payload):
                 self._release(payload)
-            case OpenShard() | ComputeNorm() | PublishVersion():
+            case OpenShard() | ComputeNorm() | MakeParts():
                 return self._guarded(effect)
             case ReleaseVersion(table, shard, version):
-                self._hub.pool.give(self._published.pop((table, shard, version)))
+                self._published[table, shard].drop(version)
             case RecordVersion():
                 self._record(effect)
             case Note(level, text):
@@ -150,95 +157,103 @@ class ServerShell:
         return []
 
     def _send(self, effect: Send) -> list[Event]:
-        header = encode(effect.message)
         if effect.peer == SCHEDULER:
-            self._hub.send(SCHEDULER, None, header)
+            self._hub.send(SCHEDULER, None, encode(effect.message))
             return []
-        payload = None
-        if isinstance(effect.payload, PartRef):
-            ref = effect.payload
-            if (ref.table, ref.shard, ref.version) not in self._published:
-                return []  # the step that should have made it failed, and with it the job
-            payload = self._slice(effect.payload)
-        key = None if effect.payload is None else (effect.peer, effect.payload)
-        if self._hub.send(LISTENER, _identity(effect.peer), header, payload, key):
-            return []
-        return [PeerLost(effect.peer)]
-
-    def _slice(self, ref: PartRef) -> torch.Tensor:
-        parts = self._states[ref.table, ref.shard].parts
-        start, stop = parts[ref.part]
-        first = parts[0][0]
-        return self._published[ref.table, ref.shard, ref.version][start - first : stop - first]
-
-    def _fold(self, effect: FoldPayloads) -> None:
-        left, right = self._loop.payloads.get(effect.left), self._loop.payloads.get(effect.right)
-        if effect.left in self._own:
-            out = left
+        if isinstance(effect.payload, PartsRef) and isinstance(effect.message, Pulled):
+            is_sent = self._send_parts(effect.peer, effect.message, effect.payload)
         else:
-            out = self._hub.pool.take(left.numel())
-            self._own[effect.left] = None
-        fold(left, right, out)
-        self._loop.payloads.put(effect.left, out)
-        self._release(effect.right)
+            is_sent = self._hub.send(LISTENER, _identity(effect.peer), encode(effect.message))
+        return [] if is_sent else [PeerLost(effect.peer)]
+
+    def _send_parts(self, peer: Peer, message: Pulled, ref: PartsRef) -> bool:
+        published = self._published[ref.table, ref.shard]
+        if ref.version not in published:
+            return True  # the step that should have made it failed, and with it the job
+        buffer = published.buffer(ref.version)
+        parts = self._states[ref.table, ref.shard].parts
+        first = parts[0][0]
+        payloads = [
+            Payload(buffer[start - first : stop - first])
+            for start, stop in parts[ref.part : ref.part + ref.count]
+        ]
+        return self._carrier.send(Destination(LISTENER, peer), message, payloads, buffer.data_ptr())
+
+    def _fold(self, left: int, right: int) -> None:
+        one, other = self._carrier.held(left), self._carrier.held(right)
+        out = one.owner
+        if out is None:
+            out = self._pool.take(one.payload.tensor.numel())
+        self._folder.fold(one.payload, other.payload, out)
+        self._carrier.put(left, Held(Payload(out), out))
+        self._release(right)
 
     def _release(self, payload: int) -> None:
-        tensor = self._loop.payloads.pop(payload)
-        if payload in self._own:
-            del self._own[payload]
-            self._hub.pool.give(tensor)
+        owner = self._carrier.drop(payload).owner
+        if owner is not None:
+            self._pool.give(owner)
 
-    def _guarded(self, effect: OpenShard | ComputeNorm | PublishVersion) -> list[Event]:
+    def _guarded(self, effect: OpenShard | ComputeNorm | MakeParts) -> list[Event]:
         """Tensor work that may find that what the job asks for cannot be done."""
         try:
             if isinstance(effect, OpenShard):
-                self._states[effect.table, effect.shard] = ShardState(effect.spec, effect.span)
+                self._open(effect)
             elif isinstance(effect, ComputeNorm):
                 return [self._norm(effect)]
             else:
-                self._publish(effect)
+                self._make(effect)
         except (DataError, UnsupportedError) as error:
             return [ServerFailed(str(error))]
         return []
 
+    def _open(self, effect: OpenShard) -> None:
+        key = effect.table, effect.shard
+        state = ShardState(effect.spec, effect.span)
+        self._carrier.lanes.name = f"treefold-{self._core.membership.job:x}-server"
+        is_constant = effect.spec.rule is Rule.CONSTANT
+        self._states[key] = state
+        self._published[key] = Published(self._carrier, state.elements, is_constant=is_constant)
+        for peer in self._carrier.lanes.local_peers():
+            self._carrier.offer(LISTENER, peer)
+
     def _norm(self, effect: ComputeNorm) -> NormComputed:
-        self._place_roots((effect.table, effect.shard), effect.round, effect.roots)
-        sums = self._states[effect.table, effect.shard].block_sums()
+        folded = [self._folded(ready) for ready in effect.parts]
+        sums = self._states[effect.table, effect.shard].block_sums(folded)
         return NormComputed(effect.table, effect.shard, effect.round, sums)
 
-    def _place_roots(self, key: tuple[int, int], round_: int, roots: list[int | None]) -> None:
-        """Write the roots of a round to the shard's gradient, once."""
-        if self._placed.get(key) == round_:
-            return
-        self._placed[key] = round_
-        state = self._states[key]
-        with self._spent.on("fold"):
-            for part, root in enumerate(roots):
-                if root is None:
-                    state.clear_gradient(part)
-                else:
-                    state.gradient_part(part).copy_(self._loop.payloads.get(root))
+    def _folded(self, ready: ReadyPart) -> FoldedPart:
+        """A root's values, in memory of our own."""
+        if ready.root is None:
+            return FoldedPart(ready.part, None, ready.absent)
+        held = self._carrier.held(ready.root)
+        if held.owner is None:
+            out = self._pool.take(held.payload.tensor.numel())
+            torch.mul(held.payload.tensor, held.payload.scale, out=out)
+            held = Held(Payload(out), out)
+            self._carrier.put(ready.root, held)
+        return FoldedPart(ready.part, held.payload.tensor, ready.absent)
 
-    def _publish(self, effect: PublishVersion) -> None:
-        key = (effect.table, effect.shard)
-        state = self._states[key]
-        if effect.meta is None:
-            state.initialize(
-                [self._loop.payloads.get(root) for root in effect.roots if root is not None]
-            )
-        else:
-            self._place_roots(key, effect.meta.round, effect.roots)
-            limit = effect.meta.norm_max
-            coefficient = clip_coefficient(limit, effect.norm) if limit > 0 else 1.0
-            with self._spent.on("optimizer"):
-                state.step(effect.meta.groups, effect.absent, coefficient)
-        for root in effect.roots:
-            if root is not None:
-                self._release(root)
-        out = self._hub.pool.take(state.parts[-1][1] - state.parts[0][0])
+    def _make(self, effect: MakeParts) -> None:
+        key = effect.table, effect.shard
+        state, published = self._states[key], self._published[key]
+        with self._spent.on("optimizer"):
+            folded = [self._folded(ready) for ready in effect.parts]
+            if effect.groups is None:
+                for part in folded:
+                    if part.gradient is not None:
+                        state.initialize(part.part, part.gradient)
+            else:
+                limit = effect.norm_max
+                coefficient = clip_coefficient(limit, effect.norm) if limit > 0 else 1.0
+                state.step(folded, effect.groups, coefficient)
         with self._spent.on("publish"):
-            state.copy_to(out)
-        self._published[(*key, effect.version)] = out
+            buffer = published.buffer(effect.version)
+            first = state.parts[0][0]
+            for ready in effect.parts:
+                start, stop = state.parts[ready.part]
+                state.copy_part(ready.part, buffer[start - first : stop - first])
+                if ready.root is not None:
+                    self._release(ready.root)
 
     def _record(self, effect: RecordVersion) -> None:
         if not self._settings.ledger:
@@ -274,6 +289,7 @@ def main(settings: Settings, announce: Callable[[str], None]) -> int:
         Exit status.
     """
     torch.set_num_threads(1)
+    keep_freed_memory()
     shell = ServerShell(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _drain_once(shell))

@@ -6,6 +6,7 @@ accumulating into it gives the very bits of a fresh gradient. Knows no rounds, p
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,15 @@ class Gradient:
         self.sent: tuple[int, int] | None = None
         self.checksum: float | None = None
 
+    def move(self, flat: Tensor) -> None:
+        """Go on at another place with the same values."""
+        is_view = self.parameter.grad is self.view
+        self.flat = flat
+        self.view = flat.view(self.parameter.shape).data
+        self.clean_version = self.view._version - self.is_present
+        if is_view:
+            self.parameter.grad = self.view
+
     def mark(self) -> tuple[int, int]:
         """What changes when anybody changes ``.grad`` or puts another tensor there."""
         grad = self.parameter.grad
@@ -88,6 +98,18 @@ class Gradient:
         return float(values.sum(dtype=torch.float64).item())
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where gradients lie if they lie as the table's flat space does, so that they can be lent.
+
+    ``make`` gives a float32 buffer of so many elements, which servers may read where it is.
+    """
+
+    starts: Sequence[int]
+    elements: int
+    make: Callable[[int], Tensor]
+
+
 class Gradients:
     """The gradients of one table.
 
@@ -99,6 +121,15 @@ class Gradients:
         Whether the optimizer takes sparse gradients (and no others).
     listener : callable
         Called with the number of a parameter whenever backward has finished its gradient.
+    place : Place, optional
+        Used if all gradients are dense float32 on the CPU.
+
+    Attributes
+    ----------
+    flat : Tensor, float32 [elements of the table], or None
+        All gradients at their places in the table's flat space; -0.0 in between.
+    is_lent : bool
+        Whether ``flat`` is being read by others, so that nothing in it may change.
     """
 
     def __init__(
@@ -106,25 +137,32 @@ class Gradients:
         parameters: Sequence[tuple[str, nn.Parameter]],
         is_sparse: bool,
         listener: Callable[[int], None],
+        place: Place | None = None,
     ) -> None:
         self._is_sparse = is_sparse
         self._listener = listener
-        self._is_paused = False
+        self._is_paused = self.is_lent = self._is_detached = False
         self._hooks: dict[int, list[RemovableHandle]] = {}
-        self.buffers = _flat_buffers([parameter for _, parameter in parameters])
-        self.items: list[Gradient] = []
-        used = dict.fromkeys(self.buffers, 0)
-        for number, (name, parameter) in enumerate(parameters):
-            key = (parameter.dtype, parameter.device)
-            start, stop = used[key], used[key] + parameter.numel()
-            self.items.append(Gradient(number, name, parameter, self.buffers[key][start:stop]))
-            used[key] = stop
+        self.flat: Tensor | None = None
+        self._place = place
+        self._spare: Tensor | None = None
+        only = [parameter for _, parameter in parameters]
+        if place is not None and not is_sparse and all(map(_is_plain, only)):
+            self.flat = place.make(place.elements).fill_(ABSENT)
+            self._whole, views = [self.flat], _views_at(self.flat, place.starts, only)
+        else:
+            self._whole, views = _views_of_own(only)
+        self.items = [
+            Gradient(number, name, parameter, view)
+            for number, ((name, parameter), view) in enumerate(zip(parameters, views, strict=True))
+        ]
+        for parameter in only:
             parameter.grad = None
 
     @property
     def is_on_cpu(self) -> bool:
         """Whether all gradients can be read without waiting for another device."""
-        return all(device.type == "cpu" for _, device in self.buffers)
+        return all(buffer.device.type == "cpu" for buffer in self._whole)
 
     def close(self) -> None:
         """Leave the parameters as ordinary ones, without gradients."""
@@ -144,8 +182,19 @@ class Gradients:
         finally:
             self._is_paused = before
 
-    def begin_slot(self) -> None:
-        """Take what is there now for an earlier slot's; watch parameters that were unfrozen."""
+    def begin_slot(self, is_in_use: bool = False) -> None:
+        """Take what is there now for an earlier slot's; watch parameters that were unfrozen.
+
+        Parameters
+        ----------
+        is_in_use : bool
+            Whether what was lent is still being read. If not, it is ours again.
+        """
+        if self.is_lent and is_in_use:
+            self._change_flat()
+        self.is_lent = False
+        if self._is_detached:
+            self._attach()
         for gradient in self.items:
             gradient.fires = 0
             gradient.sent = gradient.checksum = None
@@ -154,8 +203,16 @@ class Gradients:
                 self._watch(gradient)
 
     def zero(self, set_to_none: bool) -> None:
-        """Do as ``Optimizer.zero_grad``; ``.grad`` stays a view, filled with -0.0 for None."""
-        for buffer in self.buffers.values():
+        """Do as ``Optimizer.zero_grad``; ``.grad`` stays a view, filled with -0.0 for None.
+
+        While gradients are lent they are left alone, and ``.grad`` is None in the meantime.
+        """
+        if self.is_lent and set_to_none:
+            self._detach()
+            return
+        if self.is_lent:
+            self._change_flat()
+        for buffer in self._whole:
             buffer.fill_(ABSENT)
         for gradient in self.items:
             if set_to_none or not gradient.is_present:
@@ -182,6 +239,38 @@ class Gradients:
         else:
             self._take(gradient, grad.detach())
             gradient.is_present = True
+
+    def _detach(self) -> None:
+        for gradient in self.items:
+            gradient.parameter.grad = None
+            gradient.is_present = gradient.is_stale = False
+        self._is_detached = True
+
+    def _attach(self) -> None:
+        """Let gradients be views of a clean buffer again."""
+        for buffer in self._whole:
+            buffer.fill_(ABSENT)
+        for gradient in self.items:
+            if gradient.parameter.grad is None and not gradient.is_packed:
+                gradient.parameter.grad = gradient.view
+            gradient.clean_version = gradient.view._version
+        self._is_detached = False
+
+    def _change_flat(self) -> None:
+        """Go on in another buffer, with the same gradients, while this one is being read."""
+        old, place = self.flat, self._place
+        if old is None or place is None:
+            return
+        new = place.make(place.elements) if self._spare is None else self._spare
+        if self._is_detached:
+            new.fill_(ABSENT)
+        else:
+            new.copy_(old)
+        self.flat, self._spare, self._whole = new, old, [new]
+        only = [gradient.parameter for gradient in self.items]
+        for gradient, flat in zip(self.items, _views_at(new, place.starts, only), strict=True):
+            gradient.move(flat)
+        self.is_lent = self._is_detached = False
 
     def _watch(self, gradient: Gradient) -> None:
         hook = partial(self._on_accumulated, gradient)
@@ -223,6 +312,8 @@ class Gradients:
     def _take(self, gradient: Gradient, grad: Tensor) -> None:
         """Copy a gradient that is not the view; then let autograd add to the view itself."""
         self._check_layout(gradient, grad)
+        if self.is_lent:
+            self._change_flat()
         if grad.is_sparse:
             if not gradient.is_packed:
                 gradient.is_packed = True
@@ -265,17 +356,29 @@ def check_not_stale(gradients: Sequence[Gradient]) -> None:
             raise LocalProtocolError(text)
 
 
-def _flat_buffers(
-    parameters: Sequence[nn.Parameter],
-) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return parameter.dtype == torch.float32 and parameter.device.type == "cpu"
+
+
+def _views_at(flat: Tensor, starts: Sequence[int], of: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The place of each parameter's gradient in a buffer of the table's length."""
+    return [flat[at : at + one.numel()] for at, one in zip(starts, of, strict=False)]
+
+
+def _views_of_own(of: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """A buffer for all gradients of each kind, and the place of each parameter's gradient."""
     sizes: dict[tuple[torch.dtype, torch.device], int] = {}
-    for parameter in parameters:
+    places: list[tuple[tuple[torch.dtype, torch.device], int]] = []
+    for parameter in of:
         key = (parameter.dtype, parameter.device)
+        places.append((key, sizes.get(key, 0)))
         sizes[key] = sizes.get(key, 0) + parameter.numel()
-    return {
+    buffers = {
         (dtype, device): torch.full((size,), ABSENT, dtype=dtype, device=device)
         for (dtype, device), size in sizes.items()
     }
+    views = [buffers[key][at : at + one.numel()] for (key, at), one in zip(places, of, strict=True)]
+    return list(buffers.values()), views
 
 
 def _densify(grad: Tensor, out: Tensor) -> None:

@@ -34,6 +34,10 @@ class DistributedOptimizer(Optimizer):
         What becomes of buffers that a loop body changes (BatchNorm statistics): ``"mean"`` of the
         slots, weighted like gradients; ``"slot0"``, those of slot 0; ``"local"``, left alone.
         Integer, boolean and float64 buffers are slot 0's with ``"mean"`` too.
+    lend : bool
+        Whether servers on this host may read gradients where they lie, which spares a copy. They
+        must not be written to then between the step and the end of the loop body, but by
+        `zero_grad`; the first loop body is watched, and a later one that breaks the rule raises.
 
     Raises
     ------
@@ -55,7 +59,12 @@ class DistributedOptimizer(Optimizer):
     """
 
     def __init__(
-        self, optimizer: Optimizer, model: nn.Module, overlap: bool = True, buffers: str = "mean"
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        overlap: bool = True,
+        buffers: str = "mean",
+        lend: bool = True,
     ) -> None:
         self._table: Table | None = None
         job = session.current()
@@ -68,7 +77,7 @@ class DistributedOptimizer(Optimizer):
         self.inner = optimizer
         bound = bind(optimizer, model, job.is_taken)
         name = "model" if not job.tables else f"model-{len(job.tables)}"
-        options = TableOptions(name, overlap, mode)
+        options = TableOptions(name, overlap, mode, lend)
         table = Table(job.client, Owned(optimizer, self, model), bound, options)
         load_frozen(job.client, f"{name}.frozen", bound.frozen)
         self._table = table

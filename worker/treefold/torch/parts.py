@@ -37,7 +37,7 @@ class Part:
     buffers : list of (int, Piece)
         Which float buffers have, by their number among the buffers, each with its piece.
     has_gaps : bool
-        Whether `write_gradients` leaves elements unwritten.
+        Whether some elements are no gradient's.
     missing : int
         Gradients that this slot's backward has not finished yet.
     is_sent : bool
@@ -78,16 +78,23 @@ class Part:
                 absent |= 1 << position
         return absent
 
-    def write_gradients(self, scale: float, out: Tensor) -> None:
+    def write_gradients(self, scale: float, flat: Tensor | None, out: Tensor) -> None:
         """Write the slot's gradients times ``scale``, rounded once, in float32.
 
         Parameters
         ----------
         scale : float
             The slot's share of the round's samples; 1.0 leaves the bits as they are.
+        flat : Tensor, float32 [elements of the table], or None
+            All gradients as `Gradients.flat` has them.
         out : Tensor, float32 [elements]
-            On the CPU. Gaps and buffers are not written.
+            On the CPU. Gaps and buffers are filled with -0.0.
         """
+        if flat is not None:
+            torch.mul(flat[self.start : self.stop], scale, out=out)
+            return
+        if self.has_gaps:
+            out.fill_(ABSENT)
         for run in self.runs:
             target = out[run.start : run.stop]
             if scale != 1.0 and run.source.dtype == torch.float32 and run.source.is_cpu:

@@ -5,7 +5,7 @@ only right while nobody touches them again before the step, which is watched: th
 never overlapped but shows how the script works, and what breaks the rule later is an error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -15,15 +15,24 @@ from torch import Tensor, nn
 
 from treefold.common.errors import LocalProtocolError
 from treefold.common.layout import Layout
-from treefold.torch.gradients import ABSENT, Gradient, Gradients, check_not_stale
+from treefold.torch.gradients import ABSENT, Gradient, Gradients, Place, check_not_stale
 from treefold.torch.parts import Part, cut_parts
-from treefold.worker.client import Client, Task
+from treefold.worker.client import Client, PartRun, Task
+from treefold.worker.shell import Values
 
 
 class Overlap(Enum):
     """Whether parts are sent during backward."""
 
     LEARNING = auto()  # not yet: no slot has shown how the script works
+    ON = auto()
+    OFF = auto()
+
+
+class Lending(Enum):
+    """Whether gradients are sent from where they lie, without a copy."""
+
+    LEARNING = auto()  # not yet: no slot has shown that they are left alone after the step
     ON = auto()
     OFF = auto()
 
@@ -40,12 +49,25 @@ class TablePort:
         """Elements of each part."""
         return [(part.start, part.stop) for part in self.client.parts(self.table)]
 
+    def place(self) -> Place:
+        """Where gradients can be lent from."""
+        return Place(self.layout.starts, self.layout.elements, self.client.gradient_buffer)
+
+
+class Source(Enum):
+    """Where the values of a part lie."""
+
+    NOWHERE = auto()  # no tensor of it has a gradient
+    GRADIENTS = auto()  # in the gradients themselves, not scaled
+    SCRATCH = auto()  # in this slot's scratch buffer, scaled
+
 
 @dataclass(slots=True)
 class _Packed:
-    """A part with buffers whose gradients are ready; it waits for the end of the loop body."""
+    """A part that is ready to be sent."""
 
-    values: Tensor | None
+    part: Part
+    source: Source
     absent: int
 
 
@@ -73,7 +95,7 @@ class Pushing:
     ) -> None:
         self._port = port
         self._is_sparse = is_sparse
-        self.gradients = Gradients(parameters, is_sparse, self._on_finished)
+        self.gradients = Gradients(parameters, is_sparse, self._on_finished, port.place())
         self.parts = cut_parts(port.layout, port.ranges(), self.gradients.items)
         self._parts_of: list[list[Part]] = [[] for _ in parameters]
         for part in self.parts:
@@ -81,7 +103,12 @@ class Pushing:
                 self._parts_of[number].append(part)
         can_overlap = is_overlapped and self.gradients.is_on_cpu
         self.overlap = Overlap.LEARNING if can_overlap else Overlap.OFF
+        self.lending = Lending.OFF if self.gradients.flat is None else Lending.LEARNING
+        self.on_first: Callable[[], None] = _nothing
         self._packed: dict[int, _Packed] = {}
+        self._scratch: Tensor | None = None
+        self._marks: list[tuple[int, int]] = []
+        self._fires_after_step = False
         self._task: Task | None = None
         self._scale = 1.0
         self._is_stale_allowed = False
@@ -100,9 +127,10 @@ class Pushing:
             Whether gradients may go on accumulating from the step before (own loaders).
         """
         self._task, self._scale, self._is_stale_allowed = task, scale, is_stale_allowed
-        self.is_stepped = False
+        self.is_stepped = self._fires_after_step = False
         self._packed.clear()
-        self.gradients.begin_slot()
+        self._scratch = None
+        self.gradients.begin_slot(is_in_use=task.is_lent)
         items = self.gradients.items
         for part in self.parts:
             part.is_sent = False
@@ -123,15 +151,14 @@ class Pushing:
                 self.gradients.settle(gradient)
         if not self._is_stale_allowed:
             check_not_stale(self.gradients.items)
-        for part in self.parts:
-            if part.is_sent:
-                continue
-            packed = self._pack(part)
-            if part.buffers:
-                self._packed[part.number] = packed
-            else:
-                self._send(part, packed)
+        ready = [self._pack(part) for part in self.parts if not part.is_sent]
+        for packed in ready:
+            if packed.part.buffers:
+                self._packed[packed.part.number] = packed
+        self._send([packed for packed in ready if not packed.part.buffers])
         self.is_stepped = True
+        if self.lending is not Lending.OFF and not self._is_stale_allowed:
+            self._marks = [gradient.mark() for gradient in self.gradients.items]
 
     def end(self, buffers: Sequence[Tensor | None]) -> None:
         """Send what is left of the slot: buffers, and that there was no step, if there was none.
@@ -144,17 +171,21 @@ class Pushing:
         Raises
         ------
         LocalProtocolError
-            There was no step, but parts of the slot are on their way.
+            There was no step, but parts of the slot are on their way; or gradients were changed
+            after the step, while they were being sent.
         """
         if not self.is_stepped:
             self._check_nothing_sent("the loop body ended without optimizer.step()")
+        ready = []
         for part in self.parts:
-            if part.is_sent:
-                continue
-            packed = self._packed.get(part.number) or _Packed(None, part.all_absent)
-            if part.buffers:
-                self._add_buffers(part, packed, buffers)
-            self._send(part, packed)
+            if not part.is_sent:
+                nothing = _Packed(part, Source.NOWHERE, part.all_absent)
+                packed = self._packed.get(part.number, nothing)
+                if part.buffers:
+                    self._add_buffers(packed, buffers)
+                ready.append(packed)
+        self._send(ready)
+        self._learn_lending()
         self._task = None
 
     def check_can_zero(self) -> None:
@@ -169,9 +200,15 @@ class Pushing:
     def _on_finished(self, number: int) -> None:
         """Backward has finished a gradient."""
         gradient = self.gradients.items[number]
+        if self.is_stepped:
+            self._fires_after_step = True
+            if self.gradients.is_lent:
+                self._refuse_change(gradient)
         if self.is_stepped or self._task is None:
             return
         if self.overlap is Overlap.LEARNING:
+            if not any(item.fires > 1 or item.sent for item in self.gradients.items):
+                self.on_first()
             gradient.sent, gradient.checksum = gradient.mark(), gradient.sum()
         if self.overlap is not Overlap.ON:
             return
@@ -194,49 +231,83 @@ class Pushing:
         for gradient in items:
             self.gradients.settle(gradient)
             gradient.sent = gradient.mark()
-        self._send(part, self._pack(part))
+        if not any(part.is_sent for part in self.parts):
+            self.on_first()
+        self._send([self._pack(part)])
+
+    @property
+    def _is_lendable(self) -> bool:
+        """Whether this slot's gradients can be read where they are until the next version."""
+        if self._task is None or self._task.is_kept or self.gradients.flat is None:
+            return False
+        return self._is_stale_allowed or self.lending is Lending.ON
 
     def _pack(self, part: Part) -> _Packed:
-        with self._port.client.spent.on("push"):
-            return self._packed_now(part)
-
-    def _packed_now(self, part: Part) -> _Packed:
         absent = part.absent_gradients(self.gradients.items)
         if absent == part.all_absent:
-            return _Packed(None, absent)
-        values = self._scratch(part)
-        with torch.no_grad():
-            part.write_gradients(self._scale, values)
+            return _Packed(part, Source.NOWHERE, absent)
+        if self._is_lendable and not part.buffers:
+            return _Packed(part, Source.GRADIENTS, absent)
+        with self._port.client.spent.on("push"), torch.no_grad():
+            values = self._scratch_of(part)
+            part.write_gradients(self._scale, self.gradients.flat, values)
             if self._is_sparse and self._scale != 1.0:
                 part.restore_touched(values)
-        return _Packed(values, absent)
+        return _Packed(part, Source.SCRATCH, absent)
 
-    def _scratch(self, part: Part) -> Tensor:
-        values = self._port.client.scratch(part.elements)
-        if part.has_gaps:
-            values.fill_(ABSENT)
-        return values
+    def _scratch_of(self, part: Part) -> Tensor:
+        if self._scratch is None:
+            self._scratch = self._port.client.scratch(self._port.layout.elements)
+        return self._scratch[part.start : part.stop]
 
-    def _add_buffers(self, part: Part, packed: _Packed, buffers: Sequence[Tensor | None]) -> None:
+    def _add_buffers(self, packed: _Packed, buffers: Sequence[Tensor | None]) -> None:
+        part = packed.part
         for number, piece in part.buffers:
             share = buffers[number]
             if share is None:
                 continue
-            if packed.values is None:
-                packed.values = self._scratch(part)
+            values = self._scratch_of(part)
+            if packed.source is Source.NOWHERE:
+                values.fill_(ABSENT)
+                packed.source = Source.SCRATCH
             size = piece.stop - piece.start
-            target = packed.values[piece.start - part.start : piece.stop - part.start]
+            target = values[piece.start - part.start : piece.stop - part.start]
             target.copy_(share[piece.offset : piece.offset + size])
             packed.absent &= ~(1 << part.pieces.index(piece))
 
-    def _send(self, part: Part, packed: _Packed) -> None:
+    def _send(self, ready: list[_Packed]) -> None:
+        """Hand parts over, adjacent ones from one source together."""
+        run: list[_Packed] = []
+        for packed in ready:
+            if run and (
+                packed.part.number != run[-1].part.number + 1 or packed.source is not run[-1].source
+            ):
+                self._send_run(run)
+                run = []
+            run.append(packed)
+        if run:
+            self._send_run(run)
+
+    def _send_run(self, run: list[_Packed]) -> None:
         if self._task is None:
             raise LocalProtocolError("a contribution outside of a loop body")
-        part.is_sent = True
-        marks = part.marks(packed.absent)
-        self._port.client.contribute(
-            self._task, self._port.table, part.number, packed.values, marks
-        )
+        for packed in run:
+            packed.part.is_sent = True
+        absent: list[bytes] = []
+        if any(packed.absent for packed in run):
+            absent = [packed.part.marks(packed.absent) for packed in run]
+        first, last = run[0].part, run[-1].part
+        where = PartRun(self._port.table, first.number, len(run), absent)
+        values = self._values(run[0].source, first.start, last.stop)
+        self._port.client.contribute(self._task, where, values)
+
+    def _values(self, source: Source, start: int, stop: int) -> Values | None:
+        if source is Source.GRADIENTS and self.gradients.flat is not None:
+            self.gradients.is_lent = True
+            return Values(self.gradients.flat[start:stop], self._scale, None)
+        if source is Source.SCRATCH and self._scratch is not None:
+            return Values(self._scratch[start:stop], 1.0, self._scratch)
+        return None
 
     # ---- what the script does with its gradients ----------------------------------------------
 
@@ -250,6 +321,29 @@ class Pushing:
             self.overlap = Overlap.ON if is_plain else Overlap.OFF
         for gradient in finished:
             gradient.sent = None
+
+    def _learn_lending(self) -> None:
+        """See from a first slot whether gradients are left alone between the step and its end."""
+        if self.lending is Lending.OFF or not self._marks:
+            return
+        marks, self._marks = self._marks, []
+        if self.gradients.is_lent:
+            for gradient, then in zip(self.gradients.items, marks, strict=True):
+                if gradient.mark() not in (then, (0, 0)):
+                    self._refuse_change(gradient)
+        elif self.lending is Lending.LEARNING:
+            now = [gradient.mark() for gradient in self.gradients.items]
+            is_left = all(mark in (then, (0, 0)) for mark, then in zip(now, marks, strict=True))
+            is_clean = is_left and not self._fires_after_step
+            self.lending = Lending.ON if is_clean else Lending.OFF
+
+    def _refuse_change(self, gradient: Gradient) -> None:
+        text = (
+            f"the gradient of {gradient.name!r} was changed after optimizer.step(), while it was "
+            "being sent; call optimizer.zero_grad() first, or pass lend=False to "
+            "ps.DistributedOptimizer"
+        )
+        raise LocalProtocolError(text)
 
     def _check_unchanged(self) -> None:
         if self.overlap is not Overlap.ON:
@@ -275,3 +369,7 @@ class Pushing:
 def _is_finished_once(gradient: Gradient) -> bool:
     unchanged = gradient.sent == gradient.mark() and gradient.checksum == gradient.sum()
     return gradient.fires == 1 and unchanged
+
+
+def _nothing() -> None:
+    """Nobody wants to hear of a slot's first part."""

@@ -142,7 +142,8 @@ class Session:
     def next_slot(self, plan: LoopPlan) -> Task | None:
         """Wait for the next slot and load what it needs; None if the pass is over."""
         reply = self.client.next_task()
-        self._load(reply)
+        while not self._load(reply):
+            reply = self.client.next_task_anew()
         if isinstance(reply, LoopEnd):
             self._end_loop(plan, reply)
             return None
@@ -170,10 +171,11 @@ class Session:
         self.progress.samples += samples
         self.client.report(self.progress.samples, self.progress.watch.read())
 
-    def _load(self, reply: Task | LoopEnd) -> None:
+    def _load(self, reply: Task | LoopEnd) -> bool:
+        """Load new versions; False if the servers overwrote one while it was read."""
         by_number = {table.number: table for table in self.tables}
-        for snapshot in reply.snapshots:
-            by_number[snapshot.table].load(snapshot)
+        loaded = [by_number[snapshot.table].load(snapshot) for snapshot in reply.snapshots]
+        return all(loaded)
 
     def _note_slot(self, task: Task) -> None:
         if task.round != self.round:

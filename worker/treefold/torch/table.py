@@ -5,18 +5,17 @@ which of it happens is the session's business.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 import msgspec
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer, SparseAdam
 
 from treefold.common.errors import CapacityError, LocalProtocolError
-from treefold.common.layout import Layout, Piece
+from treefold.common.layout import Layout
 from treefold.common.optim import hyper_of
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.torch.binding import (
@@ -27,17 +26,15 @@ from treefold.torch.binding import (
     table_spec,
 )
 from treefold.torch.buffers import BufferMode, Buffers
-from treefold.torch.pushing import Pushing, TablePort
+from treefold.torch.pushing import Lending, Pushing, TablePort
 from treefold.torch.schedules import Schedule, Schedules
+from treefold.torch.values import ModelValues, Pieces, copy_parameters
 from treefold.wire.messages import STATE_BYTES_MAX
 from treefold.worker.client import Client, Snapshot, Task
 from treefold.worker.effects import SlotMeta
 
 if TYPE_CHECKING:
     from treefold.common.spec import Hyper
-
-
-Pieces = Callable[[int, int], list[Piece]]
 
 
 class RoundState(msgspec.Struct, frozen=True, array_like=True):
@@ -65,6 +62,7 @@ class TableOptions:
     name: str
     is_overlapped: bool
     buffers: BufferMode
+    is_lent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +72,14 @@ class Owned:
     inner: Optimizer
     outer: Optimizer
     model: nn.Module
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """What a round steps with: hyper-parameters by param group, and the norm limit."""
+
+    groups: "list[Hyper]"
+    norm_max: float
 
 
 class Table:
@@ -118,11 +124,16 @@ class Table:
         self._state: RoundState | None = None
         self._loop_start: Schedule | None = None
         self._versions: list[int] = []
+        self._task: Task | None = None
+        self._is_early: bool | None = None  # None: no slot has shown how the script works
+        self._first: _Settled | None = None
+        self._early: _Settled | None = None
         self._is_loaded = False  # a version whose buffers the model does not have yet
         initial = flat_values(self._tensors, self.layout.starts, self.layout.elements)
         snapshot = client.declare(spec, initial)
         self.number = snapshot.table
         self.parameters = [_parameter(tensor) for tensor in bound.parameters]
+        self._values = ModelValues(self.parameters, self.layout, self._pieces)
         names = [tensor.name for tensor in bound.parameters]
         self.pushing = Pushing(
             TablePort(client, self.number, self.layout),
@@ -130,25 +141,36 @@ class Table:
             options.is_overlapped,
             isinstance(owned.inner, SparseAdam),
         )
+        self.pushing.on_first = self._settle_hyper_early
+        if not options.is_lent:
+            self.pushing.lending = Lending.OFF
         self.load(snapshot)
         self._give_buffers()
 
     # ---- versions --------------------------------------------------------------------------------
 
-    def load(self, snapshot: Snapshot) -> None:
+    def load(self, snapshot: Snapshot) -> bool:
         """Take in a version: parameters at once, buffers and schedulers when the next slot begins.
 
         Parameters
         ----------
         snapshot : Snapshot
             Of this table; released afterwards.
+
+        Returns
+        -------
+        bool
+            False if it was overwritten while it was read: what was loaded is of no use.
         """
         with self._client.spent.on("pull"):
             self._take(snapshot)
         self._versions = [parameter._version for parameter in self.parameters]
+        is_intact = snapshot.is_intact
+        snapshot.release()
+        return is_intact
 
     def _take(self, snapshot: Snapshot) -> None:
-        copy_parameters(snapshot, self._pieces, self.parameters)
+        self._values.load(snapshot)
         count = len(self.parameters)
         for start, stop, values in snapshot.parts:
             for piece in self._pieces(start, stop):
@@ -161,7 +183,6 @@ class Table:
             self.buffers.moving = self._state.moving
             self.buffers.load_opaque(self._state.opaque)
         self._is_loaded = True
-        snapshot.release()
 
     # ---- loops and slots -------------------------------------------------------------------------
 
@@ -185,6 +206,8 @@ class Table:
             self._give_buffers()
         self.norm_max = 0.0
         self._groups = []
+        self._early = None
+        self._task = task
         self.pushing.begin(task, share_of(task, plan), is_stale_allowed=not is_leased)
 
     def step(self) -> None:
@@ -197,7 +220,33 @@ class Table:
             raise LocalProtocolError(text)
         self._check_unmoved()
         self._groups = hyper_of(self.owned.inner)
+        self._settle_hyper()
         self.pushing.step()
+
+    def _settle_hyper(self) -> None:
+        """Now nothing of what the round steps with can change any more."""
+        known = _Settled(self._groups, self.norm_max)
+        if self._early is not None and self._early != known:
+            text = (
+                "a hyper-parameter or the limit of ps.clip_grad_norm was set between backward and "
+                "optimizer.step(), when the servers had begun to step; set it before backward, or "
+                "pass overlap=False to ps.DistributedOptimizer"
+            )
+            raise LocalProtocolError(text)
+        if self._first is not None:
+            self._is_early = known == self._first
+            self._first = None
+        if self._early is None and self._task is not None:
+            self._client.settle_hyper(self._task, self.number, known.groups, known.norm_max)
+
+    def _settle_hyper_early(self) -> None:
+        """Backward has finished a first part: servers can begin to step, if they know with what."""
+        if self._is_early is None:
+            self._first = _Settled(hyper_of(self.owned.inner), self.norm_max)
+        elif self._is_early and self._task is not None:
+            self._early = _Settled(hyper_of(self.owned.inner), self.norm_max)
+            task, early = self._task, self._early
+            self._client.settle_hyper(task, self.number, early.groups, early.norm_max)
 
     def end_slot(self, task: Task, plan: LoopPlan) -> SlotMeta:
         """Contribute what is left, and say what the next round starts from.
@@ -295,41 +344,6 @@ def load_frozen(client: Client, name: str, tensors: Sequence[BoundTensor]) -> No
     snapshot = client.declare(spec, flat_values(tensors, layout.starts, layout.elements))
     copy_parameters(snapshot, layout.pieces, [_parameter(tensor) for tensor in tensors])
     snapshot.release()
-
-
-def copy_parameters(snapshot: Snapshot, pieces: Pieces, parameters: Sequence[nn.Parameter]) -> None:
-    """Write a version into parameters, through autograd's sight but not into its graph.
-
-    Parameters
-    ----------
-    snapshot : Snapshot
-        Any version.
-    pieces : callable
-        ``Layout.pieces`` of its table.
-    parameters : sequence of Parameter
-        The table's first tensors.
-    """
-    targets = [_row_major(parameter) for parameter in parameters]
-    with torch.no_grad():
-        for start, stop, values in snapshot.parts:
-            moved: dict[torch.device, Tensor] = {}
-            for piece in pieces(start, stop):
-                if piece.tensor >= len(targets):
-                    continue
-                target = targets[piece.tensor]
-                if target.device not in moved:
-                    moved[target.device] = values.to(target.device)
-                source = moved[target.device][piece.start - start : piece.stop - start]
-                target[piece.offset : piece.offset + source.numel()].copy_(source)
-        for parameter, target in zip(parameters, targets, strict=True):
-            if not parameter.is_contiguous():
-                parameter.copy_(target.view(parameter.shape))
-
-
-def _row_major(parameter: nn.Parameter) -> Tensor:
-    """The elements in row-major order: the parameter's own memory if it is laid out so."""
-    flat = parameter.detach()
-    return flat.view(-1) if flat.is_contiguous() else flat.reshape(-1)
 
 
 def _parameter(bound: BoundTensor) -> nn.Parameter:

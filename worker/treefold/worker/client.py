@@ -9,25 +9,27 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from treefold.common.config import Settings
-from treefold.common.errors import ConfigError, DataError, LocalProtocolError
+from treefold.common.errors import ConfigError, DataError, LocalProtocolError, UnavailableError
 from treefold.common.layout import Layout
 from treefold.common.ledger import SamplesRecord, Writer
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import Spent
 from treefold.common.spec import Hyper, TableSpec
+from treefold.transport.segments import Segment, holds
 from treefold.transport.sockets import Context
 from treefold.wire.messages import Outcome
 from treefold.worker import effects
 from treefold.worker.effects import SlotMeta
 from treefold.worker.pulls import PartRange, Table
-from treefold.worker.shell import Answer, Tensors, WorkerShell
+from treefold.worker.shell import Answer, GiveBack, Settle, Tensors, Values, WorkerShell
 
 DRAIN_TEXT = "the worker was asked to stop"
+DECLARE_TRIES_MAX = 100  # of copying a first version while the servers go on
 STANDING_BY = -1  # the core's slot number for "load this and ask again"
 
 
@@ -44,7 +46,10 @@ class Snapshot:
     norm : float
         Global gradient norm of that round, NaN if none was computed.
     parts : list of (start, stop, Tensor)
-        Values, float32 [stop - start], of each part of the flat space. They may only be read.
+        Values, float32 [stop - start], of each part of the flat space. They may only be read, and
+        count only if `is_intact` still holds afterwards.
+    segments : list of Segment
+        Servers' memory in which some of the values lie.
     """
 
     table: int
@@ -52,6 +57,16 @@ class Snapshot:
     state: bytes
     norm: float
     parts: list[tuple[int, int, torch.Tensor]]
+    segments: list[Segment] = field(default_factory=list)
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether everything read so far was this version.
+
+        A server writes to memory that it shares again when it is two versions further on, which it
+        can be only if this worker was so late that others did its work.
+        """
+        return all(holds(segment, self.version) for segment in self.segments)
 
     def copy_to(self, flat: torch.Tensor) -> None:
         """Copy the values into a flat tensor, float32 [elements of the table]."""
@@ -61,15 +76,26 @@ class Snapshot:
     def release(self) -> None:
         """Let go of the received buffers; the snapshot is empty afterwards."""
         self.parts.clear()
+        self.segments.clear()
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One slot of one round to compute, and the versions to load before."""
+    """One slot of one round to compute, and the versions to load before.
+
+    Attributes
+    ----------
+    is_kept : bool
+        Whether the contribution stays here while another slot is computed. If not, it may be lent.
+    is_lent : bool
+        Whether a gradient buffer that was lent in this round is still in use.
+    """
 
     round: int
     slot: int
     snapshots: list[Snapshot]
+    is_kept: bool = True
+    is_lent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +104,20 @@ class LoopEnd:
 
     version: int
     snapshots: list[Snapshot]
+
+
+@dataclass(frozen=True, slots=True)
+class PartRun:
+    """Adjacent parts of a table, counted as in `Client.parts`.
+
+    ``absent`` is empty if every tensor has a gradient; otherwise it has a bitmap per part: bit
+    ``i`` set if the part's ``i``-th tensor has none.
+    """
+
+    table: int
+    part: int
+    count: int
+    absent: list[bytes]
 
 
 @dataclass(slots=True)
@@ -121,6 +161,8 @@ class Client:
         self._is_joined = False
         self._waits_for = ""
         self._task_ns = self._pushed_ns = 0
+        self._lent_in = -1
+        self._scratches: list[torch.Tensor] = []
         self._shell.start()
 
     def join(self) -> None:
@@ -191,11 +233,17 @@ class Client:
         """
         _check(f"initial values for table {spec.name!r}", initial, Layout(spec).elements)
         self._shell.keep_initial(spec.name, initial.detach().contiguous())
-        call = next(self._calls)
-        answer = self._call(call, effects.DeclareCalled(call, spec), "declare")
-        snapshot = _snapshot(answer.tensors[0])
-        self._direct.declared[snapshot.table] = snapshot
-        return snapshot
+        for _ in range(DECLARE_TRIES_MAX):
+            call = next(self._calls)
+            answer = self._call(call, effects.DeclareCalled(call, spec), "declare")
+            snapshot = _snapshot(answer.tensors[0])
+            own = [(start, stop, values.clone()) for start, stop, values in snapshot.parts]
+            if snapshot.is_intact:
+                snapshot = replace(snapshot, parts=own, segments=[])
+                self._direct.declared[snapshot.table] = snapshot
+                return snapshot
+        text = f"table {spec.name!r} changed {DECLARE_TRIES_MAX} times while it was copied"
+        raise UnavailableError(text)
 
     def parts(self, table: int) -> Sequence[PartRange]:
         """The parts of a table, all shards, in the order of the flat space.
@@ -233,11 +281,19 @@ class Client:
         SystemExit
             The process was asked to stop and has left the cluster.
         """
+        return self._next_task(is_torn=False)
+
+    def next_task_anew(self) -> Task | LoopEnd:
+        """Do as `next_task` after a snapshot was not intact: begin with the newest version."""
+        return self._next_task(is_torn=True)
+
+    def _next_task(self, is_torn: bool) -> Task | LoopEnd:
         newest: dict[int, Snapshot] = {}
         while True:
             call = next(self._calls)
             with self.spent.on("wait"):
-                answer = self._call(call, effects.TaskCalled(call), "next_task")
+                answer = self._call(call, effects.TaskCalled(call, is_torn), "next_task")
+            is_torn = False
             newest |= {item.snapshot.table: _snapshot(item) for item in answer.tensors}
             snapshots = list(newest.values())
             if isinstance(answer.value, effects.LoopEnd):
@@ -247,42 +303,76 @@ class Client:
                 return LoopEnd(answer.value.version, snapshots)
             if isinstance(answer.value, effects.Task) and answer.value.slot != STANDING_BY:
                 self._task_ns, self._pushed_ns = time.perf_counter_ns(), self._not_computing_ns()
-                return Task(answer.value.round, answer.value.slot, snapshots)
+                task = answer.value
+                is_lent = self._is_lent(task.round)
+                return Task(task.round, task.slot, snapshots, task.is_kept, is_lent)
+
+    def _is_lent(self, round_: int) -> bool:
+        """Whether memory lent in this round is in use. With the next version it is free."""
+        if self._lent_in != round_:
+            return False
+        call = next(self._calls)
+        return bool(self._call(call, Settle(call), "next_task").value)
 
     def scratch(self, elements: int) -> torch.Tensor:
-        """An uninitialised buffer for `contribute`, float32 [elements]."""
-        return self._shell.hub.pool.take(elements)
+        """An uninitialised buffer for the contributions of one slot, float32 [elements]."""
+        flat = self._shell.flats.take(elements)
+        self._scratches.append(flat)
+        return flat
 
-    def contribute(
-        self, task: Task, table: int, part: int, values: torch.Tensor | None, absent: bytes
-    ) -> None:
-        """Hand over one part of a slot's contribution; does not wait.
+    def gradient_buffer(self, elements: int) -> torch.Tensor:
+        """A buffer that is the caller's for good and can be lent, float32 [elements]."""
+        return self._shell.flats.make(elements)
+
+    def contribute(self, task: Task, where: PartRun, values: Values | None) -> None:
+        """Hand over adjacent parts of a slot's contribution; does not wait.
 
         Parameters
         ----------
         task : Task
             The slot.
-        table, part : int
-            Which part, counted as in `parts`.
-        values : Tensor, float32 [stop - start], or None
-            From `scratch`; belongs to the client from now on. None if no tensor has a gradient.
-        absent : bytes
-            Bit ``i`` set if the part's ``i``-th tensor has no gradient; its values must be -0.0.
+        where : PartRun
+            Which parts of which table, and which tensors have no gradient.
+        values : Values, or None
+            Of those parts one after the other; a buffer from `scratch` belongs to the client from
+            now on. Tensors without a gradient must be -0.0. None if none has one.
 
         Raises
         ------
         DataError
             There is no such table or part, or the values are not what it holds.
         """
-        known = self.parts(table)
-        if not 0 <= part < len(known):
-            msg = f"table {table} has parts 0 to {len(known) - 1}, not {part}"
+        known = self.parts(where.table)
+        last = where.part + where.count - 1
+        if not 0 <= where.part <= last < len(known):
+            msg = f"table {where.table} has parts 0 to {len(known) - 1}, not {where.part} to {last}"
             raise DataError(msg)
         if values is not None:
-            where = known[part]
-            _check(f"part {part} of table {table}", values, where.stop - where.start)
-        event = effects.Contributed(table, part, task.round, task.slot, None, absent)
+            what = f"parts {where.part} to {last} of table {where.table}"
+            _check(what, values.flat, known[last].stop - known[where.part].start)
+            if values.owner is None:
+                self._lent_in = task.round
+        event = effects.Contributed(
+            where.table, where.part, where.count, task.round, task.slot, (), where.absent
+        )
         self._shell.post(event, values)
+
+    def settle_hyper(self, task: Task, table: int, groups: list[Hyper], norm_max: float) -> None:
+        """Say what the slot steps with, as soon as that does not change any more.
+
+        Parameters
+        ----------
+        task : Task
+            The slot; only slot 0 counts.
+        table : int
+            The table.
+        groups : list of dict
+            Hyper-parameters per param group.
+        norm_max : float
+            Limit of the global gradient norm, 0 for none.
+        """
+        if task.slot == 0:
+            self._shell.post(effects.HyperKnown(table, task.round, task.slot, groups, norm_max))
 
     def finish_slot(self, task: Task, metas: dict[int, SlotMeta]) -> None:
         """Say that the slot's work is over; what it did not contribute counts as absent.
@@ -294,6 +384,9 @@ class Client:
         metas : dict of int to SlotMeta
             For every table with an optimizer; used if this is slot 0.
         """
+        for flat in self._scratches:
+            self._shell.post(GiveBack(flat))
+        self._scratches.clear()
         self._shell.post(effects.SlotFinished(task.round, task.slot, metas))
         took_ns = time.perf_counter_ns() - self._task_ns
         self.spent.add("compute", took_ns - (self._not_computing_ns() - self._pushed_ns))
@@ -351,11 +444,11 @@ class Client:
             msg = f"table {known.spec.name!r} has {wanted} param groups, not {len(groups)}"
             raise DataError(msg)
         task = self._take_direct()
-        weight = 1.0 / self.size
-        for number, part in enumerate(self.parts(table)):
-            values = self.scratch(part.stop - part.start)
-            torch.mul(gradient[part.start : part.stop], weight, out=values)
-            self.contribute(task, table, number, values, bytes(-(-part.pieces // 8)))
+        self.settle_hyper(task, table, groups, 0.0)
+        flat = self.scratch(known.layout.elements)
+        torch.mul(gradient, 1.0 / self.size, out=flat)
+        where = PartRun(table, 0, len(known.parts), [])
+        self.contribute(task, where, Values(flat, 1.0, flat))
         self._direct.metas[table] = SlotMeta(groups, 0.0, b"")
         return task.round
 
@@ -410,16 +503,21 @@ class Client:
         if isinstance(task, LoopEnd):
             msg = "push, pull and wait cannot be used in a pass over data that is over"
             raise LocalProtocolError(msg)
-        for snapshot in task.snapshots:
-            self._hold(snapshot)
+        while [snapshot for snapshot in task.snapshots if not self._hold(snapshot)]:
+            task = self.next_task_anew()
+            if isinstance(task, LoopEnd):
+                raise LocalProtocolError("the pass over the data ended without this worker")
         self._direct.task = task
         return task
 
-    def _hold(self, snapshot: Snapshot) -> None:
+    def _hold(self, snapshot: Snapshot) -> bool:
+        """Copy a version; False if it was not intact."""
         end = snapshot.parts[-1][1]
         flat = self._direct.values.setdefault(snapshot.table, torch.empty(end))
         snapshot.copy_to(flat)
+        is_intact = snapshot.is_intact
         snapshot.release()
+        return is_intact
 
     # ---- leaving ------------------------------------------------------------------------------
 
@@ -441,7 +539,7 @@ class Client:
         if self._ledger is not None:
             self._ledger.close()
 
-    def _call(self, number: int, event: effects.Event, name: str) -> Answer:
+    def _call(self, number: int, event: effects.Event | Settle, name: str) -> Answer:
         if self._is_closed:
             msg = "this worker has left the cluster"
             raise LocalProtocolError(msg)
@@ -468,4 +566,4 @@ def _check(what: str, values: torch.Tensor, elements: int) -> None:
 
 def _snapshot(item: Tensors) -> Snapshot:
     inner = item.snapshot
-    return Snapshot(inner.table, inner.version, inner.state, inner.norm, item.parts)
+    return Snapshot(inner.table, inner.version, inner.state, inner.norm, item.parts, item.segments)

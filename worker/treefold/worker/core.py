@@ -20,6 +20,7 @@ from treefold.wire.messages import (
     Leave,
     Outcome,
     Phase,
+    Published,
     Pulled,
     Refused,
     Registered,
@@ -38,6 +39,7 @@ from treefold.worker.effects import (
     Effect,
     Event,
     Fail,
+    HyperKnown,
     JoinCalled,
     LeaveCalled,
     LoopCalled,
@@ -54,6 +56,7 @@ from treefold.worker.limits import ERRORS, WorkerLimits
 from treefold.worker.pulls import Table
 from treefold.worker.rounds import LocalRound
 
+NOTHING_HELD = -1
 WAIT_NOTE_S = 30  # a wait this long is told to the operator, with what it waits for
 
 
@@ -112,14 +115,15 @@ class WorkerCore:
             self._server_ns += stalled_ns
             self._task_ns += stalled_ns
         match event:
-            case Received(peer, message, payload) if peer == SCHEDULER:
-                del payload
+            case Received(peer, message) if peer == SCHEDULER:
                 self._on_control(now_ns, message)
-            case Received(_, message, payload):
+            case Received(_, message, payloads):
                 self._server_ns = now_ns
-                self._on_server(now_ns, message, payload)
+                self._on_server(now_ns, message, payloads)
             case Contributed():
                 self.exchange.contribute(event)
+            case HyperKnown():
+                self.exchange.know_hyper(event)
             case SlotFinished():
                 self._on_finished(now_ns, event)
             case Reported(samples, loss):
@@ -178,6 +182,8 @@ class WorkerCore:
         else:
             self._task_call = event.call
             self._wait_note_ns = now_ns + WAIT_NOTE_S * 1000 * MS
+            if event.is_torn:
+                self._begin_anew(now_ns)
             self._serve_task(now_ns)
 
     def _serve_join(self) -> None:
@@ -224,8 +230,7 @@ class WorkerCore:
             local.assign(message.slots)
             self._serve_task(now_ns)
             return
-        for key, pushed in local.flush():
-            self.exchange.push(key, pushed)
+        self.exchange.push(local.flush())
 
     def _on_registered(self, now_ns: int, message: Registered) -> None:
         if self.membership.job not in (0, message.job):
@@ -241,8 +246,14 @@ class WorkerCore:
         declared = self.declarations.pop(message.call)
         if isinstance(declared, LoopCalled):
             self._out.append(Complete(message.call, None))
-        elif declared is not None and message.number not in self.tables:
-            self.tables[message.number] = Table(declared.spec, message.number, message.call)
+        elif declared is not None:
+            known = self.tables.get(message.number)
+            if known is None:
+                known = Table(declared.spec, message.number, message.call)
+                self.tables[message.number] = known
+            elif known.declare_call is None:  # the first version could not be read to its end
+                known.declare_call = message.call
+                known.pulls = {}
             self._settle_tables(now_ns)
 
     def _on_view(self, now_ns: int, view: View) -> None:
@@ -311,19 +322,20 @@ class WorkerCore:
 
     # ---- servers ------------------------------------------------------------------------------
 
-    def _on_server(self, now_ns: int, message: object, payload: int | None) -> None:
-        if isinstance(message, Pulled) and payload is not None:
-            self._on_pulled(now_ns, message, payload)
+    def _on_server(self, now_ns: int, message: object, payloads: tuple[int, ...]) -> None:
+        if isinstance(message, Pulled):
+            self._on_pulled(now_ns, self.exchange.take(now_ns, message, payloads))
             return
-        if payload is not None:
-            self._out.append(ReleasePayload(payload))
-        if isinstance(message, RoundStatus):
+        self._out += [ReleasePayload(payload) for payload in payloads]
+        if isinstance(message, Published):
+            self._on_pulled(now_ns, self.exchange.take_word(now_ns, message))
+        elif isinstance(message, RoundStatus):
             self.exchange.on_status(message)
         elif isinstance(message, Refused):
             self._on_refused(message)
 
-    def _on_pulled(self, now_ns: int, pulled: Pulled, payload: int) -> None:
-        table = self.exchange.take(now_ns, pulled, payload)
+    def _on_pulled(self, now_ns: int, table: Table | None) -> None:
+        """A table has all of a version."""
         if table is None:
             return
         if table.declare_call is None:
@@ -349,8 +361,7 @@ class WorkerCore:
         if any(table.held != self.position for table in self.exchange.trained()):
             return
         if self.is_draining or self._is_loop_over():
-            for key, pushed in self.local.flush() if self.local else []:
-                self.exchange.push(key, pushed)
+            self.exchange.push(self.local.flush() if self.local else [])
             self._answer_task(LoopEnd(self.position, snapshots, self.is_draining))
             return
         local = self._open_round(now_ns)
@@ -358,7 +369,7 @@ class WorkerCore:
         if slot is not None:
             local.in_hand = slot
             self._task_ns = now_ns
-            self._answer_task(Task(self.position, slot, snapshots))
+            self._answer_task(Task(self.position, slot, snapshots, local.keeps(slot)))
         elif snapshots:
             self._answer_task(Task(self.position, -1, snapshots))
 
@@ -369,6 +380,18 @@ class WorkerCore:
             for table in trained:
                 if not table.pulls:
                     self.exchange.pull(now_ns, table, self.position, attempt=0)
+
+    def _begin_anew(self, now_ns: int) -> None:
+        """What was pulled is overwritten by now; whatever round it belongs to, others did it."""
+        self._drop_round()
+        for table in self.exchange.trained():
+            table.held = NOTHING_HELD
+            self.exchange.pull(now_ns, table, self.position, attempt=0)
+
+    def _drop_round(self) -> None:
+        if self.local is not None:
+            self._out += [ReleasePayload(payload) for payload in self.local.payloads()]
+            self.exchange.local = None
 
     def _answer_task(self, value: Task | LoopEnd) -> None:
         if self._task_call is not None:
@@ -390,9 +413,7 @@ class WorkerCore:
             )
         if lagging or any(not table.is_pulled for table in trained):
             return []
-        if self.local is not None:
-            self._out += [ReleasePayload(payload) for payload in self.local.payloads()]
-            self.exchange.local = None
+        self._drop_round()
         self.position = newest
         self.membership.vitals.round = newest
         return [table.snapshot() for table in trained]

@@ -37,9 +37,14 @@ class LoopCalled:
 
 @dataclass(frozen=True, slots=True)
 class TaskCalled:
-    """The script wants its next slot. Completed with a `Task` or a `LoopEnd`."""
+    """The script wants its next slot. Completed with a `Task` or a `LoopEnd`.
+
+    With ``is_torn`` what the last call was completed with could not be read to its end, since this
+    worker is so late that the servers have gone on: it is to begin anew with the newest version.
+    """
 
     call: int
+    is_torn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +58,30 @@ class LeaveCalled:
 
 @dataclass(frozen=True, slots=True)
 class Contributed:
-    """One part of a slot's contribution; ``payload`` is None if no tensor has a gradient."""
+    """``count`` adjacent parts of a slot's contribution, from ``part`` on, over all shards.
+
+    ``payloads`` has one handle per part, and is empty if no tensor has a gradient. ``absent`` has a
+    bitmap per part, and is empty if every tensor has a gradient.
+    """
 
     table: int
     part: int
+    count: int
     round: int
     slot: int
-    payload: int | None
-    absent: bytes
+    payloads: tuple[int, ...]
+    absent: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class HyperKnown:
+    """What slot 0 steps with will not change any more; servers may step what they have."""
+
+    table: int
+    round: int
+    slot: int
+    groups: list[Hyper]
+    norm_max: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +128,16 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Compute slot ``slot`` of round ``round``, after loading ``snapshots``."""
+    """Compute slot ``slot`` of round ``round``, after loading ``snapshots``.
+
+    ``is_kept`` says that the contribution will wait here for that of another slot, while the script
+    computes a third one.
+    """
 
     round: int
     slot: int
     snapshots: list[Snapshot]
+    is_kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +182,10 @@ class ReleasePayload:
 
 @dataclass(frozen=True, slots=True)
 class Initial:
-    """Reference to a part of the initial values that the script declared."""
+    """Reference to adjacent parts, ``(start, stop)`` each, of the initial values declared."""
 
     table: int
-    start: int
-    stop: int
+    parts: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,5 +197,15 @@ class Connect:
 
 
 Call = JoinCalled | DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
-Event = Received | PeerLost | Tick | Call | Contributed | SlotFinished | Reported | DrainAsked
+Event = (
+    Received
+    | PeerLost
+    | Tick
+    | Call
+    | Contributed
+    | HyperKnown
+    | SlotFinished
+    | Reported
+    | DrainAsked
+)
 Effect = Send | Note | Connect | Complete | Fail | FoldPayloads | ReleasePayload

@@ -4,22 +4,37 @@ Part of `treefold.worker.core` in a file of its own; just as pure. Effects are a
 core's list.
 """
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 from treefold.common.spec import Dtype, Rule
 from treefold.wire.exchange import Send
 from treefold.wire.membership import MS, Membership
 from treefold.wire.messages import (
     INITIAL_ROUND,
+    RUN_PARTS_MAX,
     Frame,
+    Published,
     Pull,
     Pulled,
     Push,
+    RoundHyper,
     RoundMeta,
     RoundStatus,
     View,
 )
-from treefold.worker.effects import Contributed, Effect, Initial, ReleasePayload, SlotFinished
+from treefold.worker.effects import (
+    Contributed,
+    Effect,
+    HyperKnown,
+    Initial,
+    ReleasePayload,
+    SlotFinished,
+)
 from treefold.worker.pulls import ShardPull, Table
-from treefold.worker.rounds import LocalRound, Pushed
+from treefold.worker.rounds import Held, LocalRound, Pushed
+
+ItemT = TypeVar("ItemT")
 
 FIRST_RETRY_MS = (
     20  # a server may hear of a new table a little later than its workers; doubles each time
@@ -81,29 +96,58 @@ class Exchange:
         pulls = [pull for table in self.tables.values() for pull in table.pulls.values()]
         return min((pull.deadline_ns for pull in pulls if not pull.is_complete), default=None)
 
-    def take(self, now_ns: int, pulled: Pulled, payload: int) -> Table | None:
-        """Take in a part; the table if all of its shards are here now."""
+    def take(self, now_ns: int, pulled: Pulled, payloads: tuple[int, ...]) -> Table | None:
+        """Take in parts of a version; the table if all of its shards are here now."""
         table = self.tables.get(pulled.table)
         pull = table.pulls.get(pulled.shard) if table else None
-        if table is None or pull is None or pull.is_complete or pulled.part >= pull.parts_count:
-            self._out.append(ReleasePayload(payload))
+        last = pulled.part + pulled.count - 1
+        if table is None or pull is None or pull.is_complete or last >= pull.parts_count:
+            self._out += [ReleasePayload(payload) for payload in payloads]
             return None
-        pull.take(pulled, payload, self._out)
+        pull.take(pulled, payloads, self._out)
+        return self._taken(now_ns, table, pull)
+
+    def take_word(self, now_ns: int, published: Published) -> Table | None:
+        """A version of a shard is whole; the table if all of its shards are here now."""
+        table = self.tables.get(published.table)
+        pull = table.pulls.get(published.shard) if table else None
+        if table is None or pull is None or pull.is_complete:
+            return None
+        pull.finish(published, self._out)
+        return self._taken(now_ns, table, pull)
+
+    def _taken(self, now_ns: int, table: Table, pull: ShardPull) -> Table | None:
         pull.deadline_ns = now_ns + pull.delay_ns
         pull.status = None
-        return table if table.is_pulled else None
+        return table if pull.is_complete and table.is_pulled else None
 
     def contribute(self, leaf: Contributed) -> None:
-        """Take in one part of a slot; push what cannot grow here."""
+        """Take in parts of a slot; push what cannot grow here."""
         local = self.local
-        key = (leaf.table, leaf.part)
         is_over = leaf.table in self.tables and self.tables[leaf.table].is_pulled
-        if local is None or leaf.round != local.number or is_over or local.has(key, leaf.slot):
-            if leaf.payload is not None:
-                self._out.append(ReleasePayload(leaf.payload))
+        if local is None or leaf.round != local.number or is_over:
+            self._out += [ReleasePayload(payload) for payload in leaf.payloads]
             return
-        for pushed in local.contribute(key, leaf, self._out):
-            self.push(key, pushed)
+        pushed: list[tuple[tuple[int, int], Pushed]] = []
+        for number in range(leaf.count):
+            key = (leaf.table, leaf.part + number)
+            payload = leaf.payloads[number] if leaf.payloads else None
+            if local.has(key, leaf.slot):
+                self._out += [] if payload is None else [ReleasePayload(payload)]
+                continue
+            mask = int.from_bytes(leaf.absent[number], "little") if leaf.absent else 0
+            ready = local.contribute(key, leaf.slot, Held(payload, mask), self._out)
+            pushed += [(key, one) for one in ready]
+        self.push(pushed)
+
+    def know_hyper(self, event: HyperKnown) -> None:
+        """Tell servers early what slot 0 steps with."""
+        local, table = self.local, self.tables.get(event.table)
+        if local is None or table is None or event.slot != 0 or event.round != local.number:
+            return
+        local.hypers[event.table] = event
+        for shard in table.place.shards if table.place else []:
+            self._send_hyper(table, shard.shard)
 
     def finish(self, event: SlotFinished) -> None:
         """The loop body of a slot is over: what it did not contribute is absent."""
@@ -117,7 +161,7 @@ class Exchange:
                 if not local.has((table.number, number), event.slot):
                     marks = ((1 << part.pieces) - 1).to_bytes(-(-part.pieces // 8), "little")
                     self.contribute(
-                        Contributed(table.number, number, event.round, event.slot, None, marks)
+                        Contributed(table.number, number, 1, event.round, event.slot, (), [marks])
                     )
             if event.slot == 0 and table.number in event.metas:
                 local.metas[table.number] = event.metas[table.number]
@@ -191,6 +235,7 @@ class Exchange:
             self._push_initial(table, status)
         if self.local is None or status.round != self.local.number:
             return
+        again: list[tuple[tuple[int, int], Pushed]] = []
         for missing in status.missing:
             part = table.part_id(status.shard, missing.part)
             if part is None:
@@ -199,7 +244,10 @@ class Exchange:
                 low = pushed.node.index << pushed.node.level
                 high = (pushed.node.index + 1) << pushed.node.level
                 if not missing.slots or any(low <= slot < high for slot in missing.slots):
-                    self.push((table.number, part), pushed)
+                    again.append(((table.number, part), pushed))
+        self.push(again)
+        if status.is_meta_missing and table.number in self.local.hypers:
+            self._send_hyper(table, status.shard)
         if status.is_meta_missing and table.number in self.local.metas:
             self.send_meta(table, status.shard)
 
@@ -208,18 +256,16 @@ class Exchange:
         is_ours = table.place is not None and table.place.initializer == self.membership.incarnation
         if place is None or not is_ours:
             return
-        wanted = [missing.part for missing in status.missing]
-        for part in table.parts:
-            if part.shard == status.shard and part.number in wanted:
-                marks = bytes(-(-part.pieces // 8))
-                frame = Frame(Dtype.FLOAT32, part.stop - part.start)
-                push = Push(
-                    self.membership.job, self.membership.origin, place.view, table.number,
-                    part.shard, part.number, INITIAL_ROUND, 1, 0, 0, marks, frame,
-                )  # fmt: skip
-                self._out.append(
-                    Send(place.server, push, Initial(table.number, part.start, part.stop))
-                )
+        wanted = dict.fromkeys(missing.part for missing in status.missing)
+        parts = [p for p in table.parts if p.shard == status.shard and p.number in wanted]
+        for run in runs(parts, lambda one, after: after.number == one.number + 1):
+            frame = Frame(Dtype.FLOAT32, run[-1].stop - run[0].start)
+            push = Push(
+                self.membership.job, self.membership.origin, place.view, table.number,
+                status.shard, run[0].number, len(run), INITIAL_ROUND, 1, 0, 0, [], frame,
+            )  # fmt: skip
+            ranges = [(part.start, part.stop) for part in run]
+            self._out.append(Send(place.server, push, Initial(table.number, ranges)))
 
     def pull(self, now_ns: int, table: Table, version: int, attempt: int) -> None:
         """Ask for a version of every shard of a table."""
@@ -249,22 +295,57 @@ class Exchange:
         )  # fmt: skip
         self._out.append(Send(place.server, message))
 
-    def push(self, key: tuple[int, int], pushed: Pushed) -> None:
-        """Send one node, for part ``key = (table, part)``."""
-        table, local = self.tables[key[0]], self.local
-        part = table.parts[key[1]]
-        place = table.shard(part.shard)
+    def push(self, pushed: list[tuple[tuple[int, int], Pushed]]) -> None:
+        """Send nodes, each for part ``(table, part)``; those of adjacent parts in one message."""
+        for run in runs(pushed, self._is_next):
+            self._push_run(run)
+
+    def _is_next(
+        self, one: tuple[tuple[int, int], Pushed], after: tuple[tuple[int, int], Pushed]
+    ) -> bool:
+        (table, part), pushed = one
+        (next_table, next_part), other = after
+        parts = self.tables[table].parts
+        return (
+            (next_table, next_part) == (table, part + 1)
+            and parts[part].shard == parts[next_part].shard
+            and pushed.node == other.node
+            and (pushed.held.payload is None) == (other.held.payload is None)
+        )
+
+    def _push_run(self, run: list[tuple[tuple[int, int], Pushed]]) -> None:
+        (number, _), pushed = run[0]
+        table, local = self.tables[number], self.local
+        parts = [table.parts[part] for (_, part), _ in run]
+        place = table.shard(parts[0].shard)
         if place is None or local is None:
             return
-        marks = pushed.held.absent.to_bytes(-(-part.pieces // 8), "little")
-        has_payload = pushed.held.payload is not None
-        frame = Frame(Dtype.FLOAT32, part.stop - part.start) if has_payload else None
+        payloads = tuple(one.held.payload for _, one in run if one.held.payload is not None)
+        frame = Frame(Dtype.FLOAT32, parts[-1].stop - parts[0].start) if payloads else None
+        marks = []
+        if any(one.held.absent for _, one in run):
+            marks = [
+                one.held.absent.to_bytes(-(-part.pieces // 8), "little")
+                for (_, one), part in zip(run, parts, strict=True)
+            ]
         push = Push(
-            self.membership.job, self.membership.origin, place.view, key[0], part.shard,
-            part.number, local.number, local.active, pushed.node.level, pushed.node.index, marks,
-            frame,
+            self.membership.job, self.membership.origin, place.view, number, parts[0].shard,
+            parts[0].number, len(run), local.number, local.active, pushed.node.level,
+            pushed.node.index, marks, frame,
         )  # fmt: skip
-        self._out.append(Send(place.server, push, pushed.held.payload))
+        self._out.append(Send(place.server, push, payloads or None))
+
+    def _send_hyper(self, table: Table, shard: int) -> None:
+        """Send one shard what slot 0 steps with."""
+        place, local = table.shard(shard), self.local
+        if place is None or local is None:
+            return
+        known = local.hypers[table.number]
+        message = RoundHyper(
+            self.membership.job, self.membership.origin, place.view, table.number, shard,
+            local.number, local.active, known.groups, known.norm_max,
+        )  # fmt: skip
+        self._out.append(Send(place.server, message))
 
     def send_meta(self, table: Table, shard: int) -> None:
         """Send one shard what slot 0 brings."""
@@ -296,3 +377,14 @@ class Exchange:
         slots = sorted({slot: None for missing in pull.status.missing for slot in missing.slots})
         lacks = ", ".join(map(str, slots)) or "all"
         return f"{text}, which lacks slots {lacks} of round {pull.status.round}"
+
+
+def runs(items: Sequence[ItemT], is_next: Callable[[ItemT, ItemT], bool]) -> list[list[ItemT]]:
+    """Consecutive items in groups within which each one is the next of the one before."""
+    found: list[list[ItemT]] = []
+    for item in items:
+        if found and len(found[-1]) < RUN_PARTS_MAX and is_next(found[-1][-1], item):
+            found[-1].append(item)
+        else:
+            found.append([item])
+    return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from treefold.common.layout import Layout, ShardSpan
 from treefold.common.spec import TableSpec
-from treefold.wire.messages import Pulled, RoundStatus, ShardPlace, TablePlace
+from treefold.wire.messages import Published, Pulled, RoundStatus, ShardPlace, TablePlace
 from treefold.worker.effects import Effect, ReleasePayload, Snapshot
 
 BACKOFF_MAX = 8  # retries slow down to this multiple of the first delay
@@ -36,6 +36,8 @@ class ShardPull:
         When to ask again, and how long that is after the last time.
     got : dict of int to int
         Payload of each part that is here.
+    is_whole : bool
+        Whether the server has said that the version is complete.
     """
 
     version: int
@@ -44,36 +46,45 @@ class ShardPull:
     deadline_ns: int
     delay_ns: int
     got: dict[int, int] = field(default_factory=dict)
+    is_whole: bool = False
     state: bytes = b""
     norm: float = math.nan
     status: RoundStatus | None = None
 
     @property
     def is_complete(self) -> bool:
-        """Whether every part is here."""
-        return len(self.got) == self.parts_count
+        """Whether every part is here, and word that the version is whole."""
+        return self.is_whole and len(self.got) == self.parts_count
 
     def missing(self) -> list[int]:
-        """Parts still to come; empty means all of them, as in a `Pull`."""
-        return (
-            [part for part in range(self.parts_count) if part not in self.got] if self.got else []
-        )
+        """Parts to ask for again; empty means all of them, as in a `Pull`."""
+        if not self.got:
+            return []
+        return [part for part in range(self.parts_count) if part not in self.got] or [0]
 
-    def take(self, pulled: Pulled, payload: int, effects: list[Effect]) -> None:
-        """Take in a part; a newer version than asked for replaces what is here."""
-        if pulled.version < self.version or (
-            pulled.version == self.version and pulled.part in self.got
-        ):
-            effects.append(ReleasePayload(payload))
-            return
-        if pulled.version > self.version:
+    def take(self, pulled: Pulled, payloads: tuple[int, ...], effects: list[Effect]) -> None:
+        """Take in parts; a newer version than asked for replaces what is here."""
+        self._move_up(pulled.version, effects)
+        for number, payload in enumerate(payloads):
+            part = pulled.part + number
+            if pulled.version < self.version or part in self.got:
+                effects.append(ReleasePayload(payload))
+            else:
+                self.got[part] = payload
+
+    def finish(self, published: Published, effects: list[Effect]) -> None:
+        """A version is whole."""
+        self._move_up(published.version, effects)
+        if published.version == self.version:
+            self.is_whole = True
+            self.state, self.norm = published.state, published.norm
+
+    def _move_up(self, version: int, effects: list[Effect]) -> None:
+        if version > self.version:
             effects += [ReleasePayload(old) for old in self.got.values()]
             self.got.clear()
-            self.version = pulled.version
-        self.got[pulled.part] = payload
-        self.norm = pulled.norm
-        if pulled.part == 0:
-            self.state = pulled.state
+            self.version = version
+            self.is_whole = False
 
     def backoff(self, now_ns: int, retry_ns: int) -> None:
         """Count one more attempt and say when the next is due."""
@@ -92,6 +103,7 @@ class Table:
     place: TablePlace | None = None
     layout: Layout = field(init=False)
     parts: list[PartRange] = field(default_factory=list)
+    numbers: dict[tuple[int, int], int] = field(default_factory=dict)
     pulls: dict[int, ShardPull] = field(default_factory=dict)
     held: int = 0
 
@@ -110,6 +122,7 @@ class Table:
                 PartRange(shard.shard, n, a, b, len(self.layout.pieces(a, b)))
                 for n, (a, b) in enumerate(cut)
             ]
+        self.numbers = {(part.shard, part.number): n for n, part in enumerate(self.parts)}
 
     def shard(self, number: int) -> ShardPlace | None:
         """Where a shard is."""
@@ -118,8 +131,7 @@ class Table:
 
     def part_id(self, shard: int, number: int) -> int | None:
         """This worker's number for part ``number`` of shard ``shard``."""
-        found = (n for n, p in enumerate(self.parts) if (p.shard, p.number) == (shard, number))
-        return next(found, None)
+        return self.numbers.get((shard, number))
 
     def parts_of(self, shard: int) -> int:
         """How many parts a shard has."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from treefold.common.plan import LoopPlan
 from treefold.common.tree import FoldSet, Node, canonical, root_level, sibling, span
-from treefold.worker.effects import Contributed, Effect, FoldPayloads, ReleasePayload, SlotMeta
+from treefold.worker.effects import Effect, FoldPayloads, HyperKnown, ReleasePayload, SlotMeta
 
 
 @dataclass(slots=True)
@@ -63,6 +63,7 @@ class LocalRound:
         self.assigned: dict[int, None] = {}
         self.done: dict[int, None] = {}
         self.in_hand: int | None = None
+        self.hypers: dict[int, HyperKnown] = {}
         self.metas: dict[int, SlotMeta] = {}
         self.is_flushed = False
         self.parts = {
@@ -81,17 +82,25 @@ class LocalRound:
         """The first slot that is still to be computed."""
         return min((slot for slot in self.assigned if slot not in self.done), default=None)
 
+    def keeps(self, slot: int) -> bool:
+        """Whether a contribution of ``slot`` would be held here while another slot is computed."""
+        others = [one for one in self.assigned if one not in self.done and one != slot]
+        if not others or not self.parts:
+            return False
+        part = next(iter(self.parts.values()))
+        leaf = canonical(Node(0, slot), self.active)
+        return self.is_flushed or sibling(leaf) not in part.fold.nodes
+
     def contribute(
-        self, key: tuple[int, int], leaf: Contributed, effects: list[Effect]
+        self, key: tuple[int, int], slot: int, held: Held, effects: list[Effect]
     ) -> list[Pushed]:
         """Take in one part of one slot, fold what meets, and return what is to be pushed now."""
         part = self.parts[key]
-        part.slots[leaf.slot] = None
-        held = Held(leaf.payload, int.from_bytes(leaf.absent, "little"))
-        added = part.fold.add(Node(0, leaf.slot), held)
+        part.slots[slot] = None
+        added = part.fold.add(Node(0, slot), held)
         if added is None:
-            if leaf.payload is not None:
-                effects.append(ReleasePayload(leaf.payload))
+            if held.payload is not None:
+                effects.append(ReleasePayload(held.payload))
             return []
         for merge in added[0]:
             left, right = merge.left, merge.right

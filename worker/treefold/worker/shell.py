@@ -15,10 +15,13 @@ from importlib import metadata
 import torch
 
 from treefold.common.config import Settings
-from treefold.common.fold import fold
+from treefold.common.fold import Folder, Payload
 from treefold.common.log import logger
 from treefold.common.process import ProcessFigures, Spent, random_number
+from treefold.transport.carrier import Carrier, Destination, Held
+from treefold.transport.lanes import lane_settings
 from treefold.transport.loop import Loop
+from treefold.transport.segments import Segment
 from treefold.transport.sockets import (
     CONTROL_FRAME_BYTES_MAX,
     DATA_FRAME_BYTES_MAX,
@@ -45,15 +48,55 @@ from treefold.worker.effects import (
     Snapshot,
     Task,
 )
+from treefold.worker.flats import Flats
 from treefold.worker.limits import WorkerLimits
 
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """One version of a table with its tensors: ``(start, stop, values)`` per part."""
+    """One version of a table with its tensors: ``(start, stop, values)`` per part.
+
+    ``segments`` are the servers' ones in which some of them lie; a server that has gone on writes
+    other versions there.
+    """
 
     snapshot: Snapshot
     parts: list[tuple[int, int, torch.Tensor]]
+    segments: list[Segment]
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """The tensor of a contribution.
+
+    Attributes
+    ----------
+    flat : Tensor, float32 [parts]
+        The values of adjacent parts, not scaled yet.
+    scale : float
+        What they are multiplied with.
+    owner : Tensor or None
+        The buffer from `Flats.take` that they lie in. None if it is lent: the script's own gradient
+        buffer, which it does not write to while `Settle` says that it is in use.
+    """
+
+    flat: torch.Tensor
+    scale: float
+    owner: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """The script asks whether anything that it lent is in use; everything before it is done."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """The script contributes nothing more from this buffer, which `Flats.take` gave it."""
+
+    flat: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +133,16 @@ class WorkerShell:
         )
         limits = WorkerLimits(int(settings.connect_timeout_s * 1000) * MS, settings.retry_ms * MS)
         self.core = WorkerCore(Membership(identity), limits)
-        self._loop: Loop[Event, Effect] = Loop(self.hub, self.core, self._perform)
-        self._events: deque[tuple[Event, torch.Tensor | None]] = deque()
+        self._carrier = Carrier(self.hub, lane_settings(settings))
+        self._loop: Loop[Event, Effect] = Loop(self.hub, self.core, self._perform, self._carrier)
+        self.flats = Flats(self._carrier.lanes)
+        self._folder = Folder()
+        self._events: deque[tuple[Event | Settle | GiveBack, Values | None]] = deque()
         self._answers: dict[int, queue.SimpleQueue[Answer]] = {}
         self._initials: dict[str, torch.Tensor] = {}
-        self._own: dict[int, None] = {}
+        self._lent: dict[int, None] = {}
+        self._servers: dict[int, None] = {}
+        self._offered = 0
         self._figures = ProcessFigures()
         self.spent = Spent()
         self._log = logger("worker")
@@ -106,12 +154,12 @@ class WorkerShell:
         """Start the thread."""
         self._thread.start()
 
-    def post(self, event: Event, values: torch.Tensor | None = None) -> None:
-        """Give the core an event; ``values`` becomes its payload. For the training thread."""
+    def post(self, event: Event | Settle | GiveBack, values: Values | None = None) -> None:
+        """Give the core an event; ``values`` become its payloads. For the training thread."""
         self._events.append((event, values))
         self.hub.bell.ring()
 
-    def call(self, number: int, event: Event) -> Answer:
+    def call(self, number: int, event: Event | Settle | GiveBack) -> Answer:
         """Give the core a call and wait for its answer. Called from the training thread."""
         answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self._answers[number] = answers
@@ -154,11 +202,35 @@ class WorkerShell:
     def _take_events(self) -> None:
         while self._events:
             event, values = self._events.popleft()
+            if isinstance(event, Settle):
+                self._answer(event.call, Answer(bool(self._lent), []))
+                continue
+            if isinstance(event, GiveBack):
+                self.flats.done(event.flat)
+                continue
             if values is not None and isinstance(event, Contributed):
-                number = self._loop.payloads.add(values)
-                self._own[number] = None
-                event = replace(event, payload=number)
+                event = replace(event, payloads=self._hold(event, values))
             self._loop.feed(event)
+
+    def _hold(self, event: Contributed, values: Values) -> tuple[int, ...]:
+        """Hold a contribution's values part by part."""
+        self._offer()
+        parts = self.core.tables[event.table].parts[event.part : event.part + event.count]
+        pieces = torch.split(values.flat, [part.stop - part.start for part in parts])
+        held = [Held(Payload(piece, values.scale), values.owner) for piece in pieces]
+        numbers = tuple(self._carrier.hold(one) for one in held)
+        if values.owner is None:
+            self._lent.update(dict.fromkeys(numbers))
+        else:
+            self.flats.use(values.owner, len(numbers))
+        return numbers
+
+    def _offer(self) -> None:
+        """Offer servers the memory that was made since the last time."""
+        if self._offered != self.flats.made:
+            self._offered = self.flats.made
+            for server in self._servers:
+                self._carrier.offer(server, server)
 
     # ---- effects ------------------------------------------------------------------------------
 
@@ -167,14 +239,15 @@ class WorkerShell:
             case Send():
                 self._send(effect)
             case FoldPayloads(left, right):
-                values = self._loop.payloads.get(left)
                 with self.spent.on("fold"):
-                    fold(values, self._loop.payloads.get(right), values)
-                self._release(right)
+                    self._fold(left, right)
             case ReleasePayload(payload):
                 self._release(payload)
             case Connect(server, address):
+                self._servers[server] = None
                 self.hub.connect(server, address, DATA_FRAME_BYTES_MAX)
+                self._carrier.lanes.forget(server)
+                self._carrier.offer(server, server)
             case Complete(call, value):
                 self._answer(call, Answer(value, self._tensors_of(value)))
             case Fail(call, error):
@@ -184,30 +257,40 @@ class WorkerShell:
         return []
 
     def _send(self, effect: Send) -> None:
-        payload, key = None, None
+        payloads: list[Payload] = []
         if isinstance(effect.payload, Initial):
-            spec = self.core.tables[effect.payload.table].spec
-            payload = self._initials[spec.name][effect.payload.start : effect.payload.stop]
-        elif isinstance(effect.payload, int):
-            payload = self._loop.payloads.get(effect.payload)
-        if isinstance(effect.message, Push) and payload is not None:
-            push = effect.message
-            key = (
-                effect.peer,
-                push.table,
-                push.shard,
-                push.part,
-                push.round,
-                push.level,
-                push.index,
-            )
-        self.hub.send(effect.peer, None, encode(effect.message), payload, key)
+            values = self._initials[self.core.tables[effect.payload.table].spec.name]
+            payloads = [Payload(values[start:stop]) for start, stop in effect.payload.parts]
+        elif isinstance(effect.payload, tuple):
+            payloads = [self._carrier.held(number).payload for number in effect.payload]
+        if payloads and isinstance(effect.message, Push):
+            to = Destination(effect.peer, effect.peer)
+            self._carrier.send(to, effect.message, payloads)
+        else:
+            self.hub.send(effect.peer, None, encode(effect.message))
+
+    def _fold(self, left: int, right: int) -> None:
+        """Fold into the buffer of either that is not lent; it takes the number of the left one."""
+        one, other = self._carrier.held(left), self._carrier.held(right)
+        if one.owner is None:
+            self._lent.pop(left, None)
+            if other.owner is None:  # both are the script's own
+                flat = self.flats.take(one.payload.tensor.numel())
+                kept = Held(Payload(flat), flat)
+            else:
+                self.flats.use(other.owner, 1)
+                kept = Held(Payload(other.payload.tensor), other.owner)
+        else:
+            kept = Held(Payload(one.payload.tensor), one.owner)
+        self._folder.fold(one.payload, other.payload, kept.payload.tensor)
+        self._carrier.put(left, kept)
+        self._release(right)
 
     def _release(self, payload: int) -> None:
-        tensor = self._loop.payloads.pop(payload)
-        if payload in self._own:
-            del self._own[payload]
-            self.hub.pool.give(tensor)
+        owner = self._carrier.drop(payload).owner
+        if owner is not None:
+            self.flats.done(owner)
+        self._lent.pop(payload, None)
 
     def _tensors_of(self, value: object) -> list[Tensors]:
         """Hand the tensors of snapshots over to the training thread."""
@@ -218,11 +301,13 @@ class WorkerShell:
         found = []
         for snapshot in snapshots:
             ranges = self.core.tables[snapshot.table].parts
+            held = [self._carrier.drop(payload) for payload in snapshot.payloads]
             parts = [
-                (part.start, part.stop, self._loop.payloads.pop(payload))
-                for part, payload in zip(ranges, snapshot.payloads, strict=True)
+                (part.start, part.stop, one.payload.tensor)
+                for part, one in zip(ranges, held, strict=True)
             ]
-            found.append(Tensors(snapshot, parts))
+            segments = {one.segment.number: one.segment for one in held if one.segment is not None}
+            found.append(Tensors(snapshot, parts, list(segments.values())))
         return found
 
     def _answer(self, call: int, answer: Answer) -> None:

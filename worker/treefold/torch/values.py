@@ -1,0 +1,110 @@
+"""A table's parameters in the model: how a version gets into them.
+
+Parameters that are alike (one dtype, one device, laid out row by row) are moved into one flat
+tensor in which they lie as in the table's flat space, so that a version is loaded by a copy per
+part, however many tensors there are. Others are copied piece by piece.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from treefold.common.layout import Layout, Piece
+from treefold.worker.client import Snapshot
+
+Pieces = Callable[[int, int], list[Piece]]
+
+
+class ModelValues:
+    """The parameters of one table.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+        The table's first tensors.
+    layout : Layout
+        Its flat space.
+    pieces : callable
+        ``Layout.pieces``, possibly remembered.
+
+    Attributes
+    ----------
+    flat : Tensor [elements of the parameters], or None
+        What they are views of, if they are alike.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], layout: Layout, pieces: Pieces) -> None:
+        self._parameters = list(parameters)
+        self._pieces = pieces
+        self.flat: Tensor | None = None
+        if self._parameters and _are_alike(self._parameters):
+            last = len(self._parameters) - 1
+            self.flat = _gather(self._parameters, layout.starts, layout.sizes[last])
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Write a version into the parameters, through autograd's sight but not into its graph."""
+        if self.flat is None:
+            copy_parameters(snapshot, self._pieces, self._parameters)
+            return
+        end = self.flat.numel()
+        with torch.no_grad():
+            for start, stop, values in snapshot.parts:
+                if start < end:
+                    self.flat[start : min(stop, end)].copy_(values[: end - start])
+        torch.autograd.graph.increment_version(self._parameters)
+
+
+def _are_alike(parameters: Sequence[nn.Parameter]) -> bool:
+    first = parameters[0]
+    return all(
+        one.dtype == first.dtype and one.device == first.device and one.is_contiguous()
+        for one in parameters
+    )
+
+
+def _gather(parameters: Sequence[nn.Parameter], starts: Sequence[int], last_size: int) -> Tensor:
+    """Make parameters views of one new flat tensor, with the values that they have."""
+    first = parameters[0]
+    end = starts[len(parameters) - 1] + last_size
+    flat = torch.zeros(end, dtype=first.dtype, device=first.device)
+    for parameter, start in zip(parameters, starts, strict=False):
+        own = flat[start : start + parameter.numel()].view(parameter.shape)
+        own.copy_(parameter.detach())
+        parameter.data = own
+    return flat
+
+
+def copy_parameters(snapshot: Snapshot, pieces: Pieces, parameters: Sequence[nn.Parameter]) -> None:
+    """Write a version into parameters, through autograd's sight but not into its graph.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+        Any version.
+    pieces : callable
+        ``Layout.pieces`` of its table.
+    parameters : sequence of Parameter
+        The table's first tensors.
+    """
+    targets = [_row_major(parameter) for parameter in parameters]
+    with torch.no_grad():
+        for start, stop, values in snapshot.parts:
+            moved: dict[torch.device, Tensor] = {}
+            for piece in pieces(start, stop):
+                if piece.tensor >= len(targets):
+                    continue
+                target = targets[piece.tensor]
+                if target.device not in moved:
+                    moved[target.device] = values.to(target.device)
+                source = moved[target.device][piece.start - start : piece.stop - start]
+                target[piece.offset : piece.offset + source.numel()].copy_(source)
+        for parameter, target in zip(parameters, targets, strict=True):
+            if not parameter.is_contiguous():
+                parameter.copy_(target.view(parameter.shape))
+
+
+def _row_major(parameter: nn.Parameter) -> Tensor:
+    """The elements in row-major order: the parameter's own memory if it is laid out so."""
+    flat = parameter.detach()
+    return flat.view(-1) if flat.is_contiguous() else flat.reshape(-1)
