@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from treefold.common.errors import DataError, UnsupportedError
-from treefold.common.spec import Dtype
+from treefold.common.spec import WIRES, Dtype
 
 TORCH_DTYPES = {
     Dtype.FLOAT32: torch.float32,
@@ -64,6 +64,13 @@ def view_frame(frame: bytes | bytearray | memoryview, dtype: Dtype = Dtype.FLOAT
         return torch.frombuffer(frame, dtype=TORCH_DTYPES[dtype])
 
 
+NODE_DTYPES = tuple(TORCH_DTYPES[dtype] for dtype in WIRES)
+
+
+def _is_like(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape
+
+
 class Payload(NamedTuple):
     """The values of one node for one part: each is an element times ``scale``, rounded once.
 
@@ -91,10 +98,11 @@ class Folder:
 
         Parameters
         ----------
-        left, right : Payload, float32 [n]
+        left, right : Payload, of the table's wire type [n]
             The values of the two nodes. Neither is changed, unless it is ``out`` itself.
-        out : Tensor, float32 [n]
-            Where the sum goes; may be the tensor of either, but no received frame.
+        out : Tensor, of the same type [n]
+            Where the sum goes, rounded once if the type is a narrow one, whose sums torch computes
+            in float32; may be the tensor of either, but no received frame.
 
         Raises
         ------
@@ -102,10 +110,10 @@ class Folder:
             If shapes or dtypes differ, or ``out`` is a received frame; nothing is written then.
         """
         for tensor in (left.tensor, right.tensor, out):
-            if tensor.dtype != torch.float32 or tensor.shape != out.shape:
+            if tensor.dtype not in NODE_DTYPES or not _is_like(tensor, out):
                 text = (
                     f"a fold of {tensor.dtype} {list(tensor.shape)} into {out.dtype} "
-                    f"{list(out.shape)}: all must be float32 and of one shape"
+                    f"{list(out.shape)}: all must be of one wire type and of one shape"
                 )
                 raise DataError(text)
         if out.is_inference():
@@ -123,6 +131,6 @@ class Folder:
 
     def _product(self, payload: Payload) -> Tensor:
         elements = payload.tensor.numel()
-        if self._buffer.numel() < elements:
-            self._buffer = torch.empty(elements)
+        if self._buffer.numel() < elements or self._buffer.dtype != payload.tensor.dtype:
+            self._buffer = torch.empty(elements, dtype=payload.tensor.dtype)
         return torch.mul(payload.tensor, payload.scale, out=self._buffer[:elements])

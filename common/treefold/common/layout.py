@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from treefold.common.errors import DataError
-from treefold.common.spec import Placement, TableSpec
+from treefold.common.spec import BUFFER_GROUP, Dtype, Placement, Rule, TableSpec
 
 BLOCK_ELEMENTS = 65_536
 PART_BLOCKS_MAX = 4  # 1 MiB of float32: larger slices measured slower over ZeroMQ
@@ -69,6 +69,9 @@ class Layout:
             self.starts.append(end)
             end += size
         self.elements = end
+        groups = [tensor.group for tensor in spec.tensors]
+        is_folded = spec.rule is Rule.OPTIMIZER and BUFFER_GROUP in groups
+        self._narrow_stop = self.starts[groups.index(BUFFER_GROUP)] if is_folded else end
         self.blocks = max(1, -(-end // BLOCK_ELEMENTS))
 
     def shard_range(self, shard: ShardSpan) -> tuple[int, int]:
@@ -81,6 +84,10 @@ class Layout:
         start, stop = self.shard_range(shard)
         step = PART_BLOCKS_MAX * BLOCK_ELEMENTS
         return [(at, min(at + step, stop)) for at in range(start, max(stop, start + 1), step)]
+
+    def wire(self, part: tuple[int, int]) -> Dtype:
+        """What a part ``[start, stop)`` travels as: the table's wire, float32 if it has buffers."""
+        return self.spec.wire if part[1] <= self._narrow_stop else Dtype.FLOAT32
 
     def pieces(self, start: int, stop: int) -> list[Piece]:
         """The pieces of tensors in ``[start, stop)``, in order; empty tensors have none."""

@@ -87,10 +87,16 @@ class OptimizerSpec(msgspec.Struct, frozen=True, array_like=True):
     groups: Annotated[list[Hyper], Meta(max_length=GROUPS_MAX)]
 
 
+WIRES = (Dtype.FLOAT32, Dtype.FLOAT16, Dtype.BFLOAT16)
+"""What gradients and parameters may travel as."""
+
+
 class TableSpec(msgspec.Struct, frozen=True, array_like=True):
     """Named tensors with one rule. The order of the tensors is the order of the flat space.
 
-    Tensors of one group stand together, groups in ascending order, buffers last.
+    Tensors of one group stand together, groups in ascending order, buffers last. ``wire`` is what
+    every node of the fold, and every version that is pulled, is rounded to; parts with buffers in
+    them stay float32.
 
     Raises
     ------
@@ -103,6 +109,7 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True):
     placement: Placement
     tensors: Annotated[list[TensorSpec], Meta(min_length=1, max_length=TENSORS_MAX)]
     optimizer: OptimizerSpec | None
+    wire: Dtype = Dtype.FLOAT32
 
     def __post_init__(self) -> None:
         """Check what concerns several fields at once."""
@@ -115,6 +122,9 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True):
             msg = f"table {self.name!r}: tensors must stand in the order of groups, buffers last"
             raise DataError(msg)
         groups = 0 if self.optimizer is None else len(self.optimizer.groups)
+        if self.wire not in (WIRES if self.rule is Rule.OPTIMIZER else WIRES[:1]):
+            msg = f"table {self.name!r} cannot travel as {self.wire.name.lower()}"
+            raise DataError(msg)
         highest = max(tensor.group for tensor in self.tensors)
         if self.rule is Rule.OPTIMIZER and highest >= groups:
             msg = f"table {self.name!r}: a tensor is in group {highest} of {groups} param groups"

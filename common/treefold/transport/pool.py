@@ -1,4 +1,4 @@
-"""Float32 buffers that are used again instead of being allocated in every round."""
+"""Buffers that are used again instead of being allocated in every round."""
 
 import torch
 
@@ -6,28 +6,27 @@ FREE_BYTES_MAX = 1 << 28  # beyond that, buffers go back to the allocator instea
 
 
 class BufferPool:
-    """Buffers by length; the one that was given back last is handed out first. For one thread."""
+    """Buffers by length and type; the last one given back is the first handed out. One thread."""
 
     def __init__(self) -> None:
-        self._free: dict[int, list[torch.Tensor]] = {}
+        self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
         self._free_bytes = 0
 
-    def take(self, elements: int) -> torch.Tensor:
+    def take(self, elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """An uninitialised buffer.
 
         Returns
         -------
-        Tensor, float32 [elements]
+        Tensor [elements]
         """
-        kept = self._free.get(elements)
+        kept = self._free.get((elements, dtype))
         if kept:
-            self._free_bytes -= elements * 4
+            self._free_bytes -= elements * dtype.itemsize
             return kept.pop()
-        return torch.empty(elements, dtype=torch.float32)
+        return torch.empty(elements, dtype=dtype)
 
     def give(self, tensor: torch.Tensor) -> None:
         """Take a buffer back."""
-        size = tensor.numel()
-        if self._free_bytes + size * 4 <= FREE_BYTES_MAX:
-            self._free.setdefault(size, []).append(tensor)
-            self._free_bytes += size * 4
+        if self._free_bytes + tensor.nbytes <= FREE_BYTES_MAX:
+            self._free.setdefault((tensor.numel(), tensor.dtype), []).append(tensor)
+            self._free_bytes += tensor.nbytes

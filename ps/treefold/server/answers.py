@@ -5,6 +5,7 @@ Part of `treefold.server.core` in a file of its own; just as pure.
 
 from collections.abc import Sequence
 
+from treefold.common.spec import Dtype
 from treefold.server.effects import PartsRef
 from treefold.server.rounds import Round, Shard, Wait
 from treefold.wire.exchange import Peer, Send
@@ -62,7 +63,7 @@ def _parts(peer: Peer, shard: Shard, version: int, parts: list[int]) -> list[Sen
             Pulled(shard.table, shard.number, first, count, version, shard.frame(first, count)),
             PartsRef(shard.table, shard.number, version, first, count),
         )
-        for first, count in runs_of(parts)
+        for first, count in runs_of(parts, shard.wires)
     ]
 
 
@@ -71,11 +72,12 @@ def _whole(peer: Peer, shard: Shard, version: int) -> Send:
     return Send(peer, Published(shard.table, shard.number, version, kept.state, kept.norm))
 
 
-def runs_of(parts: Sequence[int]) -> list[tuple[int, int]]:
+def runs_of(parts: Sequence[int], wires: Sequence[Dtype]) -> list[tuple[int, int]]:
     """Part numbers as ``(first, count)`` of runs of adjacent ones, in the order given."""
     found: list[tuple[int, int]] = []
     for part in parts:
-        if found and found[-1][0] + found[-1][1] == part and found[-1][1] < RUN_PARTS_MAX:
+        is_next = bool(found) and found[-1][0] + found[-1][1] == part
+        if is_next and found[-1][1] < RUN_PARTS_MAX and wires[part] is wires[part - 1]:
             found[-1] = (found[-1][0], found[-1][1] + 1)
         else:
             found.append((part, 1))

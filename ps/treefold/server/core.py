@@ -242,7 +242,10 @@ class ServerCore:
             layout = Layout(spec)
             parts = layout.parts(span)
             pieces = [len(layout.pieces(*part)) for part in parts]
-            self.shards[table, number] = Shard(table, number, place.view, spec, parts, pieces)
+            wires = [layout.wire(part) for part in parts]
+            self.shards[table, number] = Shard(
+                table, number, place.view, spec, parts, pieces, wires
+            )
             self._out.append(OpenShard(table, number, spec, span))
 
     # ---- workers ------------------------------------------------------------------------------

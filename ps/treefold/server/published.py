@@ -6,8 +6,12 @@ worker of this host that has fallen so far behind sees it in the word beside the
 socket has still to send is left alone, and the version gets memory of its own.
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from treefold.common.fold import TORCH_DTYPES
+from treefold.common.layout import Layout
 from treefold.transport.carrier import Carrier
 from treefold.transport.segments import announce
 
@@ -21,15 +25,26 @@ class Published:
     ----------
     carrier : Carrier
         Makes shared memory, and knows what is still on its way.
-    elements : int
-        Elements of the shard.
+    layout : Layout
+        The table's flat space.
+    parts : sequence of (start, stop)
+        The shard's parts.
     is_constant : bool
         Whether there is one version only.
     """
 
-    def __init__(self, carrier: Carrier, elements: int, *, is_constant: bool) -> None:
+    def __init__(
+        self,
+        carrier: Carrier,
+        layout: Layout,
+        parts: Sequence[tuple[int, int]],
+        *,
+        is_constant: bool,
+    ) -> None:
         self._carrier = carrier
-        self._elements = elements
+        self._layout = layout
+        self._parts = parts
+        self._elements = elements = max(0, parts[-1][1] - parts[0][0])
         count = 1 if is_constant else BUFFERS
         self._segment = carrier.lanes.create(count * elements * 4) if elements else None
         if self._segment is None:
@@ -57,6 +72,17 @@ class Published:
             announce(self._segment, number, version)
         self._versions[version] = found
         return found
+
+    def part(self, version: int, number: int) -> torch.Tensor:
+        """Where a part of a version is kept, of the part's wire type [part].
+
+        Narrow parts lie one after the other at the beginning of the buffer, others where float32
+        would have them.
+        """
+        start, stop = self._parts[number]
+        first = self._parts[0][0]
+        wire = TORCH_DTYPES[self._layout.wire((start, stop))]
+        return self.buffer(version).view(wire)[start - first : stop - first]
 
     def drop(self, version: int) -> None:
         """A version is not asked for any more."""

@@ -205,6 +205,8 @@ class Shard:
         Elements of each part in the table's flat space.
     pieces : list of int
         Tensors (pieces of them) in each part.
+    wires : list of Dtype
+        What each part travels as.
     """
 
     table: int
@@ -213,6 +215,7 @@ class Shard:
     spec: TableSpec
     parts: Sequence[tuple[int, int]]
     pieces: list[int]
+    wires: list[Dtype]
     version: int = INITIAL_ROUND
     round: Round | None = None
     waits: dict[Peer, Wait] = field(default_factory=dict)
@@ -237,8 +240,8 @@ class Shard:
         return self.spec.placement is Placement.TENSORWISE and self.spec.rule is Rule.OPTIMIZER
 
     def frame(self, part: int, count: int) -> Frame:
-        """Description of the payload of a run of parts."""
-        return Frame(Dtype.FLOAT32, self.parts[part + count - 1][1] - self.parts[part][0])
+        """Description of the payload of a run of parts, of one wire type."""
+        return Frame(self.wires[part], self.parts[part + count - 1][1] - self.parts[part][0])
 
     def publish(self, now_ns: int, done: Round) -> None:
         """Every part of the next version is made: move on to the round that begins with it."""
@@ -290,6 +293,10 @@ class Shard:
 
     def _refusal_of_frame(self, push: Push, where: str) -> Refused | None:
         expected, got = self.frame(push.part, push.count), push.frame
+        if push.round == INITIAL_ROUND:
+            expected = Frame(Dtype.FLOAT32, expected.elements)
+        elif len(set(self.wires[push.part : push.part + push.count])) > 1:
+            return Refused(0, Code.BAD_PAYLOAD, f"{where}: a push of parts of several wire types")
         if got is None or (got.dtype, got.elements) == (expected.dtype, expected.elements):
             return None
         text = (

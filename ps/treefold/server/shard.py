@@ -96,11 +96,6 @@ class ShardState:
         if spec.rule is not Rule.CONSTANT:
             self._units = self._make_units()
 
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return self._master.numel()
-
     # ---- round by round -----------------------------------------------------------------------
 
     def initialize(self, part: int, values: Tensor) -> None:
@@ -187,8 +182,8 @@ class ShardState:
         ----------
         part : int
             Number of the part in this shard.
-        out : Tensor, float32 [part]
-            Gets them.
+        out : Tensor [part]
+            Gets them, rounded if it is of a narrower type.
         """
         out.copy_(self._of(part))
 

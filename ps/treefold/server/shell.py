@@ -170,20 +170,17 @@ class ServerShell:
         published = self._published[ref.table, ref.shard]
         if ref.version not in published:
             return True  # the step that should have made it failed, and with it the job
-        buffer = published.buffer(ref.version)
-        parts = self._states[ref.table, ref.shard].parts
-        first = parts[0][0]
-        payloads = [
-            Payload(buffer[start - first : stop - first])
-            for start, stop in parts[ref.part : ref.part + ref.count]
-        ]
-        return self._carrier.send(Destination(LISTENER, peer), message, payloads, buffer.data_ptr())
+        numbers = range(ref.part, ref.part + ref.count)
+        payloads = [Payload(published.part(ref.version, number)) for number in numbers]
+        buffer = published.buffer(ref.version).data_ptr()
+        return self._carrier.send(Destination(LISTENER, peer), message, payloads, buffer)
 
     def _fold(self, left: int, right: int) -> None:
         one, other = self._carrier.held(left), self._carrier.held(right)
         out = one.owner
         if out is None:
-            out = self._pool.take(one.payload.tensor.numel())
+            tensor = one.payload.tensor
+            out = self._pool.take(tensor.numel(), tensor.dtype)
         self._folder.fold(one.payload, other.payload, out)
         self._carrier.put(left, Held(Payload(out), out))
         self._release(right)
@@ -212,7 +209,9 @@ class ServerShell:
         self._carrier.lanes.name = f"treefold-{self._core.membership.job:x}-server"
         is_constant = effect.spec.rule is Rule.CONSTANT
         self._states[key] = state
-        self._published[key] = Published(self._carrier, state.elements, is_constant=is_constant)
+        self._published[key] = Published(
+            self._carrier, state.layout, state.parts, is_constant=is_constant
+        )
         for peer in self._carrier.lanes.local_peers():
             self._carrier.offer(LISTENER, peer)
 
@@ -226,9 +225,15 @@ class ServerShell:
         if ready.root is None:
             return FoldedPart(ready.part, None, ready.absent)
         held = self._carrier.held(ready.root)
-        if held.owner is None:
-            out = self._pool.take(held.payload.tensor.numel())
-            torch.mul(held.payload.tensor, held.payload.scale, out=out)
+        tensor, scale = held.payload
+        if held.owner is None or tensor.dtype != torch.float32:
+            out = self._pool.take(tensor.numel())
+            if tensor.dtype == torch.float32:
+                torch.mul(tensor, scale, out=out)
+            else:
+                out.copy_(tensor)  # narrow nodes are scaled before they are rounded, by the worker
+            if held.owner is not None:
+                self._pool.give(held.owner)
             held = Held(Payload(out), out)
             self._carrier.put(ready.root, held)
         return FoldedPart(ready.part, held.payload.tensor, ready.absent)
@@ -247,11 +252,8 @@ class ServerShell:
                 coefficient = clip_coefficient(limit, effect.norm) if limit > 0 else 1.0
                 state.step(folded, effect.groups, coefficient)
         with self._spent.on("publish"):
-            buffer = published.buffer(effect.version)
-            first = state.parts[0][0]
             for ready in effect.parts:
-                start, stop = state.parts[ready.part]
-                state.copy_part(ready.part, buffer[start - first : stop - first])
+                state.copy_part(ready.part, published.part(effect.version, ready.part))
                 if ready.root is not None:
                     self._release(ready.root)
 

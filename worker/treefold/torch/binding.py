@@ -15,6 +15,7 @@ from treefold.common.errors import ConfigError, LocalProtocolError, UnsupportedE
 from treefold.common.optim import describe, placement_of
 from treefold.common.spec import (
     BUFFER_GROUP,
+    WIRES,
     Dtype,
     Placement,
     Rule,
@@ -153,7 +154,27 @@ def bind(optimizer: Optimizer, model: nn.Module, taken: Callable[[Tensor], bool]
     return BoundModel(owned, frozen, folded, opaque)
 
 
-def table_spec(name: str, optimizer: Optimizer, tensors: Sequence[BoundTensor]) -> TableSpec:
+def wire_of(name: str) -> Dtype:
+    """The wire type that a user named.
+
+    Raises
+    ------
+    ConfigError
+        There is no such wire type.
+    """
+    known = {dtype.name.lower(): dtype for dtype in WIRES}
+    if name not in known:
+        msg = f"wire is {name!r}; it is one of {', '.join(known)}"
+        raise ConfigError(msg)
+    return known[name]
+
+
+def table_spec(
+    name: str,
+    optimizer: Optimizer,
+    tensors: Sequence[BoundTensor],
+    wire: Dtype = Dtype.FLOAT32,
+) -> TableSpec:
     """Describe the table of an optimizer.
 
     Parameters
@@ -164,6 +185,8 @@ def table_spec(name: str, optimizer: Optimizer, tensors: Sequence[BoundTensor]) 
         The user's.
     tensors : sequence of BoundTensor
         Parameters group by group, then buffers.
+    wire : Dtype
+        What gradients and parameters travel as.
 
     Returns
     -------
@@ -184,7 +207,7 @@ def table_spec(name: str, optimizer: Optimizer, tensors: Sequence[BoundTensor]) 
     described = describe(optimizer)
     specs = [tensor.spec() for tensor in tensors]
     placement = placement_of(described.name, described.groups)
-    return TableSpec(name, Rule.OPTIMIZER, placement, specs, described)
+    return TableSpec(name, Rule.OPTIMIZER, placement, specs, described, wire)
 
 
 def _has_stepped(optimizer: Optimizer) -> bool:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from treefold.common.errors import ConfigError, LocalProtocolError, UnsupportedError
 from treefold.torch import session
-from treefold.torch.binding import bind
+from treefold.torch.binding import bind, wire_of
 from treefold.torch.buffers import BufferMode
 from treefold.torch.table import Owned, Table, TableOptions, load_frozen
 
@@ -38,6 +38,11 @@ class DistributedOptimizer(Optimizer):
         Whether servers on this host may read gradients where they lie, which spares a copy. They
         must not be written to then between the step and the end of the loop body, but by
         `zero_grad`; the first loop body is watched, and a later one that breaks the rule raises.
+    wire : str
+        What gradients and parameters travel as: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        With a narrow one every gradient, every sum of gradients and the parameters that workers
+        compute with are rounded to it, the same on any cluster; servers keep float32. Buffers are
+        never rounded.
 
     Raises
     ------
@@ -65,6 +70,7 @@ class DistributedOptimizer(Optimizer):
         overlap: bool = True,
         buffers: str = "mean",
         lend: bool = True,
+        wire: str = "float32",
     ) -> None:
         self._table: Table | None = None
         job = session.current()
@@ -77,7 +83,7 @@ class DistributedOptimizer(Optimizer):
         self.inner = optimizer
         bound = bind(optimizer, model, job.is_taken)
         name = "model" if not job.tables else f"model-{len(job.tables)}"
-        options = TableOptions(name, overlap, mode, lend)
+        options = TableOptions(name, overlap, mode, lend, wire_of(wire))
         table = Table(job.client, Owned(optimizer, self, model), bound, options)
         load_frozen(job.client, f"{name}.frozen", bound.frozen)
         self._table = table

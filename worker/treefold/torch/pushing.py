@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from treefold.common.errors import LocalProtocolError
+from treefold.common.fold import TORCH_DTYPES
 from treefold.common.layout import Layout
 from treefold.torch.gradients import ABSENT, Gradient, Gradients, Place, check_not_stale
 from treefold.torch.parts import Part, cut_parts
@@ -246,19 +247,31 @@ class Pushing:
         absent = part.absent_gradients(self.gradients.items)
         if absent == part.all_absent:
             return _Packed(part, Source.NOWHERE, absent)
-        if self._is_lendable and not part.buffers:
+        if self._is_lendable and not part.buffers and self._wire(part) == torch.float32:
             return _Packed(part, Source.GRADIENTS, absent)
         with self._port.client.spent.on("push"), torch.no_grad():
             values = self._scratch_of(part)
-            part.write_gradients(self._scale, self.gradients.flat, values)
-            if self._is_sparse and self._scale != 1.0:
-                part.restore_touched(values)
+            if values.dtype == torch.float32:
+                self._write(part, values)
+            else:
+                exact = torch.empty(part.elements)
+                self._write(part, exact)
+                values.copy_(exact)
         return _Packed(part, Source.SCRATCH, absent)
 
+    def _write(self, part: Part, values: Tensor) -> None:
+        part.write_gradients(self._scale, self.gradients.flat, values)
+        if self._is_sparse and self._scale != 1.0:
+            part.restore_touched(values)
+
     def _scratch_of(self, part: Part) -> Tensor:
+        """The part's place in the scratch buffer, of its wire type; as `Published.part` has it."""
         if self._scratch is None:
             self._scratch = self._port.client.scratch(self._port.layout.elements)
-        return self._scratch[part.start : part.stop]
+        return self._scratch.view(self._wire(part))[part.start : part.stop]
+
+    def _wire(self, part: Part) -> torch.dtype:
+        return TORCH_DTYPES[self._port.layout.wire((part.start, part.stop))]
 
     def _add_buffers(self, packed: _Packed, buffers: Sequence[Tensor | None]) -> None:
         part = packed.part
@@ -279,14 +292,20 @@ class Pushing:
         """Hand parts over, adjacent ones from one source together."""
         run: list[_Packed] = []
         for packed in ready:
-            if run and (
-                packed.part.number != run[-1].part.number + 1 or packed.source is not run[-1].source
-            ):
+            if run and not self._is_next(run[-1], packed):
                 self._send_run(run)
                 run = []
             run.append(packed)
         if run:
             self._send_run(run)
+
+    def _is_next(self, one: _Packed, after: _Packed) -> bool:
+        is_adjacent = after.part.number == one.part.number + 1
+        return (
+            is_adjacent
+            and one.source is after.source
+            and self._wire(one.part) == self._wire(after.part)
+        )
 
     def _send_run(self, run: list[_Packed]) -> None:
         if self._task is None:
@@ -298,15 +317,17 @@ class Pushing:
             absent = [packed.part.marks(packed.absent) for packed in run]
         first, last = run[0].part, run[-1].part
         where = PartRun(self._port.table, first.number, len(run), absent)
-        values = self._values(run[0].source, first.start, last.stop)
+        values = self._values(run[0].source, first, last)
         self._port.client.contribute(self._task, where, values)
 
-    def _values(self, source: Source, start: int, stop: int) -> Values | None:
+    def _values(self, source: Source, first: Part, last: Part) -> Values | None:
+        start, stop = first.start, last.stop
         if source is Source.GRADIENTS and self.gradients.flat is not None:
             self.gradients.is_lent = True
             return Values(self.gradients.flat[start:stop], self._scale, None)
         if source is Source.SCRATCH and self._scratch is not None:
-            return Values(self._scratch[start:stop], 1.0, self._scratch)
+            own = self._scratch.view(self._wire(first))
+            return Values(own[start:stop], 1.0, self._scratch)
         return None
 
     # ---- what the script does with its gradients ----------------------------------------------

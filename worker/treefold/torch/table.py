@@ -18,6 +18,7 @@ from treefold.common.errors import CapacityError, LocalProtocolError
 from treefold.common.layout import Layout
 from treefold.common.optim import hyper_of
 from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.spec import Dtype
 from treefold.torch.binding import (
     BoundModel,
     BoundTensor,
@@ -63,6 +64,7 @@ class TableOptions:
     is_overlapped: bool
     buffers: BufferMode
     is_lent: bool = True
+    wire: Dtype = Dtype.FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ class Table:
         self._client = client
         folded = [] if options.buffers is BufferMode.LOCAL else bound.buffers
         self._tensors: list[BoundTensor] = [*bound.parameters, *folded]
-        spec = table_spec(options.name, owned.inner, self._tensors)
+        spec = table_spec(options.name, owned.inner, self._tensors, options.wire)
         self.layout = Layout(spec)
         self._pieces: Pieces = cache(self.layout.pieces)
         self.buffers = Buffers(folded, bound.opaque, options.buffers)

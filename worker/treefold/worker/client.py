@@ -15,11 +15,12 @@ import torch
 
 from treefold.common.config import Settings
 from treefold.common.errors import ConfigError, DataError, LocalProtocolError, UnavailableError
+from treefold.common.fold import TORCH_DTYPES
 from treefold.common.layout import Layout
 from treefold.common.ledger import SamplesRecord, Writer
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import Spent
-from treefold.common.spec import Hyper, TableSpec
+from treefold.common.spec import Dtype, Hyper, TableSpec
 from treefold.transport.segments import Segment, holds
 from treefold.transport.sockets import Context
 from treefold.wire.messages import Outcome
@@ -46,8 +47,8 @@ class Snapshot:
     norm : float
         Global gradient norm of that round, NaN if none was computed.
     parts : list of (start, stop, Tensor)
-        Values, float32 [stop - start], of each part of the flat space. They may only be read, and
-        count only if `is_intact` still holds afterwards.
+        Values, of the part's wire type [stop - start], of each part of the flat space. They may
+        only be read, and count only if `is_intact` still holds afterwards.
     segments : list of Segment
         Servers' memory in which some of the values lie.
     """
@@ -349,7 +350,8 @@ class Client:
             raise DataError(msg)
         if values is not None:
             what = f"parts {where.part} to {last} of table {where.table}"
-            _check(what, values.flat, known[last].stop - known[where.part].start)
+            elements = known[last].stop - known[where.part].start
+            _check(what, values.flat, elements, TORCH_DTYPES[known[where.part].wire])
             if values.owner is None:
                 self._lent_in = task.round
         event = effects.Contributed(
@@ -447,10 +449,21 @@ class Client:
         self.settle_hyper(task, table, groups, 0.0)
         flat = self.scratch(known.layout.elements)
         torch.mul(gradient, 1.0 / self.size, out=flat)
-        where = PartRun(table, 0, len(known.parts), [])
-        self.contribute(task, where, Values(flat, 1.0, flat))
+        if known.spec.wire is Dtype.FLOAT32:
+            where = PartRun(table, 0, len(known.parts), [])
+            self.contribute(task, where, Values(flat, 1.0, flat))
+        else:
+            self._contribute_narrow(task, table, flat)
         self._direct.metas[table] = SlotMeta(groups, 0.0, b"")
         return task.round
+
+    def _contribute_narrow(self, task: Task, table: int, flat: torch.Tensor) -> None:
+        """Contribute every part as its wire type."""
+        narrow = self.scratch(flat.numel())
+        for number, part in enumerate(self.parts(table)):
+            values = narrow.view(TORCH_DTYPES[part.wire])[part.start : part.stop]
+            values.copy_(flat[part.start : part.stop])
+            self.contribute(task, PartRun(table, number, 1, []), Values(values, 1.0, narrow))
 
     def wait(self, round_: int) -> None:
         """Wait until the round that `push` returned is a version on every server."""
@@ -556,11 +569,13 @@ class Client:
         return answer
 
 
-def _check(what: str, values: torch.Tensor, elements: int) -> None:
-    """Refuse a tensor of another dtype or shape than servers hold."""
-    if values.dtype != torch.float32 or list(values.shape) != [elements]:
+def _check(
+    what: str, values: torch.Tensor, elements: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """Refuse a tensor of another dtype or shape than is expected."""
+    if values.dtype != dtype or list(values.shape) != [elements]:
         kind = f"{values.dtype} {list(values.shape)}"
-        msg = f"{what}: expected torch.float32 [{elements}], got {kind}"
+        msg = f"{what}: expected {dtype} [{elements}], got {kind}"
         raise DataError(msg)
 
 

@@ -309,6 +309,7 @@ class Exchange:
         return (
             (next_table, next_part) == (table, part + 1)
             and parts[part].shard == parts[next_part].shard
+            and parts[part].wire is parts[next_part].wire
             and pushed.node == other.node
             and (pushed.held.payload is None) == (other.held.payload is None)
         )
@@ -321,7 +322,7 @@ class Exchange:
         if place is None or local is None:
             return
         payloads = tuple(one.held.payload for _, one in run if one.held.payload is not None)
-        frame = Frame(Dtype.FLOAT32, parts[-1].stop - parts[0].start) if payloads else None
+        frame = Frame(parts[0].wire, parts[-1].stop - parts[0].start) if payloads else None
         marks = []
         if any(one.held.absent for _, one in run):
             marks = [

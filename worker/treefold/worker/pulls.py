@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from treefold.common.layout import Layout, ShardSpan
-from treefold.common.spec import TableSpec
+from treefold.common.spec import Dtype, TableSpec
 from treefold.wire.messages import Published, Pulled, RoundStatus, ShardPlace, TablePlace
 from treefold.worker.effects import Effect, ReleasePayload, Snapshot
 
@@ -20,6 +20,7 @@ class PartRange:
     start: int
     stop: int
     pieces: int
+    wire: Dtype = Dtype.FLOAT32
 
 
 @dataclass(slots=True)
@@ -119,7 +120,9 @@ class Table:
         for shard in place.shards:
             cut = self.layout.parts(ShardSpan(shard.first_block, shard.blocks))
             self.parts += [
-                PartRange(shard.shard, n, a, b, len(self.layout.pieces(a, b)))
+                PartRange(
+                    shard.shard, n, a, b, len(self.layout.pieces(a, b)), self.layout.wire((a, b))
+                )
                 for n, (a, b) in enumerate(cut)
             ]
         self.numbers = {(part.shard, part.number): n for n, part in enumerate(self.parts)}

@@ -71,7 +71,7 @@ class Values:
 
     Attributes
     ----------
-    flat : Tensor, float32 [parts]
+    flat : Tensor, of the parts' wire type [parts]
         The values of adjacent parts, not scaled yet.
     scale : float
         What they are multiplied with.
@@ -275,7 +275,7 @@ class WorkerShell:
         if one.owner is None:
             self._lent.pop(left, None)
             if other.owner is None:  # both are the script's own
-                flat = self.flats.take(one.payload.tensor.numel())
+                flat = self.flats.take(one.payload.tensor.numel())  # only float32 is lent
                 kept = Held(Payload(flat), flat)
             else:
                 self.flats.use(other.owner, 1)
