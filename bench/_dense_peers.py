@@ -41,12 +41,10 @@ def floor(work: Work, processors: int) -> Processes:
     count = max(1, min(processors, work.workers + work.servers))
     barrier = FORKED.Barrier(count)
     shared = Shared(
-        [torch.empty(work.elements).share_memory_() for _ in range(work.workers)],
-        work.initial().share_memory_(),
-        [torch.empty(work.elements).share_memory_() for _ in range(work.workers)],
+        [work.gradient(worker) for worker in range(work.workers)],
+        work.initial(),
+        [torch.zeros(work.elements) for _ in range(work.workers)],
     )
-    for worker, gradient in enumerate(shared.gradients):
-        gradient.copy_(work.gradient(worker))
     given = (work, (count, barrier), shared)
     return Processes("floor", [Part("player", rank, floor_part, given) for rank in range(count)])
 
@@ -58,6 +56,8 @@ class Shared:
         self.gradients = gradients
         self.parameters = parameters
         self.models = models
+        for tensor in (*gradients, parameters, *models):
+            tensor.share_memory_()  # type: ignore[no-untyped-call] # torch's own has no types
 
 
 def floor_part(link: Link, work: Work, crew: tuple[int, Barrier], shared: Shared) -> None:
@@ -84,9 +84,11 @@ def floor_part(link: Link, work: Work, crew: tuple[int, Barrier], shared: Shared
             shared.models[model][first:last].copy_(shared.parameters[first:last])
         barrier.wait()
 
+    def error(wanted: str) -> float:
+        return max(error_of(model, wanted) for model in shared.models)
+
     member.meet()
-    errors = [lambda wanted, m=model: error_of(m, wanted) for model in shared.models]
-    member.serve(repeat(step), {"error": lambda wanted: max(error(wanted) for error in errors)})
+    member.serve(repeat(step), {"error": error})
 
 
 # ---- gloo ----------------------------------------------------------------------------------------
@@ -105,9 +107,7 @@ def gloo_worker(link: Link, work: Work, meeting: str) -> None:
     no copy is needed to keep a gradient for the next step.
     """
     member = Member(link)
-    dist.init_process_group(
-        "gloo", init_method=meeting, rank=link.rank, world_size=work.workers
-    )
+    dist.init_process_group("gloo", init_method=meeting, rank=link.rank, world_size=work.workers)
     gradient = work.gradient(link.rank)
     optimizer = Step(work.optimizer, work.initial())
     weight = 1.0 / work.workers
@@ -173,7 +173,7 @@ RPC_SHARDS: list[RpcShard] = []
 """This process's share: a function that is called from afar finds nothing else."""
 
 
-@rpc.functions.async_execution
+@rpc.functions.async_execution  # type: ignore[untyped-decorator] # torch's own has no types
 def rpc_push(gradient: Tensor) -> "Future[Tensor]":
     """What workers call: push a gradient, get the new parameters."""
     return RPC_SHARDS[0].push(gradient)
@@ -186,7 +186,7 @@ def rpc_join(link: Link, work: Work, meeting: str) -> None:
     options = rpc.TensorPipeRpcBackendOptions(
         num_worker_threads=RPC_THREADS, rpc_timeout=RPC_TIMEOUT_S, init_method=meeting
     )
-    rpc.init_rpc(
+    rpc.init_rpc(  # type: ignore[no-untyped-call] # torch's own has no types
         f"{link.role}-{link.rank}",
         rank=rank,
         world_size=work.servers + work.workers,

@@ -1,4 +1,4 @@
-"""What `bench.dense` has everybody do: the parameters, the gradients, the step, and the right result.
+"""What `bench.dense` has everybody do: parameters, gradients, the step, and the right result.
 
 The work: every worker has its gradient of all parameters; a step is to add the workers' gradients
 up, scaled to their mean, to take the optimizer's step, and to give every worker the new parameters.

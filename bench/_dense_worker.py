@@ -1,6 +1,7 @@
 """treefold's worker in `bench.dense`: a user's script, with a module that has these parameters."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,13 @@ class Parameters(nn.Module):
 
     def __init__(self, work: Work) -> None:
         super().__init__()
-        tensors = work.initial().split(work.sizes)
+        tensors = torch.split(work.initial(), work.sizes)
         self.tensors = nn.ParameterList([nn.Parameter(tensor.clone()) for tensor in tensors])
 
     def forward(self, gradient: Tensor, sizes: list[int]) -> Tensor:
         """A loss whose gradient is the one given."""
-        wanted = gradient.split(sizes)
-        return sum((p * g).sum() for p, g in zip(self.tensors, wanted, strict=True))
+        wanted = torch.split(gradient, sizes)
+        return torch.stack([p.dot(g) for p, g in zip(self.tensors, wanted, strict=True)]).sum()
 
 
 def flat(model: nn.Module) -> Tensor:
@@ -35,7 +36,8 @@ def main() -> None:
     work = Work.parse(given)
     ps.init()
     model = Parameters(work)
-    options = {} if work.wire == "float32" else {"wire": work.wire}
+    # Any, since whether there is such a keyword depends on this treefold.
+    options: dict[str, Any] = {} if work.wire == "float32" else {"wire": work.wire}
     inner = work.make_optimizer(list(model.parameters()))
     optimizer = ps.DistributedOptimizer(inner, model, **options)
     member = Member(Link(path, "player", ps.rank()))

@@ -5,6 +5,7 @@ the received frames, no copy but the kernel's and the worker's one into its mode
 protocol beyond a slice's number, and nothing can go wrong without the program's hanging.
 """
 
+import ctypes
 import warnings
 
 import torch
@@ -17,6 +18,7 @@ from bench._harness import Part, Processes
 from bench._link import Link, Member
 
 SLICE = CHUNK  # 1 MiB: larger ones leave the cache, smaller ones cost more messages
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def bare_zmq(work: Work, transport: str, folder: str) -> Processes:
@@ -24,6 +26,14 @@ def bare_zmq(work: Work, transport: str, folder: str) -> Processes:
     servers = [Part("server", n, serve, (work, transport, folder)) for n in range(work.servers)]
     workers = [Part("player", n, push_and_pull, (work,)) for n in range(work.workers)]
     return Processes(f"zmq {transport}", [*servers, *workers])
+
+
+def keep_memory() -> None:
+    """Have malloc keep what is freed, or every received frame costs page faults anew."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
 def open_socket(kind: int) -> zmq.Socket[bytes]:
@@ -48,6 +58,7 @@ def tensor_of(frame: zmq.Frame) -> Tensor:
 def serve(link: Link, work: Work, transport: str, folder: str) -> None:
     """One server: when a slice of every worker is there, fold, step, and send it back."""
     warnings.simplefilter("ignore")  # torch's, about frames that may not be written
+    keep_memory()
     start, stop = work.share(link.rank, work.servers)
     optimizer = Step(work.optimizer, work.initial()[start:stop].clone())
     slices = list(pieces(0, stop - start, SLICE))
@@ -86,6 +97,7 @@ def serve(link: Link, work: Work, transport: str, folder: str) -> None:
 def push_and_pull(link: Link, work: Work) -> None:
     """One worker: send all slices, then take in the new parameters as they come."""
     warnings.simplefilter("ignore")  # torch's, about frames that may not be written
+    keep_memory()
     member = Member(link)
     gradient, model = work.gradient(link.rank), work.initial()
     dealers = [open_socket(zmq.DEALER) for _ in range(work.servers)]
@@ -115,7 +127,7 @@ def push_and_pull(link: Link, work: Work) -> None:
 def take_in(dealer: zmq.Socket[bytes], slices: list[tuple[int, int]], model: Tensor) -> int:
     """Copy what has arrived on a socket into the model; how many slices that was."""
     count = 0
-    while dealer.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+    while int(dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
         number, frame = dealer.recv_multipart(copy=False)
         first, last = slices[int.from_bytes(number.bytes, "little")]
         model[first:last].copy_(tensor_of(frame))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -28,6 +29,9 @@ from rich.table import Table
 
 from bench._link import Answer, BenchError, Link, Order, Seat, Stage
 from treefold.common.config import KEYS
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 ROOT = str(Path(__file__).parent.parent)
 END_S = 30.0  # how long a contender may take to end by itself
@@ -66,9 +70,11 @@ class Contender(ABC):
     def stop(self) -> None:
         """Wait for the processes, who have been told to end, and kill who does not."""
 
+    @abstractmethod
     def freeze(self) -> None:
         """Make sure that it uses no processor until `thaw`."""
 
+    @abstractmethod
     def thaw(self) -> None:
         """Let it run again."""
 
@@ -137,7 +143,7 @@ class Processes(Contender):
         super().__init__(name, len(parts))
         self._parts = parts
         self._is_spinning = is_spinning
-        self._processes: list[multiprocessing.Process] = []
+        self._processes: list[BaseProcess] = []
 
     def launch(self, stage: Stage) -> None:
         """Start the processes."""
@@ -198,7 +204,8 @@ class Cluster(Contender):
         super().__init__(name, workers)
         self._worker = [sys.executable, "-m", module]
         self._given = given
-        self._flags = {"workers": workers, "log-level": "warning", "config": os.devnull} | flags
+        fixed: dict[str, object] = {"workers": workers, "log-level": "warning"}
+        self._flags = fixed | {"config": os.devnull} | dict(flags)
         self._process: subprocess.Popen[bytes] | None = None
         self._output = Path()
 
@@ -218,6 +225,12 @@ class Cluster(Contender):
         assert self._process is not None
         if self._process.poll() is not None:
             raise BenchError(f"{self.name} ended with {self._process.returncode}:\n{self._tail()}")
+
+    def freeze(self) -> None:
+        """Nothing: its processes wait without work, and a stopped one would be given up."""
+
+    def thaw(self) -> None:
+        """Nothing."""
 
     def stop(self) -> None:
         """Wait for the cluster to end."""
@@ -240,7 +253,7 @@ class Cluster(Contender):
 
 def processors() -> int:
     """How many this program may use."""
-    if sys.platform == "linux":
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return psutil.cpu_count() or 1
 
