@@ -2,7 +2,8 @@
 
     python -m bench.dense [--shape standard|small] [--optimizer sgd|adamw]
                           [--wire float32|bfloat16] [--workers 2] [--servers 2]
-                          [--windows 5] [--steps 20] [--contenders floor,gloo,...]
+                          [--windows 5] [--steps 20] [--launches 1]
+                          [--contenders "floor,gloo,rpc,zmq tcp,zmq ipc,shared,tcp,ipc"]
     python -m bench.dense --all
 
 Run from the root of the repository. The work is that of `bench._dense_work`: 25 million float32
@@ -14,7 +15,8 @@ parameters, gradients ready, synchronous steps. The contenders, each in processe
 - ``zmq tcp``, ``zmq ipc``: a bare ZeroMQ program that moves the same bytes;
 - ``shared``, ``tcp``, ``ipc``: treefold under ``treefold run``, by its lane.
 
-They stay, and take their windows in turns. Everybody's final parameters are compared with torch's
+They stay, and take their windows in turns; ``--launches`` starts all anew so many times, since one
+launch can be luckier than another. Everybody's final parameters are compared with torch's
 own; a wrong result ends the benchmark. ``--all`` measures the variations as well: AdamW, bfloat16
 on the wire, 1 and 4 workers, 1 server, 5,000 tensors of 5,000. The last line is JSON.
 """
@@ -39,6 +41,7 @@ from bench._harness import (
     Cluster,
     Contender,
     Spread,
+    Window,
     lane_flags,
     machine,
     opened,
@@ -74,10 +77,11 @@ class Effort:
 
     windows: int
     steps: int
+    launches: int
 
     @property
     def total(self) -> int:
-        """Steps that every contender takes in all: before the first window two."""
+        """Steps that a contender takes in a launch; two come before the first window."""
         return 2 + self.windows * (self.steps + SETTLE_STEPS)
 
 
@@ -117,18 +121,16 @@ def unavailable(work: Work, name: str) -> str:
 def measure(work: Work, names: Sequence[str], effort: Effort) -> dict[str, object]:
     """Run one work, print its table, and return its document."""
     missing = {name: why for name in names if (why := unavailable(work, name))}
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        made = makers(work, folder)
-        contenders = [made[name]() for name in names if name not in missing]
-        wanted = Path(folder, "wanted")
-        wanted.write_bytes(reference(work, effort.total).numpy().data)
-        with opened(contenders):
-            found = take_turns(contenders, effort.windows, effort.steps)
-            errors = {each.name: each.question("error", str(wanted)) for each in contenders}
-    check(errors, TOLERANCES[work.wire])
+    able = [name for name in names if name not in missing]
+    found: dict[str, list[Window]] = {name: [] for name in able}
+    for _ in range(effort.launches):
+        for name, windows in launch(work, able, effort).items():
+            found[name] += windows
     per_second = {name: rates(windows, effort.steps) for name, windows in found.items()}
     ratios = {name: ratios_of(name, per_second) for name in per_second}
-    show(work, per_second, ratios, missing)
+    show(work, per_second, ratios)
+    for name, why in missing.items():
+        print(f"{name}: {why}")
     results = {
         name: {"steps_per_s": Spread.of(values).document(), "ratios": ratios[name]}
         for name, values in per_second.items()
@@ -140,6 +142,20 @@ def measure(work: Work, names: Sequence[str], effort: Effort) -> dict[str, objec
         "not available": missing,
         "machine": machine(found),
     }
+
+
+def launch(work: Work, names: Sequence[str], effort: Effort) -> dict[str, list[Window]]:
+    """Start everybody, give them their windows, and compare what they came to."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        made = makers(work, folder)
+        contenders = [made[name]() for name in names]
+        wanted = Path(folder, "wanted")
+        wanted.write_bytes(reference(work, effort.total).numpy().data)
+        with opened(contenders):
+            found = take_turns(contenders, effort.windows, effort.steps)
+            errors = {each.name: each.question("error", str(wanted)) for each in contenders}
+    check(errors, TOLERANCES[work.wire])
+    return found
 
 
 def check(errors: dict[str, list[object]], tolerance: float) -> None:
@@ -168,10 +184,7 @@ def ratios_of(name: str, per_second: dict[str, list[float]]) -> dict[str, float]
 
 
 def show(
-    work: Work,
-    per_second: dict[str, list[float]],
-    ratios: dict[str, dict[str, float]],
-    missing: dict[str, str],
+    work: Work, per_second: dict[str, list[float]], ratios: dict[str, dict[str, float]]
 ) -> None:
     """Print the table of one work."""
     title = (
@@ -184,8 +197,7 @@ def show(
         figures = [f"{value:.2f}" for value in (spread.median, spread.least, spread.most)]
         beside = [f"{ratios[name][k]:.2f}" if k in ratios[name] else "" for k in COLUMNS]
         rows.append([f"treefold {name}" if name in OURS else name, *figures, *beside])
-    rows += [[name, why, *[""] * 5] for name, why in missing.items()]
-    print_table(title, ["", "steps/s", "min", "max", *(f"x {k}" for k in COLUMNS)], rows)
+    print_table(title, ["contender", "steps/s", "min", "max", *(f"x {k}" for k in COLUMNS)], rows)
 
 
 def main() -> None:
@@ -196,7 +208,7 @@ def main() -> None:
     if unknown or options.windows < WINDOWS_MIN:
         sys.exit(f"there is no contender {unknown}" if unknown else f"--windows >= {WINDOWS_MIN}")
     torch.set_num_threads(1)
-    effort = Effort(options.windows, options.steps)
+    effort = Effort(options.windows, options.steps, options.launches)
     if not options.all:
         work = Work(**{key: getattr(options, key) for key in asdict(STANDARD)})
         print_document(measure(work, names, effort))
@@ -216,6 +228,7 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument(f"--{key}", type=type(value), default=value, choices=choices.get(key))
     made.add_argument("--windows", type=int, default=WINDOWS_MIN)
     made.add_argument("--steps", type=int, default=20, help="of each window")
+    made.add_argument("--launches", type=int, default=1, help="how often to start everybody anew")
     made.add_argument("--contenders", default=",".join((*PEERS, *OURS)))
     made.add_argument("--all", action="store_true", help="the variations as well")
     return made
