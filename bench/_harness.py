@@ -367,6 +367,14 @@ class Elsewhere:
         return used_s
 
 
+def start(main: Callable[[], None]) -> None:
+    """Run a benchmark; what goes wrong with a contender ends it with a line that says so."""
+    try:
+        main()
+    except BenchError as error:
+        sys.exit(f"the benchmark failed: {error}")
+
+
 # ---- reporting -----------------------------------------------------------------------------------
 
 

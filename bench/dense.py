@@ -50,6 +50,7 @@ from bench._harness import (
     processors,
     rates,
     ratio,
+    start,
     take_turns,
 )
 from bench._link import BenchError
@@ -235,4 +236,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -32,6 +32,7 @@ from bench._harness import (
     print_table,
     rates,
     ratio,
+    start,
     take_turns,
 )
 from bench._link import BenchError
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)
