@@ -29,6 +29,7 @@ from rich.table import Table
 
 from bench._link import Answer, BenchError, Link, Order, Seat, Stage
 from treefold.common.config import KEYS
+from treefold.launch.processes import Guard
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -126,6 +127,12 @@ class Part:
     given: tuple[object, ...]
 
 
+def play(part: Part, link: Link) -> None:
+    """Be a part, in a session of its own: signals of the terminal are the conductor's."""
+    os.setsid()
+    part.run(link, *part.given)
+
+
 class Processes(Contender):
     """A contender whose processes run functions of this package.
 
@@ -144,14 +151,17 @@ class Processes(Contender):
         self._parts = parts
         self._is_spinning = is_spinning
         self._processes: list[BaseProcess] = []
+        self._stage: Stage | None = None
 
     def launch(self, stage: Stage) -> None:
         """Start the processes."""
         for part in self._parts:
             link = Link(stage.path, part.role, part.rank)
-            process = FORKED.Process(target=part.run, args=(link, *part.given), daemon=True)
+            process = FORKED.Process(target=play, args=(part, link), daemon=True)
             process.start()
             self._processes.append(process)
+            stage.watch(process.pid or 0)
+        self._stage = stage
 
     def check(self) -> None:
         """Raise `BenchError` if one of the processes has ended."""
@@ -174,6 +184,8 @@ class Processes(Contender):
             process.join(END_S if not self._is_spinning else 1.0)
             process.kill()
             process.join()
+            if self._stage is not None:
+                self._stage.forget(process.pid or 0)
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes if self._is_spinning else []:
@@ -286,24 +298,34 @@ class Window:
 
 
 @contextmanager
-def opened(contenders: Sequence[Contender]) -> Iterator[None]:
-    """A context in which all contenders run and wait; nothing of them is left after it."""
+def staged() -> Iterator[Stage]:
+    """A context with a place for contenders; nothing of it is left, however this process ends."""
     FORKED.set_forkserver_preload(["torch", "zmq", "bench._harness"])
+    guard = Guard()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        stage = Stage(folder)
-        begun: list[Contender] = []
+        stage = Stage(folder, guard)
         try:
-            for contender in contenders:
-                begun.append(contender)
-                contender.open(stage)
-                contender.window(1, settle=1)
-                contender.freeze()
-            yield
+            yield stage
         finally:
-            for contender in begun:
-                contender.thaw()
-                contender.close()
             stage.close()
+    guard.close()
+
+
+@contextmanager
+def opened(contenders: Sequence[Contender], stage: Stage) -> Iterator[None]:
+    """A context in which all contenders run and wait; they have ended after it."""
+    begun: list[Contender] = []
+    try:
+        for contender in contenders:
+            begun.append(contender)
+            contender.open(stage)
+            contender.window(1, settle=1)
+            contender.freeze()
+        yield
+    finally:
+        for contender in begun:
+            contender.thaw()
+            contender.close()
 
 
 def take_turns(

@@ -16,6 +16,8 @@ from typing import TypedDict, cast
 
 import torch
 
+from treefold.launch.processes import Guard
+
 PATIENCE_S = 120.0  # longest wait for a member; the slowest thing is a set-up with many processes
 
 
@@ -170,11 +172,15 @@ class Stage:
     Parameters
     ----------
     folder : str
-        For the socket.
+        For the socket, and for whatever contenders keep in files.
+    guard : Guard
+        Ends what this process leaves behind if it is killed.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, guard: Guard) -> None:
         self.folder = folder
+        self._guard = guard
+        guard.add_folder(folder)
         self.path = f"{folder}/conductor"
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.path)
@@ -206,6 +212,14 @@ class Stage:
         for seat in seats:
             seat.tell(servers)
         return seats
+
+    def watch(self, session: int) -> None:
+        """Have a process that leads a session killed with all of it if this one dies."""
+        os.write(self._guard.descriptor, f"+{session}\n".encode())
+
+    def forget(self, session: int) -> None:
+        """A session has ended."""
+        self._guard.forget(session)
 
     def close(self) -> None:
         """Stop listening."""

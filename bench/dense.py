@@ -24,7 +24,6 @@ on the wire, 1 and 4 workers, 1 server, 5,000 tensors of 5,000. The last line is
 import argparse
 import inspect
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -50,6 +49,7 @@ from bench._harness import (
     processors,
     rates,
     ratio,
+    staged,
     start,
     take_turns,
 )
@@ -147,12 +147,12 @@ def measure(work: Work, names: Sequence[str], effort: Effort) -> dict[str, objec
 
 def launch(work: Work, names: Sequence[str], effort: Effort) -> dict[str, list[Window]]:
     """Start everybody, give them their windows, and compare what they came to."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        made = makers(work, folder)
+    with staged() as stage:
+        made = makers(work, stage.folder)
         contenders = [made[name]() for name in names]
-        wanted = Path(folder, "wanted")
+        wanted = Path(stage.folder, "wanted")
         wanted.write_bytes(reference(work, effort.total).numpy().data)
-        with opened(contenders):
+        with opened(contenders, stage):
             found = take_turns(contenders, effort.windows, effort.steps)
             errors = {each.name: each.question("error", str(wanted)) for each in contenders}
     check(errors, TOLERANCES[work.wire])

@@ -35,6 +35,7 @@ from bench._harness import (
     print_document,
     print_table,
     rates,
+    staged,
     start,
     take_turns,
 )
@@ -54,7 +55,7 @@ def measure(work: Load, effort: tuple[int, int], lane: str) -> dict[str, object]
     flags: dict[str, object] = {"servers": work.servers, "slots": work.slots}
     flags |= {"transport": "tcp" if lane == "socket" else "ipc"} | lane_flags(lane)
     cluster = Cluster(name, "bench._scale_worker", work.dump(), work.workers, flags)
-    with opened([cluster]):
+    with staged() as stage, opened([cluster], stage):
         before = cast("Spent", cluster.question("servers")[0])
         found = take_turns([cluster], windows, steps)
         after = cast("Spent", cluster.question("servers")[0])

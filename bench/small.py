@@ -14,7 +14,6 @@ The last line is JSON.
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 
 from bench._dense_work import Work
@@ -32,6 +31,7 @@ from bench._harness import (
     print_table,
     rates,
     ratio,
+    staged,
     start,
     take_turns,
 )
@@ -80,9 +80,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.windows < WINDOWS_MIN:
         sys.exit(f"--windows must be at least {WINDOWS_MIN}")
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        everybody = contenders(folder)
-        with opened(everybody):
+    with staged() as stage:
+        everybody = contenders(stage.folder)
+        with opened(everybody, stage):
             found = take_turns(everybody, options.windows, options.steps)
             check(everybody, 2 + options.windows * (options.steps + SETTLE_STEPS))
     per_second = {name: rates(windows, options.steps) for name, windows in found.items()}

@@ -20,7 +20,6 @@ is JSON.
 import argparse
 import statistics
 import sys
-import tempfile
 from dataclasses import asdict
 
 from bench._harness import (
@@ -36,6 +35,7 @@ from bench._harness import (
     print_table,
     rates,
     ratio,
+    staged,
     start,
     take_turns,
 )
@@ -57,10 +57,10 @@ def treefold(training: Training, name: str) -> Contender:
 
 def measure(training: Training, windows: int, steps: int) -> dict[str, object]:
     """Train one model in all ways, print the table, and return its document."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        contenders: list[Contender] = [plain(training), ddp(training, folder)]
+    with staged() as stage:
+        contenders: list[Contender] = [plain(training), ddp(training, stage.folder)]
         contenders += [treefold(training, name) for name in LANES]
-        with opened(contenders):
+        with opened(contenders, stage):
             found = take_turns(contenders, windows, steps)
             reached = {each.name: each.question("accuracy") for each in contenders}
     accuracies = check(reached)
