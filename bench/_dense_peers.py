@@ -4,6 +4,7 @@ Nothing here is a framework of ours. All are tuned: gradients are not copied whe
 optimizer steps are taken on pieces that stay in the cache, and nobody waits for what is not needed.
 """
 
+import ctypes
 import warnings
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
@@ -21,6 +22,16 @@ from bench._link import Link, Member
 
 RPC_TIMEOUT_S = 60.0
 RPC_THREADS = 4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+RPC_PIECE = 1 << 20  # as large as a model's tensors are
+
+
+def keep_memory() -> None:
+    """Have malloc keep what is freed, or whatever is received costs page faults anew."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
 def repeat(step: Callable[[], None]) -> Callable[[int], None]:
@@ -144,12 +155,13 @@ class RpcShard:
         start, stop = work.share(rank, work.servers)
         self._optimizer = Step(work.optimizer, work.initial()[start:stop].clone())
         self._workers = work.workers
-        self._gradients: list[Tensor] = []
+        self._gradients: list[list[Tensor]] = []
         self._lock = Lock()
         self._scratch = torch.empty(CHUNK)
-        self._round: Future[Tensor] = Future()
+        self._round: Future[list[Tensor]] = Future()
+        self._pieces = list(pieces(0, stop - start, RPC_PIECE))
 
-    def push(self, gradient: Tensor) -> "Future[Tensor]":
+    def push(self, gradient: list[Tensor]) -> "Future[list[Tensor]]":
         """Take a worker's gradient; the future has the new parameters when all have come."""
         with self._lock:
             self._gradients.append(gradient)
@@ -157,16 +169,18 @@ class RpcShard:
             if len(self._gradients) == self._workers:
                 self._step()
                 self._gradients, self._round = [], Future()
-                future.set_result(self._optimizer.parameters)
+                parameters = self._optimizer.parameters
+                future.set_result([parameters[first:last] for first, last in self._pieces])
         return future
 
     def _step(self) -> None:
-        first_one, *others = self._gradients
-        for first, last in pieces(0, first_one.numel()):
-            total = first_one[first:last]
-            for other in others:
-                total.add_(other[first:last])
-            self._optimizer.take(first, last, total, 1.0 / self._workers)
+        for number, (start, stop) in enumerate(self._pieces):
+            came = [gradient[number] for gradient in self._gradients]
+            for first, last in pieces(start, stop):
+                total = came[0][first - start : last - start]
+                for other in came[1:]:
+                    total.add_(other[first - start : last - start])
+                self._optimizer.take(first, last, total, 1.0 / self._workers)
 
 
 RPC_SHARDS: list[RpcShard] = []
@@ -174,13 +188,14 @@ RPC_SHARDS: list[RpcShard] = []
 
 
 @rpc.functions.async_execution  # type: ignore[untyped-decorator] # torch's own has no types
-def rpc_push(gradient: Tensor) -> "Future[Tensor]":
-    """What workers call: push a gradient, get the new parameters."""
+def rpc_push(gradient: list[Tensor]) -> "Future[list[Tensor]]":
+    """What workers call: push a gradient, get the new parameters, both in pieces."""
     return RPC_SHARDS[0].push(gradient)
 
 
 def rpc_join(link: Link, work: Work, meeting: str) -> None:
-    """Make this process one of the RPC group."""
+    """Make this process one of the RPC group, with the transports that torch chooses."""
+    keep_memory()
     warnings.simplefilter("ignore")  # torch's, about its own use of gloo
     rank = link.rank + (work.servers if link.role == "player" else 0)
     options = rpc.TensorPipeRpcBackendOptions(
@@ -209,14 +224,16 @@ def rpc_work(link: Link, work: Work, meeting: str) -> None:
     rpc_join(link, work, meeting)
     gradient, model = work.gradient(link.rank), work.initial()
     shares = [work.share(number, work.servers) for number in range(work.servers)]
+    cut = [list(pieces(start, stop, RPC_PIECE)) for start, stop in shares]
 
     def step() -> None:
         futures = [
-            rpc.rpc_async(f"server-{number}", rpc_push, (gradient[start:stop],))
-            for number, (start, stop) in enumerate(shares)
+            rpc.rpc_async(f"server-{number}", rpc_push, ([gradient[a:b] for a, b in each],))
+            for number, each in enumerate(cut)
         ]
-        for (start, stop), future in zip(shares, futures, strict=True):
-            model[start:stop].copy_(future.wait())
+        for each, future in zip(cut, futures, strict=True):
+            for (first, last), values in zip(each, future.wait(), strict=True):
+                model[first:last].copy_(values)
 
     member.meet()
     member.serve(repeat(step), {"error": lambda wanted: error_of(model, wanted)})

@@ -5,20 +5,18 @@ the received frames, no copy but the kernel's and the worker's one into its mode
 protocol beyond a slice's number, and nothing can go wrong without the program's hanging.
 """
 
-import ctypes
 import warnings
 
 import torch
 import zmq
 from torch import Tensor
 
-from bench._dense_peers import repeat
+from bench._dense_peers import keep_memory, repeat
 from bench._dense_work import CHUNK, Step, Work, error_of, pieces
 from bench._harness import Part, Processes
 from bench._link import Link, Member
 
 SLICE = CHUNK  # 1 MiB: larger ones leave the cache, smaller ones cost more messages
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def bare_zmq(work: Work, transport: str, folder: str) -> Processes:
@@ -26,14 +24,6 @@ def bare_zmq(work: Work, transport: str, folder: str) -> Processes:
     servers = [Part("server", n, serve, (work, transport, folder)) for n in range(work.servers)]
     workers = [Part("player", n, push_and_pull, (work,)) for n in range(work.workers)]
     return Processes(f"zmq {transport}", [*servers, *workers])
-
-
-def keep_memory() -> None:
-    """Have malloc keep what is freed, or every received frame costs page faults anew."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
 def open_socket(kind: int) -> zmq.Socket[bytes]:

@@ -159,8 +159,10 @@ class Seat:
     def _line(self) -> str:
         try:
             line = self._file.readline()
-        except OSError as error:
-            raise BenchError(f"no answer (within {PATIENCE_S} s): {error}") from error
+        except TimeoutError as error:
+            raise BenchError(f"no answer within {PATIENCE_S} s") from error
+        except ConnectionError as error:
+            raise BenchError("a member ended too early") from error
         if not line:
             raise BenchError("a member ended too early")
         return line
