@@ -16,11 +16,12 @@ import msgpack
 import msgspec
 import pytest
 
-from treefold.common.errors import RemoteProtocolError
+from treefold.common.errors import DataError, RemoteProtocolError
+from treefold.common.layout import BLOCK_ELEMENTS, PART_BLOCKS_MAX
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.spec import Dtype, OptimizerSpec, Placement, Rule, TableSpec, TensorSpec
 from treefold.wire import messages as m
-from treefold.wire.codec import HEADER_BYTES_MAX, check_payload, decode, encode, frame_of
+from treefold.wire.codec import HEADER_BYTES_MAX, check_payload, decode, encode
 
 GOLDEN: dict[str, str] = json.loads(
     (Path(__file__).parent / "golden" / "messages.json").read_text(encoding="utf-8")
@@ -35,9 +36,10 @@ TABLE = TableSpec("model", Rule.OPTIMIZER, Placement.ELEMENTWISE, TENSORS, ADAMW
 PLAN = LoopPlan(PlanKind.SLOTS, 2, 8, 4, 8, 1797, 512, -3, shuffle=True, seed=11)
 MEMBER = m.Member(m.Role.SERVER, 1, 5, "tcp://10.0.0.2:4001", "node-2", 4242)
 PLACE = m.TablePlace(0, "model", 6, [m.ShardPlace(0, 3, 0, 4, 5), m.ShardPlace(1, 3, 4, 3, 7)])
+LENT = m.Frame(Dtype.FLOAT32, 262_144 + 3, 0.25, 1 << 61, 4096)
 
 EXAMPLES: list[m.AnyMessage] = [
-    m.Register(1, m.Role.WORKER, 123456789, "", "node-1", 4711, "0.1.0", 2),
+    m.Register(2, m.Role.WORKER, 123456789, "", "node-1", 4711, "0.1.0", 2),
     m.Registered(123456789, 99, 6, 0, 500, 2000, 2, 4),
     m.Refused(12, m.Code.SPEC_MISMATCH, "tensors: 2 entries here, 1 there"),
     m.Heartbeat(6, 3, 1, 17, 2_500_000, 4096, 0.25, "model shard 0", 1 << 28, 97.5, {"fold": 5}),
@@ -57,11 +59,15 @@ EXAMPLES: list[m.AnyMessage] = [
     m.StatusReply(7, b'{"round":17}'),
     m.Stop(m.Outcome.DONE, ""),
     m.Fenced(6),
-    m.Push(99, 6, 3, 0, 1, 2, 17, 8, 1, 3, b"\x02", m.Frame(Dtype.FLOAT32, 262_144)),
+    m.Push(99, 6, 3, 0, 1, 2, 2, 17, 8, 1, 3, [b"\x02", b"\x00"], LENT),
+    m.RoundHyper(99, 6, 3, 0, 1, 17, 8, [{"lr": 0.01, "foreach": None}], 1.0),
     m.RoundMeta(99, 6, 3, 0, 1, 17, 8, [{"lr": 0.01, "foreach": None}], 1.0, b"\x80"),
     m.Pull(99, 6, 3, 0, 1, 18, 2, [0, 4]),
-    m.Pulled(0, 1, 0, 18, b"\x80", math.inf, m.Frame(Dtype.FLOAT16, 3)),
+    m.Pulled(0, 1, 0, 1, 18, m.Frame(Dtype.FLOAT16, 3)),
+    m.Published(0, 1, 18, b"\x80", math.inf),
     m.RoundStatus(0, 1, 17, [m.PartMissing(0, [2, 3])], is_meta_missing=True),
+    m.SegmentOffer(1 << 61, 4711, 12, 1 << 20, b"sixteen bytes..."),
+    m.SegmentAnswer(1 << 61, is_mapped=False, text="not on this host"),
 ]
 BY_NAME = pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 HEADERS = [encode(message) for message in EXAMPLES]
@@ -153,15 +159,22 @@ PUSH = msgpack.unpackb(HEADERS[20])
         (1, "6", r"Expected `int`, got `str`"),
         (4, 1024, r"<= 1023"),
         (5, 1 << 20, r"<= 1048575"),
-        (7, -2, r">= -1"),
-        (8, 0, r">= 1"),
-        (8, 65_537, r"<= 65536"),
-        (9, 17, r"<= 16"),
-        (10, 65_536, r"<= 65535"),
-        (11, bytes((1 << 17) + 1), r"length <= 131072"),
-        (12, [9, 3], r"Invalid enum value 9"),
-        (12, [1, -1], r">= 0"),
-        (12, [1, (1 << 20) + 1], r"4194308 bytes, at most 4194304"),
+        (7, 0, r">= 1"),
+        (7, 1_025, r"<= 1024"),
+        (8, -2, r">= -1"),
+        (9, 0, r">= 1"),
+        (9, 65_537, r"<= 65536"),
+        (10, 17, r"<= 16"),
+        (11, 65_536, r"<= 65535"),
+        (12, b"\x02", r"Expected `array`, got `bytes`"),
+        (12, [bytes((1 << 17) + 1)], r"length <= 131072"),
+        (12, [b""] * 1_025, r"length <= 1024"),
+        (13, [9, 3], r"Invalid enum value 9"),
+        (13, [1, -1], r">= 0"),
+        (13, [1, (1 << 28) + 1], r"1073741828 bytes, at most 1073741824"),
+        (13, [1, 3, "1.0"], r"Expected `float`, got `str`"),
+        (13, [1, 3, 1.0, -1], r">= 0"),
+        (13, [1, 3, 1.0, 1, -4], r">= 0"),
     ],
 )
 def test_a_push_outside_its_limits_is_refused_by_field(
@@ -283,14 +296,17 @@ def test_random_and_mutated_headers_are_messages_or_typed_errors(headers: int) -
 
 def test_a_decoder_without_limits_accepts_what_ours_refuses() -> None:
     """The negative control: plain MessagePack takes the push of a negative slot for a message."""
-    header = msgpack.packb([*PUSH[:10], -1, *PUSH[11:]])
-    assert msgspec.msgpack.decode(header)[10] == -1
+    header = msgpack.packb([*PUSH[:11], -1, *PUSH[12:]])
+    assert msgspec.msgpack.decode(header)[11] == -1
     with pytest.raises(RemoteProtocolError):
         decode(header)
 
 
-WITH_FRAME = m.Pulled(0, 1, 0, 18, b"", 0.0, m.Frame(Dtype.FLOAT32, 3))
-WITHOUT_FRAME = m.Push(99, 6, 3, 0, 1, 2, 17, 8, 1, 3, b"\x01", None)
+FULL = PART_BLOCKS_MAX * BLOCK_ELEMENTS
+WITH_FRAME = m.Pulled(0, 1, 0, 1, 18, m.Frame(Dtype.FLOAT32, 3))
+OF_A_RUN = m.Pulled(0, 1, 0, 2, 18, m.Frame(Dtype.FLOAT32, FULL + 3))
+IN_A_SEGMENT = m.Pulled(0, 1, 0, 2, 18, m.Frame(Dtype.FLOAT32, FULL + 3, 1.0, 9, 0))
+WITHOUT_FRAME = m.Push(99, 6, 3, 0, 1, 2, 1, 17, 8, 1, 3, [b"\x01"], None)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +316,9 @@ WITHOUT_FRAME = m.Push(99, 6, 3, 0, 1, 2, 17, 8, 1, 3, b"\x01", None)
         (WITH_FRAME, [11]),
         (WITH_FRAME, [13]),
         (WITH_FRAME, [12, 12]),
+        (OF_A_RUN, [4 * (FULL + 3)]),
+        (OF_A_RUN, [12, 4 * FULL]),
+        (IN_A_SEGMENT, [4 * FULL, 12]),
         (WITHOUT_FRAME, [0]),
         (m.Flush(17), [8]),
     ],
@@ -312,7 +331,14 @@ def test_a_payload_of_another_size_than_announced_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("message", "payload_bytes"), [(WITH_FRAME, [12]), (WITHOUT_FRAME, []), (m.Flush(17), [])]
+    ("message", "payload_bytes"),
+    [
+        (WITH_FRAME, [12]),
+        (OF_A_RUN, [4 * FULL, 12]),
+        (IN_A_SEGMENT, []),
+        (WITHOUT_FRAME, []),
+        (m.Flush(17), []),
+    ],
 )
 def test_a_payload_of_the_announced_size_is_accepted(
     message: m.AnyMessage, payload_bytes: list[int]
@@ -320,6 +346,36 @@ def test_a_payload_of_the_announced_size_is_accepted(
     check_payload(message, payload_bytes)
 
 
+@pytest.mark.parametrize(
+    ("count", "elements"), [(1, FULL + 1), (2, FULL), (2, 2 * FULL + 1), (3, FULL + 3)]
+)
+@pytest.mark.parametrize("segment", [0, 9])
+def test_a_run_that_cannot_have_so_many_elements_is_refused(
+    count: int, elements: int, segment: int
+) -> None:
+    frame = m.Frame(Dtype.FLOAT32, elements, 1.0, segment)
+    with pytest.raises(RemoteProtocolError, match=f"{elements} elements in {count} parts"):
+        check_payload(m.Pulled(0, 1, 0, count, 18, frame), [])
+
+
+def test_a_longest_run_of_full_parts_is_within_the_limit_of_a_payload() -> None:
+    elements = m.RUN_PARTS_MAX * FULL
+    frame = m.Frame(Dtype.FLOAT32, elements)
+    assert frame.nbytes == m.RUN_BYTES_MAX
+    with pytest.raises(DataError, match="at most"):
+        m.Frame(Dtype.FLOAT32, elements + 1)
+
+
 def test_only_pushes_and_pulled_parts_announce_a_payload() -> None:
-    announcing = {type(message) for message in EXAMPLES if frame_of(message) is not None}
-    assert announcing == {m.Push, m.Pulled}
+    described = {kind.__name__ for kind in get_args(m.AnyMessage) if "frame" in fields_of(kind)}
+    assert described == {"Push", "Pulled"}
+
+
+def fields_of(kind: type[msgspec.Struct]) -> tuple[str, ...]:
+    """Names of a message's fields."""
+    return kind.__struct_fields__
+
+
+def test_tags_of_the_protocol_before_are_not_used_again() -> None:
+    tags = [kind.__struct_config__.tag for kind in get_args(m.AnyMessage)]
+    assert not {32, 35} & set(tags)

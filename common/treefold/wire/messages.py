@@ -27,7 +27,7 @@ PARTS_MAX = 1_048_576
 STATE_BYTES_MAX = 1 << 20  # LR schedulers and integer buffers of one job
 FRAME_BYTES_MAX = 4 << 20  # one payload frame
 RUN_BYTES_MAX = 1 << 30  # payload of one message, all frames together
-RUN_PARTS_MAX = 4_096  # parts in one message
+RUN_PARTS_MAX = 1_024  # parts in one message; so many full ones are RUN_BYTES_MAX of float32
 ABSENT_BYTES_MAX = 1 << 17  # one bit per tensor of a part
 
 Slot = Annotated[int, Meta(ge=0, lt=SLOTS_MAX)]
@@ -56,7 +56,7 @@ class Role(IntEnum):
 class Code(IntEnum):
     """Why a request was refused. Stable numbers; `treefold.common.errors` has a class for each."""
 
-    PROTOCOL_VERSION = 2
+    PROTOCOL_VERSION = 1
     JOB_MISMATCH = 2
     SPEC_MISMATCH = 3
     UNKNOWN_TABLE = 4

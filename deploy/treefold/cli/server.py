@@ -12,8 +12,8 @@ DESCRIPTION = (
     "pulls. It ends when the job has."
 )
 FLAGS = (
-    "scheduler", "bind", "advertise", "insecure", "rank", "connect_timeout_s", "ledger",
-    "log_level",
+    "scheduler", "bind", "advertise", "insecure", "rank", "connect_timeout_s", "lane",
+    "lane_bytes_max", "ledger", "log_level",
 )  # fmt: skip
 
 

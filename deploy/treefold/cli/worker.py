@@ -16,7 +16,8 @@ DESCRIPTION = (
     "signals reach it and its exit code is seen as if it had been started without treefold."
 )
 FLAGS = (
-    "scheduler", "rank", "slots", "seed", "connect_timeout_s", "retry_ms", "ledger", "log_level",
+    "scheduler", "rank", "slots", "seed", "connect_timeout_s", "retry_ms", "lane", "lane_bytes_max",
+    "ledger", "log_level",
 )  # fmt: skip
 
 
