@@ -14,12 +14,14 @@ from treefold.worker import (
     Client,
     Dtype,
     OptimizerSpec,
+    PartRun,
     Placement,
     Rule,
     SlotMeta,
     TableSpec,
     Task,
     TensorSpec,
+    Values,
     load,
 )
 
@@ -56,9 +58,9 @@ def contribute(client: Client, task: Task, share: float) -> None:
     """Push a slot whose gradient is all ones."""
     for snapshot in task.snapshots:
         snapshot.release()
-    for number, part in enumerate(client.parts(0)):
-        values = client.scratch(part.stop - part.start).fill_(share)
-        client.contribute(task, 0, number, values, bytes(1))
+    values = client.scratch(ELEMENTS).fill_(share)
+    where = PartRun(0, 0, len(client.parts(0)), [])
+    client.contribute(task, where, Values(values, 1.0, values))
     client.finish_slot(task, {0: SlotMeta([{"lr": 0.1}], 0.0, b"")})
 
 

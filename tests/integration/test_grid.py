@@ -28,7 +28,7 @@ from treefold.worker import effects
 
 SAMPLES, BATCH, PASSES = 84, 32, 2  # the last round of a pass has 20 samples
 FEATURES, HIDDEN, CLASSES = 6, 10, 3
-BLOCK, PART_BLOCKS = 32, 2
+BLOCK, PART_BLOCKS, RUN_PARTS = 32, 1, 3
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -234,11 +234,15 @@ def script(worker: LocalWorker, job: Subject, slots: int) -> Script:
 def contribute(worker: LocalWorker, job: Subject, plan: LoopPlan, task: effects.Task) -> Script:
     """One slot: its parts, then its end."""
     values = job.contribution(plan, task.round, task.slot)
-    for number, part in enumerate(worker.core.tables[0].parts):
-        payload = worker.store.add(values[part.start : part.stop].clone())
-        absent = bytes(-(-part.pieces // 8))
-        yield effects.Contributed(0, number, task.round, task.slot, payload, absent)
     groups = describe(job.optimizer).groups
+    is_early = (task.round + len(worker.name)) % 2 == 0  # hyper-parameters ahead, or at the end
+    if is_early:
+        yield effects.HyperKnown(0, task.round, task.slot, groups, 0.0)
+    parts = worker.core.tables[0].parts
+    for first in range(0, len(parts), RUN_PARTS):
+        run = parts[first : first + RUN_PARTS]
+        payloads = tuple(worker.store.add(values[p.start : p.stop].clone()) for p in run)
+        yield effects.Contributed(0, first, len(run), task.round, task.slot, payloads, [])
     yield effects.SlotFinished(task.round, task.slot, {0: effects.SlotMeta(groups, 0.0, b"")})
 
 

@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from treefold.common.fold import fold
+from treefold.common.fold import Folder, Payload
 from treefold.scheduler.core import SchedulerCore, SchedulerLimits
 from treefold.server import effects as of_server
 from treefold.server.core import ServerCore, ServerLimits
-from treefold.server.shard import ShardState, clip_coefficient
+from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
 from treefold.wire import codec
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Received, Send, Tick
 from treefold.wire.membership import MS, Identity, Membership
@@ -27,6 +27,8 @@ from treefold.worker.limits import WorkerLimits
 
 STEP_NS = 20_000  # virtual time per delivery
 DELIVERIES_MAX = 2_000_000
+
+WITHOUT_ANSWER = (of_worker.Contributed, of_worker.HyperKnown, of_worker.SlotFinished)
 
 Script = Generator[object, object, None]
 MakeScript = Callable[["LocalWorker"], Script]
@@ -39,7 +41,7 @@ class Envelope:
     sender: str
     target: str
     header: bytes
-    payload: Tensor | None
+    payloads: list[Tensor]
 
 
 class Store:
@@ -58,7 +60,8 @@ class Store:
     def fold(self, left: int, right: int) -> None:
         """Left becomes left + right, in memory of its own."""
         out = torch.empty_like(self.tensors[left])
-        fold(self.tensors[left], self.tensors.pop(right), out)
+        one, other = Payload(self.tensors[left]), Payload(self.tensors.pop(right))
+        Folder().fold(one, other, out)
         self.tensors[left] = out
 
 
@@ -70,46 +73,54 @@ class LocalServer:
     core: ServerCore
     store: Store = field(default_factory=Store)
     states: dict[tuple[int, int], ShardState] = field(default_factory=dict)
-    published: dict[tuple[int, int, int], list[Tensor]] = field(default_factory=dict)
+    published: dict[tuple[int, int, int], dict[int, Tensor]] = field(default_factory=dict)
 
-    def perform(self, effect: object, send: Callable[[str, Send, Tensor | None], None]) -> None:
+    def perform(self, effect: object, send: Callable[[str, Send, list[Tensor]], None]) -> None:
         """Carry out one effect."""
         match effect:
-            case Send(peer, _, of_server.PartRef() as ref):
-                values = self.published[ref.table, ref.shard, ref.version][ref.part]
-                send(str(peer), effect, values)
+            case Send(peer, _, of_server.PartsRef() as ref):
+                parts = self.published[ref.table, ref.shard, ref.version]
+                numbers = range(ref.part, ref.part + ref.count)
+                send(str(peer), effect, [parts[number] for number in numbers])
             case Send(peer, _, _):
-                send(str(peer), effect, None)
+                send(str(peer), effect, [])
             case of_server.OpenShard(table, shard, spec, span):
                 self.states[table, shard] = ShardState(spec, span)
-            case of_server.FoldPayloads(_, _, _, left, right):
+            case of_server.FoldPayloads(left, right):
                 self.store.fold(left, right)
             case of_server.ReleasePayload(payload):
                 del self.store.tensors[payload]
-            case of_server.PublishVersion():
-                self._publish(effect)
+            case of_server.MakeParts():
+                self._make(effect)
             case of_server.ReleaseVersion(table, shard, version):
                 del self.published[table, shard, version]
 
-    def _publish(self, effect: of_server.PublishVersion) -> None:
+    def folded(self, parts: list[of_server.ReadyPart]) -> list[FoldedPart]:
+        """Roots as an optimizer takes them."""
+        tensors = self.store.tensors
+        return [
+            FoldedPart(p.part, None if p.root is None else tensors[p.root], p.absent) for p in parts
+        ]
+
+    def _make(self, effect: of_server.MakeParts) -> None:
         state = self.states[effect.table, effect.shard]
-        roots = [None if n is None else self.store.tensors.pop(n) for n in effect.roots]
-        if effect.meta is None:
-            state.initialize([root for root in roots if root is not None])
+        folded = self.folded(effect.parts)
+        if effect.groups is None:
+            for part in folded:
+                if part.gradient is not None:
+                    state.initialize(part.part, part.gradient)
         else:
-            for part, root in enumerate(roots):
-                if root is None:
-                    state.clear_gradient(part)
-                else:
-                    state.gradient_part(part).copy_(root)
-            limit = effect.meta.norm_max
+            limit = effect.norm_max
             coefficient = clip_coefficient(limit, effect.norm) if limit > 0 else 1.0
-            state.step(effect.meta.groups, effect.absent, coefficient)
-        whole = torch.empty(state.parts[-1][1] - state.parts[0][0])
-        state.copy_to(whole)
-        first = state.parts[0][0]
-        parts = [whole[start - first : stop - first] for start, stop in state.parts]
-        self.published[effect.table, effect.shard, effect.version] = parts
+            state.step(folded, effect.groups, coefficient)
+        made = self.published.setdefault((effect.table, effect.shard, effect.version), {})
+        for ready in effect.parts:
+            start, stop = state.parts[ready.part]
+            assert ready.part not in made
+            made[ready.part] = torch.empty(stop - start)
+            state.copy_part(ready.part, made[ready.part])
+            if ready.root is not None:
+                del self.store.tensors[ready.root]
 
 
 @dataclass
@@ -136,15 +147,16 @@ class LocalWorker:
         for part, payload in zip(parts, snapshot.payloads, strict=True):
             flat[part.start : part.stop] = self.store.tensors.pop(payload)
 
-    def perform(self, effect: object, send: Callable[[str, Send, Tensor | None], None]) -> None:
+    def perform(self, effect: object, send: Callable[[str, Send, list[Tensor]], None]) -> None:
         """Carry out one effect."""
         match effect:
-            case Send(peer, _, of_worker.Initial(_, start, stop)) if self.initial is not None:
-                send(f"member-{peer}", effect, self.initial[start:stop])
+            case Send(peer, _, of_worker.Initial(_, parts)) if self.initial is not None:
+                initial = self.initial
+                send(f"member-{peer}", effect, [initial[start:stop] for start, stop in parts])
             case Send(peer, _, payload):
                 target = SCHEDULER if peer == SCHEDULER else f"member-{peer}"
-                values = self.store.tensors[payload] if isinstance(payload, int) else None
-                send(target, effect, values)
+                numbers = payload if isinstance(payload, tuple) else ()
+                send(target, effect, [self.store.tensors[number] for number in numbers])
             case of_worker.FoldPayloads(left, right):
                 self.store.fold(left, right)
             case of_worker.ReleasePayload(payload):
@@ -198,11 +210,11 @@ class LocalCluster:
 
     # ---- the bag ---------------------------------------------------------------------------------
 
-    def _send(self, sender: str, target: str, effect: Send, payload: Tensor | None) -> None:
+    def _send(self, sender: str, target: str, effect: Send, payloads: list[Tensor]) -> None:
         """Put a message into the bag. Workers call servers by incarnation."""
         if target.startswith("member-"):
             target = self.scheduler.roster.by_incarnation[int(target[7:])].name
-        self.bag.append(Envelope(sender, target, codec.encode(effect.message), payload))
+        self.bag.append(Envelope(sender, target, codec.encode(effect.message), payloads))
 
     def _deliver(self, letter: Envelope) -> None:
         message = codec.decode(letter.header)
@@ -210,9 +222,9 @@ class LocalCluster:
             self._scheduler(Received(letter.sender, message))
             return
         member = next(m for m in self._members() if m.name == letter.target)
-        number = None if letter.payload is None else member.store.add(letter.payload)
+        numbers = tuple(member.store.add(payload) for payload in letter.payloads)
         source = SCHEDULER if letter.sender == SCHEDULER else letter.sender
-        self._feed(member, Received(source, message, number))
+        self._feed(member, Received(source, message, numbers))
 
     def _wait(self) -> None:
         times = [self.scheduler.next_deadline_ns()]
@@ -233,7 +245,7 @@ class LocalCluster:
     def _scheduler(self, event: Received | Tick) -> None:
         for effect in self.scheduler.handle(self.now_ns, event):
             if isinstance(effect, Send):
-                self._send(SCHEDULER, str(effect.peer), effect, None)
+                self._send(SCHEDULER, str(effect.peer), effect, [])
             self.is_over |= isinstance(effect, Halt)
 
     def _feed(self, member: LocalServer | LocalWorker, event: object) -> None:
@@ -253,12 +265,7 @@ class LocalCluster:
 
     def _norm(self, server: LocalServer, effect: of_server.ComputeNorm) -> of_server.NormComputed:
         state = server.states[effect.table, effect.shard]
-        for part, root in enumerate(effect.roots):
-            if root is None:
-                state.clear_gradient(part)
-            else:
-                state.gradient_part(part).copy_(server.store.tensors[root])
-        sums = state.block_sums()
+        sums = state.block_sums(server.folded(effect.parts))
         return of_server.NormComputed(effect.table, effect.shard, effect.round, sums)
 
     def _resume(self, worker: LocalWorker, answer: object) -> None:
@@ -268,7 +275,7 @@ class LocalCluster:
             return
         try:
             event = script.send(answer)
-            while isinstance(event, of_worker.Contributed | of_worker.SlotFinished):
+            while isinstance(event, WITHOUT_ANSWER):
                 self._feed(worker, event)
                 event = next(script)
         except StopIteration:

@@ -6,6 +6,7 @@ interface of `treefold.worker.Client` and computes every slot itself, in any ord
 also checks what a client may expect of its caller.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,10 @@ from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import Spent
 from treefold.common.spec import BUFFER_GROUP, Hyper, Rule, TableSpec
 from treefold.wire.messages import Outcome
-from treefold.worker.client import LoopEnd, Snapshot, Task
+from treefold.worker.client import LoopEnd, PartRun, Snapshot, Task
 from treefold.worker.effects import SlotMeta
 from treefold.worker.pulls import PartRange
+from treefold.worker.shell import Values
 
 Order = Callable[[int], list[int]]
 
@@ -31,6 +33,14 @@ class Leaf:
 
     values: Tensor
     absent: int
+
+
+@dataclass
+class Lent:
+    """What a client lent, and the bits that it had then."""
+
+    values: Tensor
+    bits: bytes
 
 
 def fold(leaves: Sequence[Tensor]) -> Tensor:
@@ -126,6 +136,9 @@ class ReferenceJob:
     ``order`` says which slots of a round of so many active ones the next client is to compute, in
     which order; slots may repeat, and then both copies must be equal bit for bit. The other
     ``workers`` of an own loader contribute what ``peer`` makes of this one's contributions.
+    ``is_kept`` says whether a client keeps the contribution of a slot, when it has so many others to
+    compute; what it does not keep may be lent, and must then stay as it is until the version that
+    it feeds.
     """
 
     slots: int = 1
@@ -133,10 +146,13 @@ class ReferenceJob:
     order: Order = lambda active: list(range(active))
     workers: int = 1
     peer: Callable[[Tensor], Tensor] = torch.clone
+    is_kept: Callable[[int], bool] = bool
     tables: list[ReferenceTable] = field(default_factory=list)
     plans: list[LoopPlan] = field(default_factory=list)
     version: int = 0
     leaves: dict[tuple[int, int], dict[int, Leaf]] = field(default_factory=dict)
+    lent: list[Lent] = field(default_factory=list)
+    hypers: dict[int, tuple[list[Hyper], float]] = field(default_factory=dict)
     finished: list[int] = field(default_factory=list)
     metas: dict[int, SlotMeta] = field(default_factory=dict)
     samples: dict[int, list[int]] = field(default_factory=dict)
@@ -159,6 +175,7 @@ class ReferenceJob:
 
     def complete(self, active: int) -> None:
         """Make the next version."""
+        self.check_lent()
         for number in self.trained():
             table = self.tables[number]
             parts = range(len(table.parts))
@@ -166,7 +183,13 @@ class ReferenceJob:
             table.step(slots, self.metas[number])
         self.history.append(self.metas)
         self.leaves, self.finished, self.metas = {}, [], {}
+        self.lent, self.hypers = [], {}
         self.version += 1
+
+    def check_lent(self) -> None:
+        """What was lent may be read by servers at any time until the version is there."""
+        for lent in self.lent:
+            assert bits(lent.values) == lent.bits, "lent memory was written to"
 
 
 class ReferenceClient:
@@ -236,20 +259,52 @@ class ReferenceClient:
         slot = self._queue.pop(0)
         job.seen.append((job.version, slot))
         self._is_in_slot = True
-        return Task(job.version, slot, snapshots)
+        return Task(job.version, slot, snapshots, job.is_kept(len(self._queue)), bool(job.lent))
+
+    def next_task_anew(self) -> Task | LoopEnd:
+        """Nothing is ever overwritten here."""
+        raise AssertionError("every snapshot of a reference job is intact")
 
     def scratch(self, elements: int) -> Tensor:
         """A buffer full of garbage."""
         return torch.full((elements,), math.nan)
 
-    def contribute(
-        self, task: Task, table: int, part: int, values: Tensor | None, absent: bytes
+    def gradient_buffer(self, elements: int) -> Tensor:
+        """A buffer full of garbage, for good."""
+        return torch.full((elements,), math.nan)
+
+    def settle_hyper(self, task: Task, table: int, groups: list[Hyper], norm_max: float) -> None:
+        """Hear early what slot 0 steps with."""
+        if task.slot == 0:
+            settled = copy.deepcopy((groups, norm_max))
+            assert self.job.hypers.setdefault(table, settled) == settled
+            self.early.append((task.round, len(self.job.leaves)))
+
+    def contribute(self, task: Task, where: PartRun, values: Values | None) -> None:
+        """Take in a run of parts of a slot."""
+        ranges = self.job.tables[where.table].parts[where.part : where.part + where.count]
+        assert len(ranges) == where.count
+        assert len(where.absent) in (0, where.count)
+        flat = None
+        if values is not None:
+            assert values.flat.numel() == ranges[-1][1] - ranges[0][0]
+            assert task.is_kept <= (values.owner is not None), "what is kept here was lent"
+            if values.owner is None:
+                self.job.lent.append(Lent(values.flat, bits(values.flat)))
+            flat = values.flat * values.scale
+        for number, (start, stop) in enumerate(ranges):
+            own = None if flat is None else flat[start - ranges[0][0] : stop - ranges[0][0]]
+            absent = where.absent[number] if where.absent else None
+            self._take(task, (where.table, where.part + number), own, absent)
+
+    def _take(
+        self, task: Task, key: tuple[int, int], values: Tensor | None, absent: bytes | None
     ) -> None:
-        """Take in one part of a slot."""
+        table, part = key
         start, stop = self.job.tables[table].parts[part]
         pieces = self.job.tables[table].layout.pieces(start, stop)
-        marks = int.from_bytes(absent, "little")
-        assert len(absent) == -(-len(pieces) // 8)
+        marks = 0 if absent is None else int.from_bytes(absent, "little")
+        assert absent is None or len(absent) == -(-len(pieces) // 8)
         assert (values is None) == (marks == (1 << len(pieces)) - 1)
         taken = torch.full((stop - start,), -0.0) if values is None else values.clone()
         for bit, piece in enumerate(pieces):
@@ -257,7 +312,7 @@ class ReferenceClient:
                 stretch = taken[piece.start - start : piece.stop - start]
                 assert bits(stretch) == bits(torch.full_like(stretch, -0.0))
         leaf = Leaf(taken, marks)
-        held = self.job.leaves.setdefault((table, part), {})
+        held = self.job.leaves.setdefault(key, {})
         if task.slot in held:
             assert bits(held[task.slot].values) == bits(taken), "two copies of a slot differ"
             assert held[task.slot].absent == marks
@@ -274,6 +329,12 @@ class ReferenceClient:
         if task.slot == 0:
             self.job.metas = self.job.metas or metas
             assert self.job.metas == metas, "two copies of slot 0 leave different states"
+            for number, (groups, norm_max) in self.job.hypers.items():
+                meta = metas[number]
+                assert (meta.groups, meta.norm_max) == (groups, norm_max), (
+                    "servers were told others"
+                )
+        self.job.check_lent()
         self.job.finished += range(self.job.workers) if self.job.workers > 1 else [task.slot]
         self._is_in_slot = False
 

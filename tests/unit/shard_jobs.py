@@ -26,7 +26,8 @@ from treefold.common.spec import (
     TableSpec,
     TensorSpec,
 )
-from treefold.server.shard import ShardState, StatePiece
+from treefold.server.shard import FoldedPart, ShardState
+from treefold.server.unit import StatePiece
 
 
 @dataclass
@@ -118,7 +119,8 @@ class Cluster:
         self.shards = [ShardState(self.spec, span) for span in self.spans]
         flat = self.flat(initial)
         for shard in self.shards:
-            shard.initialize([flat[start:stop] for start, stop in shard.parts])
+            for number, (start, stop) in enumerate(shard.parts):
+                shard.initialize(number, flat[start:stop])
 
     def flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Tensors at their places in the flat space, -0.0 where there is none."""
@@ -129,18 +131,26 @@ class Cluster:
                 flat[start : start + size] = tensor.flatten()
         return flat
 
-    def fill(self, round_: Round) -> None:
-        """Bring a round's gradients, every part by itself."""
+    def folded(self, shard: ShardState, round_: Round) -> list[FoldedPart]:
+        """A round's gradients, part by part; no payload where there is nothing at all."""
         flat = self.flat(round_.gradients)
-        for shard in self.shards:
-            for number, (start, stop) in enumerate(shard.parts):
-                shard.gradient_part(number).copy_(flat[start:stop])
+        found = []
+        for number, ((start, stop), absent) in enumerate(
+            zip(shard.parts, marks(shard, round_), strict=True)
+        ):
+            is_there = _is_there(shard, round_, (start, stop))
+            found.append(FoldedPart(number, flat[start:stop] if is_there else None, absent))
+        return found
 
     def step(self, round_: Round) -> None:
-        """One round on the shards."""
-        self.fill(round_)
+        """One round on the shards: the last parts first, where parts step by themselves."""
         for shard in self.shards:
-            shard.step(round_.groups, marks(shard, round_), round_.coefficient)
+            folded = self.folded(shard, round_)
+            runs = [[part] for part in reversed(folded)]
+            if self.spec.placement is Placement.TENSORWISE:
+                runs = [folded]
+            for run in runs:
+                shard.step(run, round_.groups, round_.coefficient)
 
     def values(self) -> list[Tensor]:
         """The tensors of the newest version."""
@@ -165,6 +175,11 @@ def marks(shard: ShardState, round_: Round) -> list[bytes]:
         mask = sum(1 << number for number, is_absent in enumerate(absent) if is_absent)
         found.append(mask.to_bytes(-(-len(pieces) // 8), "little"))
     return found
+
+
+def _is_there(shard: ShardState, round_: Round, part: tuple[int, int]) -> bool:
+    pieces = shard.layout.pieces(*part)
+    return any(round_.gradients[piece.tensor] is not None for piece in pieces)
 
 
 def is_same(left: object, right: object) -> bool:

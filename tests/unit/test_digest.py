@@ -61,7 +61,7 @@ def test_a_changed_optimizer_state_changes_a_digest(key: str) -> None:
 def test_a_changed_step_counter_changes_a_digest() -> None:
     job, cluster = run("AdamW", {}, 1)
     before = digests(job, cluster)
-    optimizer = cluster.shards[0]._optimizer
+    optimizer = cluster.shards[0]._units[0]._optimizer
     assert optimizer is not None
     next(iter(optimizer.state.values()))["step"] += 1
     assert digests(job, cluster) != before

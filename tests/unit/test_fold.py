@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from treefold.common.errors import DataError
-from treefold.common.fold import fold, view_frame
+from treefold.common.fold import Folder, Payload, view_frame
+from treefold.common.spec import Dtype
 
 
 def _values(count: int, seed: int) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+def fold(left: Tensor, right: Tensor, out: Tensor, scales: tuple[float, float] = (1, 1)) -> None:
+    """One fold of payloads."""
+    Folder().fold(Payload(left, scales[0]), Payload(right, scales[1]), out)
 
 
 def _frame(values: Tensor) -> bytes:
@@ -127,5 +133,34 @@ def test_torch_itself_reports_a_write_to_a_received_frame() -> None:
     ],
 )
 def test_a_fold_of_unlike_tensors_is_refused(left: Tensor, right: Tensor, out: Tensor) -> None:
-    with pytest.raises(DataError, match="float32 and of one shape"):
+    with pytest.raises(DataError, match="one wire type and of one shape"):
         fold(left, right, out)
+
+
+@pytest.mark.parametrize("scales", [(0.3, 1.0), (1.0, 0.3), (0.3, 0.7), (1 / 3, 1 / 3)])
+@pytest.mark.parametrize("place", ["left", "right", "other"])
+def test_scales_are_roundings_of_their_own(scales: tuple[float, float], place: str) -> None:
+    left, right = _values(100_003, 1), _values(100_003, 2)
+    wanted = (left * scales[0]) + (right * scales[1])
+    out = {"left": left, "right": right, "other": torch.empty_like(left)}[place]
+    fold(left, right, out, scales)
+    assert torch.equal(out, wanted)
+
+
+def test_a_fused_multiply_add_would_round_otherwise() -> None:
+    left, right = _values(100_003, 1), _values(100_003, 2)
+    assert not torch.equal(torch.add(left, right, alpha=0.3), left + right * 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_fold_is_the_float32_sum_rounded_once(dtype: torch.dtype) -> None:
+    left, right = _values(100_003, 1).to(dtype), _values(100_003, 2).to(dtype)
+    out = torch.empty_like(left)
+    fold(left, right, out)
+    assert torch.equal(out, (left.float() + right.float()).to(dtype))
+
+
+def test_a_narrow_frame_is_viewed_as_what_it_is() -> None:
+    values = torch.tensor([1.0, -2.5]).bfloat16()
+    frame = values.view(torch.uint8).numpy().tobytes()
+    assert torch.equal(view_frame(frame, Dtype.BFLOAT16), values)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tests.unit.shard_jobs import (
     Cluster,
@@ -21,14 +22,15 @@ from tests.unit.shard_jobs import (
     jobs,
     make_job,
     make_spec,
-    marks,
 )
 from treefold.common.errors import DataError, UnsupportedError
 from treefold.common.layout import BLOCK_ELEMENTS, Layout, ShardSpan
 from treefold.common.optim import hyper_of
 from treefold.common.spec import BUFFER_GROUP, Dtype, Hyper, Placement, Rule
 from treefold.server import shard as shard_module
-from treefold.server.shard import ShardState, clip_coefficient
+from treefold.server import unit as unit_module
+from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
+from treefold.server.unit import Unit
 
 CASES: list[tuple[str, Hyper]] = [
     ("SGD", {}),
@@ -84,10 +86,17 @@ def _ids(case: object) -> str:
     return case if isinstance(case, str) else ",".join(case) if isinstance(case, dict) else "?"
 
 
+def _slice(tensor: Tensor, start: int, stop: int) -> Tensor:
+    return tensor[start:stop]
+
+
 def _parameters(cluster: Cluster) -> list[int]:
     """How many parameters torch steps, shard by shard."""
-    optimizers = [shard._optimizer for shard in cluster.shards]
-    return [sum(len(g["params"]) for g in o.param_groups) for o in optimizers if o is not None]
+    found = []
+    for shard in cluster.shards:
+        optimizers = [unit._optimizer for unit in shard._units if unit._optimizer is not None]
+        found.append(sum(len(g["params"]) for o in optimizers for g in o.param_groups))
+    return found
 
 
 # ---- the same bits -------------------------------------------------------------------------------
@@ -145,10 +154,11 @@ def test_sparse_sums_would_go_astray_in_a_view_that_does_not_begin_its_storage()
     job = make_job("SparseAdam", {}, tensors, [[1, 1, 1]], 0)
     job.rounds[0].gradients[1] = torch.ones(1)
     assert job.differences() == []
-    slice_only = mock.patch.object(
-        shard_module, "rebased_view", lambda tensor, start, stop: tensor[start:stop]
-    )
-    with slice_only:
+    job.block = 64  # all in one part: what goes astray is in the same memory
+    with (
+        mock.patch.object(shard_module, "rebased_view", _slice),
+        mock.patch.object(unit_module, "rebased_view", _slice),
+    ):
         assert job.differences() == ["t1"]
 
 
@@ -159,14 +169,14 @@ def test_a_tensor_without_gradient_is_left_alone_and_not_stepped_with_zeros() ->
     """The negative control: with the marks ignored, weight decay and counters go on."""
     job = make_job("AdamW", {}, THREE, [[1, 1, 1], [1, 0, 1], [1, 1, 1]], 0)
     assert job.differences() == []
-    with mock.patch.object(ShardState, "_mark_absent"):
+    with mock.patch.object(Unit, "_mark_absent"):
         assert job.differences() != []
 
 
 def test_tensors_that_always_come_together_are_stepped_as_one() -> None:
     tensors = [([3], n // 50) for n in range(100)]
     job = make_job("Adam", {}, tensors, [[1] * 100] * 3, 0)
-    job.shards = 1
+    job.shards, job.block = 1, 256
     assert _parameters(job.run()[1]) == [2]
 
 
@@ -189,18 +199,25 @@ def test_a_round_without_any_gradient_changes_nothing() -> None:
     assert job.differences() == []
 
 
-def test_marks_that_contradict_each_other_change_nothing() -> None:
+def test_marks_that_do_not_fit_change_nothing() -> None:
     job = make_job("SGD", {}, [([40], 0), ([5], 0)], [[1, 1]], 0)
     job.shards = 1
     cluster = job.run()[1]
     before = cluster.values()
-    for absent, text in [
-        ([b"\1", b"\0"], "'t0' is marked absent in some of its parts"),
-        ([b"\0"], r"absent marks of \[1\] bytes, expected \[1, 1\]"),
-        ([b"\0", b"\0\0"], r"absent marks of \[1, 2\] bytes"),
-    ]:
-        with pytest.raises(DataError, match=text):
-            cluster.shards[0].step(job.rounds[0].groups, absent)
+    with pytest.raises(DataError, match=r"absent marks of \[2\] bytes, expected \[1\]"):
+        cluster.shards[0].step([FoldedPart(0, None, b"\0\0")], job.rounds[0].groups)
+    assert all(map(is_same, cluster.values(), before))
+
+
+def test_marks_of_a_whole_tensor_that_contradict_each_other_change_nothing() -> None:
+    job = make_job("Adafactor", {}, [([40], 0), ([5], 0)], [[1, 1]], 0)
+    job.shards = 1
+    cluster = job.run()[1]
+    before = cluster.values()
+    shard, round_ = cluster.shards[0], job.rounds[0]
+    first, *others = cluster.folded(shard, round_)
+    with pytest.raises(DataError, match="'t0' is marked absent in some of its parts"):
+        shard.step([replace(first, absent=b"\1"), *others], round_.groups)
     assert all(map(is_same, cluster.values(), before))
 
 
@@ -230,7 +247,7 @@ def test_a_users_own_scheduler_is_followed_round_by_round() -> None:
         scheduler.step()
     assert len({str(round_.groups) for round_ in job.rounds}) == len(job.rounds)
     assert job.differences() == []
-    with mock.patch.object(shard_module, "apply_hyper"):
+    with mock.patch.object(unit_module, "set_hyper"):
         assert job.differences() != []
 
 
@@ -241,7 +258,7 @@ def test_wrong_hyper_parameters_change_nothing() -> None:
     wrong: list[list[Hyper]] = [[], [{"lr": 0.1}], [{"lr": 0.1}, {"learning_rate": 0.1}]]
     for groups in wrong:
         with pytest.raises(DataError, match=r"param groups|no hyper-parameter"):
-            cluster.shards[0].step(groups, marks(cluster.shards[0], job.rounds[0]))
+            cluster.shards[0].step(cluster.folded(cluster.shards[0], job.rounds[0]), groups)
     assert all(map(is_same, cluster.values(), before))
 
 
@@ -263,11 +280,17 @@ def test_the_coefficient_scales_gradients_and_no_buffers(name: str) -> None:
 def test_a_gradient_that_clipping_makes_minus_zero_still_counts_as_touched() -> None:
     job = make_job("SparseAdam", {}, [([4], 0)], [[1]], 0)
     job.rounds = [Round([torch.tensor([-1e-45, -0.0, 0.0, 1.0])], [{}], coefficient=0.1)]
-    cluster = job.run()[1]
-    gradient = cluster.shards[0]._runs[0].parameter
-    assert gradient is not None
-    assert gradient.grad is not None
-    assert gradient.grad._indices().tolist() == [[0, 2, 3]]
+    with mock.patch.object(unit_module, "step", _remember):
+        job.run()
+    assert _STEPPED == [[[0, 2, 3]]]
+
+
+_STEPPED: list[object] = []
+
+
+def _remember(optimizer: Optimizer) -> None:
+    (parameter,) = optimizer.param_groups[0]["params"]
+    _STEPPED.append(parameter.grad._indices().tolist())
 
 
 @given(st.floats(1e-6, 1e6), st.floats(0, 2**100, width=32))
@@ -292,8 +315,11 @@ def _sums(job: Job) -> list[float]:
         spans = Layout(job.spec).cut(job.shards)
         cluster = Cluster(job.spec, spans)
         cluster.start(job.initial)
-        cluster.fill(job.rounds[0])
-        return [total for shard in cluster.shards for total in shard.block_sums()]
+        return [
+            total
+            for shard in cluster.shards
+            for total in shard.block_sums(cluster.folded(shard, job.rounds[0]))
+        ]
 
 
 @pytest.mark.parametrize("placement", Placement)
@@ -332,13 +358,13 @@ def test_a_gradient_that_is_not_finite_shows_in_its_block_alone() -> None:
     assert [math.isfinite(total) for total in _sums(job)] == [True, False, True]
 
 
-def test_a_part_without_payload_is_cleared_of_the_last_rounds_gradient() -> None:
-    job = make_job("SGD", {}, [([16], 0)], [[1]], 0)
-    shard = job.run()[1].shards[0]
-    assert shard.block_sums() != [0.0]
-    shard.clear_gradient(0)
-    assert shard.block_sums() == [0.0]
-    assert is_same(shard.gradient_part(0), torch.full((16,), -0.0))
+@pytest.mark.parametrize("name", ["SGD", "Adafactor"])
+def test_a_part_without_payload_has_nothing_of_the_last_rounds_gradient(name: str) -> None:
+    job = make_job(name, {}, [([16], 0)], [[1]], 0)
+    cluster = job.run()[1]
+    shard = cluster.shards[0]
+    assert shard.block_sums(cluster.folded(shard, job.rounds[0])) != [0.0]
+    assert shard.block_sums([FoldedPart(0, None, b"\1")]) == [0.0]
 
 
 # ---- kinds of tables and tensors -----------------------------------------------------------------
@@ -363,7 +389,7 @@ def test_a_table_of_buffers_alone_needs_no_optimizer() -> None:
     cluster.step(Round(job.rounds[0].gradients, []))
     assert is_same(cluster.values()[0], job.rounds[0].gradients[0])
     with pytest.raises(DataError, match="1 param groups, but no optimizer"):
-        cluster.shards[0].step([{}], [b"\0"])
+        cluster.shards[0].step([FoldedPart(0, None, b"\1")], [{}])
 
 
 def test_a_constant_table_has_values_and_no_rounds() -> None:
@@ -374,7 +400,7 @@ def test_a_constant_table_has_values_and_no_rounds() -> None:
     shard = cluster.shards[0]
     assert is_same(cluster.values()[0], job.initial[0])
     assert shard.state_pieces() == []
-    for ask in (lambda: shard.gradient_part(0), shard.block_sums, lambda: shard.step([], [b"\0"])):
+    for ask in (lambda: shard.block_sums([]), lambda: shard.step([], [])):
         with pytest.raises(DataError, match="constant and has no rounds"):
             ask()
 
@@ -400,7 +426,7 @@ def test_tensors_that_the_optimizer_cannot_step_are_refused() -> None:
 
 def test_values_of_a_wrong_shape_are_refused() -> None:
     shard = ShardState(make_spec("SGD", [{}], [([5], 0)]), ShardSpan(0, 1))
-    with pytest.raises(DataError, match=r"initial values of shapes \[\[4\]\], expected \[\[5\]\]"):
-        shard.initialize([torch.zeros(4)])
+    with pytest.raises(DataError, match=r"initial values of shape \[4\], expected \[5\]"):
+        shard.initialize(0, torch.zeros(4))
     with pytest.raises(DataError, match=r"a copy into shape \[6\], expected \[5\]"):
         shard.copy_to(torch.zeros(6))

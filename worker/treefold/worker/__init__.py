@@ -2,14 +2,16 @@
 
 from treefold.common.config import Settings, load
 from treefold.common.spec import Dtype, OptimizerSpec, Placement, Rule, TableSpec, TensorSpec
-from treefold.worker.client import Client, LoopEnd, Snapshot, Task
+from treefold.worker.client import Client, LoopEnd, PartRun, Snapshot, Task
 from treefold.worker.effects import SlotMeta
+from treefold.worker.shell import Values
 
 __all__ = [
     "Client",
     "Dtype",
     "LoopEnd",
     "OptimizerSpec",
+    "PartRun",
     "Placement",
     "Rule",
     "Settings",
@@ -18,5 +20,6 @@ __all__ = [
     "TableSpec",
     "Task",
     "TensorSpec",
+    "Values",
     "load",
 ]
