@@ -87,8 +87,8 @@ def test_overlap_changes_no_bit() -> None:
 
 def test_gradients_stay_views_of_one_buffer(script: Script) -> None:
     _, model, optimizer = script
-    buffers = optimizer.table.pushing.gradients.buffers
-    (flat,) = buffers.values()
+    flat = optimizer.table.pushing.gradients.flat
+    assert flat is not None
     for batch in ps.batches(dataset(), BATCH):
         optimizer.zero_grad()
         backward(loss_of(model, batch))

@@ -129,7 +129,9 @@ class Gradients:
     flat : Tensor, float32 [elements of the table], or None
         All gradients at their places in the table's flat space; -0.0 in between.
     is_lent : bool
-        Whether ``flat`` is being read by others, so that nothing in it may change.
+        Whether ``flat`` is being read by others: what was sent of it must not change.
+    is_stepped : bool
+        Whether this slot has stepped, so that all of it was sent.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class Gradients:
     ) -> None:
         self._is_sparse = is_sparse
         self._listener = listener
-        self._is_paused = self.is_lent = self._is_detached = False
+        self._is_paused = self.is_lent = self.is_stepped = self._is_detached = False
         self._hooks: dict[int, list[RemovableHandle]] = {}
         self.flat: Tensor | None = None
         self._place = place
@@ -192,7 +194,7 @@ class Gradients:
         """
         if self.is_lent and is_in_use:
             self._change_flat()
-        self.is_lent = False
+        self.is_lent = self.is_stepped = False
         if self._is_detached:
             self._attach()
         for gradient in self.items:
@@ -312,7 +314,7 @@ class Gradients:
     def _take(self, gradient: Gradient, grad: Tensor) -> None:
         """Copy a gradient that is not the view; then let autograd add to the view itself."""
         self._check_layout(gradient, grad)
-        if self.is_lent:
+        if self.is_lent and self.is_stepped:
             self._change_flat()
         if grad.is_sparse:
             if not gradient.is_packed:

@@ -157,7 +157,7 @@ class Pushing:
             if packed.part.buffers:
                 self._packed[packed.part.number] = packed
         self._send([packed for packed in ready if not packed.part.buffers])
-        self.is_stepped = True
+        self.is_stepped = self.gradients.is_stepped = True
         if self.lending is not Lending.OFF and not self._is_stale_allowed:
             self._marks = [gradient.mark() for gradient in self.gradients.items]
 
