@@ -56,7 +56,7 @@ class Role(IntEnum):
 class Code(IntEnum):
     """Why a request was refused. Stable numbers; `treefold.common.errors` has a class for each."""
 
-    PROTOCOL_VERSION = 2
+    PROTOCOL_VERSION = 1
     JOB_MISMATCH = 2
     SPEC_MISMATCH = 3
     UNKNOWN_TABLE = 4
