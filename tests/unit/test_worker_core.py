@@ -12,6 +12,7 @@ from tests.unit.worker_driver import (
     failed,
     plan,
     sent,
+    snapshots,
     table_spec,
 )
 from treefold.common import errors, layout
@@ -46,6 +47,7 @@ from treefold.worker.effects import (
     LoopEnd,
     ReleasePayload,
     Snapshot,
+    Task,
     TaskCalled,
 )
 
@@ -106,6 +108,17 @@ def test_tables_are_declared_again_until_the_scheduler_has_heard_it() -> None:
     assert sent(driver.wait(600 * MS), DeclareTable)
     driver.control(Accepted(1, 0))
     assert not sent(driver.wait(600 * MS), DeclareTable)
+
+
+def test_a_table_announced_under_another_name_is_not_handed_over_again() -> None:
+    driver = Driver()
+    driver.declare()
+    driver.enter([OTHER])
+    driver.control(Fenced(ME))
+    driver.join(incarnation=8)
+    effects = driver.control(Accepted(1, 0))
+    assert sent(effects, Pull) == []
+    assert not [value for value in completed(driver.pulled(0, 0, 1)) if isinstance(value, Snapshot)]
 
 
 def test_a_worker_says_farewell_until_it_is_answered() -> None:
@@ -214,7 +227,7 @@ def test_the_initializer_uploads_what_a_server_lacks() -> None:
     driver.control(Accepted(call, 0))
     status = RoundStatus(0, 0, -1, [PartMissing(0, [])], is_meta_missing=False)
     (effect,) = [e for e in driver.server(status) if isinstance(e, Send)]
-    assert effect.payload == Initial(0, 0, 4)
+    assert effect.payload == Initial(0, [(0, 4)])
     assert isinstance(effect.message, Push)
     assert effect.message.round == -1
 
@@ -275,6 +288,102 @@ def test_a_loop_does_not_end_on_tables_that_differ() -> None:
     driver.enter([ME, ME], plan(rounds=4, slots=2))
     driver.pulled(0, 0, 6)
     assert not completed(driver.pulled(1, 0, 7))
+
+
+# ---- versions part by part -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_word_first", [True, False])
+def test_a_version_is_here_with_all_parts_and_its_word_in_either_order(is_word_first: bool) -> None:
+    driver = Driver(parts=3)
+    driver.declare()
+    driver.enter([OTHER])
+    if is_word_first:
+        found = [driver.published(0, 0, 1), driver.run(0, 0, 1, 2, 1), driver.run(0, 0, 1, 0, 2)]
+    else:
+        found = [driver.run(0, 0, 1, 1, 2), driver.run(0, 0, 1, 0, 1), driver.published(0, 0, 1)]
+    assert [len(completed(effects)) for effects in found] == [0, 0, 1]
+    assert b"s1" in [s.state for s in snapshots(found[-1])]
+
+
+def test_word_of_another_version_is_not_word_of_the_one_that_is_here() -> None:
+    driver = Driver()
+    driver.declare(version=3)
+    driver.enter([OTHER])
+    driver.run(0, 0, 4, 0, 1)
+    assert not completed(driver.published(0, 0, 3))
+    assert completed(driver.published(0, 0, 4))
+
+
+def test_word_of_a_newer_version_lets_go_of_the_parts_of_an_older_one() -> None:
+    driver = Driver(parts=2)
+    driver.declare()
+    driver.enter([OTHER])
+    driver.run(0, 0, 1, 0, 2)
+    effects = driver.published(0, 0, 2)
+    assert [ReleasePayload(3), ReleasePayload(4)] == [
+        e for e in effects if isinstance(e, ReleasePayload)
+    ]
+    assert [s.version for s in snapshots(driver.run(0, 0, 2, 0, 2))] == [2]
+
+
+def test_parts_that_are_here_are_not_asked_for_again() -> None:
+    driver = Driver(parts=3)
+    driver.declare()
+    driver.enter([OTHER])
+    driver.run(0, 0, 1, 1, 1)
+    pulls = sent(driver.wait(200 * MS), Pull)
+    assert [p.parts for p in pulls if isinstance(p, Pull)] == [[0, 2]]
+
+
+def test_word_that_was_lost_is_asked_for_with_one_part() -> None:
+    driver = Driver(parts=3)
+    driver.declare()
+    driver.enter([OTHER])
+    driver.run(0, 0, 1, 0, 3)
+    pulls = sent(driver.wait(200 * MS), Pull)
+    assert [p.parts for p in pulls if isinstance(p, Pull)] == [[0]]
+    assert ReleasePayload(7) in driver.run(0, 0, 1, 0, 1)
+    assert completed(driver.published(0, 0, 1))
+
+
+def test_parts_that_come_twice_are_kept_once() -> None:
+    driver = Driver(parts=2)
+    driver.declare()
+    driver.enter([OTHER])
+    driver.run(0, 0, 1, 0, 1)
+    effects = driver.run(0, 0, 1, 0, 2)
+    assert [e for e in effects if isinstance(e, ReleasePayload)] == [ReleasePayload(4)]
+
+
+def test_a_run_that_ends_beyond_the_shard_is_let_go() -> None:
+    driver = Driver(parts=2)
+    driver.declare()
+    driver.enter([OTHER])
+    assert driver.run(0, 0, 1, 1, 2) == [ReleasePayload(3), ReleasePayload(4)]
+
+
+def test_a_version_that_was_overwritten_while_it_was_read_is_followed_by_the_newest() -> None:
+    driver = Driver(shards=(2,))
+    driver.declare(version=4)
+    driver.enter([ME])
+    _, effects = driver.call(TaskCalled, True)
+    assert not completed(effects)
+    pulls = sent(effects, Pull)
+    assert [(p.shard, p.version) for p in pulls if isinstance(p, Pull)] == [(0, 4), (1, 4)]
+    driver.pulled(0, 0, 6)
+    (task,) = completed(driver.pulled(0, 1, 6))
+    assert isinstance(task, Task)
+    assert (task.round, [s.version for s in task.snapshots]) == (6, [6])
+
+
+def test_a_first_version_that_was_overwritten_is_declared_anew() -> None:
+    driver = Driver()
+    driver.declare(version=4)
+    call, _ = driver.call(DeclareCalled, table_spec("t0"))
+    assert sent(driver.control(Accepted(call, 0)), Pull)
+    assert [s.version for s in snapshots(driver.pulled(0, 0, 6))] == [6]
+    assert driver.core.position == 6
 
 
 # ---- waiting -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from tests.unit.worker_driver import (
     sent,
 )
 from treefold.common import layout
+from treefold.wire.exchange import Send
 from treefold.wire.messages import (
     Accepted,
     Flush,
@@ -21,13 +22,16 @@ from treefold.wire.messages import (
     PartMissing,
     Pull,
     Push,
+    RoundHyper,
     RoundMeta,
     RoundStatus,
 )
 from treefold.worker.effects import (
     Contributed,
     DrainAsked,
+    Effect,
     FoldPayloads,
+    HyperKnown,
     LoopCalled,
     LoopEnd,
     ReleasePayload,
@@ -51,7 +55,7 @@ def _tiny_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_gets_its_leased_slots_one_after_the_other() -> None:
     driver = Driver()
     driver.declare()
-    assert completed(driver.enter([ME, OTHER, ME, OTHER])) == [Task(0, 0, [])]
+    assert completed(driver.enter([ME, OTHER, ME, OTHER])) == [Task(0, 0, [], is_kept=True)]
     assert completed(driver.contribute(0, 0)) == [Task(0, 2, [])]
     assert not completed(driver.contribute(0, 2))
 
@@ -122,7 +126,7 @@ def test_what_was_not_contributed_counts_as_absent() -> None:
     effects = driver.feed(SlotFinished(0, 0, {0: SlotMeta(GROUPS, 0.0, b"")}))
     (push,) = sent(effects, Push)
     assert isinstance(push, Push)
-    assert (push.frame, push.absent) == (None, b"\1")
+    assert (push.frame, push.absent) == (None, [b"\1"])
 
 
 def test_only_slot_zero_brings_the_hyper_parameters() -> None:
@@ -152,7 +156,7 @@ def test_a_contribution_to_a_round_that_is_over_is_released() -> None:
     driver.declare()
     driver.enter([ME, OTHER])
     driver.pulled(0, 0, 1)
-    assert ReleasePayload(55) in driver.feed(Contributed(0, 0, 0, 0, 55, b"\0"))
+    assert ReleasePayload(55) in driver.feed(Contributed(0, 0, 1, 0, 0, (55,), []))
 
 
 def test_a_worker_without_slots_loads_versions_and_asks_again() -> None:
@@ -212,3 +216,116 @@ def test_a_worker_that_drains_pushes_what_it_has_and_ends_its_loop() -> None:
     (end,) = completed(effects)
     assert isinstance(end, LoopEnd)
     assert end.is_draining
+
+
+# ---- runs of parts -------------------------------------------------------------------------------
+
+
+def pushes(effects: list[Effect]) -> list[tuple[int, int, int]]:
+    """Shard, first part and number of parts of pushes."""
+    return [(m.shard, m.part, m.count) for m in sent(effects, Push) if isinstance(m, Push)]
+
+
+def test_adjacent_parts_of_a_shard_are_pushed_in_one_message() -> None:
+    driver = Driver(shards=(2,), parts=2)
+    driver.declare()
+    driver.enter([ME, OTHER])
+    effects = driver.contribute(0, 0)
+    assert pushes(effects) == [(0, 0, 2), (1, 0, 2)]
+    payloads = [e.payload for e in effects if isinstance(e, Send) and isinstance(e.message, Push)]
+    assert payloads == [(100, 101), (102, 103)]
+
+
+def test_marks_travel_for_all_parts_of_a_run_or_for_none() -> None:
+    driver = Driver(parts=2)
+    driver.declare()
+    driver.enter([ME, OTHER])
+    effects = driver.feed(Contributed(0, 0, 2, 0, 0, (7, 8), [b"\0", b"\1"]))
+    assert [m.absent for m in sent(effects, Push) if isinstance(m, Push)] == [[b"\0", b"\1"]]
+
+
+def test_parts_with_and_without_a_gradient_are_pushed_in_two_messages() -> None:
+    driver = Driver(parts=3)
+    driver.declare()
+    driver.enter([ME, OTHER])
+    effects = driver.feed(Contributed(0, 0, 2, 0, 0, (7, 8), []))
+    effects += driver.feed(Contributed(0, 2, 1, 0, 0, (), [b"\1"]))
+    assert pushes(effects) == [(0, 0, 2), (0, 2, 1)]
+
+
+def test_nodes_of_two_kinds_are_pushed_in_two_messages() -> None:
+    driver = Driver(parts=2)
+    driver.declare()
+    driver.enter([ME, OTHER, OTHER, OTHER])
+    driver.feed(Contributed(0, 0, 1, 0, 0, (7,), []))
+    driver.control(Grant(0, [1]))
+    driver.feed(Contributed(0, 1, 1, 0, 0, (8,), []))
+    effects = driver.feed(Contributed(0, 0, 2, 0, 1, (9, 10), []))
+    assert nodes(effects) == [(0, 1), (1, 0)]
+    assert pushes(effects) == [(0, 0, 1), (0, 1, 1)]
+
+
+def test_a_part_that_was_contributed_is_released_when_it_comes_again_in_a_run() -> None:
+    driver = Driver(parts=2)
+    driver.declare()
+    driver.enter([ME, OTHER])
+    driver.feed(Contributed(0, 1, 1, 0, 0, (7,), []))
+    effects = driver.feed(Contributed(0, 0, 2, 0, 0, (8, 9), []))
+    assert [e for e in effects if isinstance(e, ReleasePayload)] == [ReleasePayload(9)]
+    assert pushes(effects) == [(0, 0, 1)]
+
+
+def test_what_a_server_lacks_of_adjacent_parts_is_sent_again_in_one_message() -> None:
+    driver = Driver(parts=3)
+    driver.declare()
+    driver.enter([ME, OTHER])
+    driver.contribute(0, 0)
+    lacking = [PartMissing(1, [0]), PartMissing(2, [0, 1])]
+    status = RoundStatus(0, 0, 0, lacking, is_meta_missing=False)
+    assert pushes(driver.server(status)) == [(0, 1, 2)]
+
+
+# ---- hyper-parameters before the end of a slot ---------------------------------------------------
+
+
+def test_servers_hear_early_of_what_slot_zero_steps_with() -> None:
+    driver = Driver(shards=(2,))
+    driver.declare()
+    driver.enter([ME, OTHER])
+    messages = sent(driver.feed(HyperKnown(0, 0, 0, GROUPS, 0.5)), RoundHyper)
+    found = [(m.shard, m.groups, m.norm_max) for m in messages if isinstance(m, RoundHyper)]
+    assert found == [(0, GROUPS, 0.5), (1, GROUPS, 0.5)]
+
+
+@pytest.mark.parametrize(("round_", "slot"), [(0, 1), (1, 0)])
+def test_what_another_slot_or_round_steps_with_is_told_to_nobody(round_: int, slot: int) -> None:
+    driver = Driver()
+    driver.declare()
+    driver.enter([ME, ME])
+    assert driver.feed(HyperKnown(0, round_, slot, GROUPS, 0.5)) == []
+
+
+def test_hyper_parameters_that_were_lost_are_sent_again() -> None:
+    driver = Driver()
+    driver.declare()
+    driver.enter([ME, OTHER])
+    driver.feed(HyperKnown(0, 0, 0, GROUPS, 0.0))
+    status = RoundStatus(0, 0, 0, [], is_meta_missing=True)
+    assert sent(driver.server(status), RoundHyper)
+
+
+# ---- what a contribution may stay in -------------------------------------------------------------
+
+
+def test_a_contribution_is_kept_while_another_slot_is_computed_before_its_sibling() -> None:
+    driver = Driver()
+    driver.declare()
+    (first,) = completed(driver.enter([ME, ME, ME, OTHER]))
+    (second,) = completed(driver.contribute(0, 0))
+    (third,) = completed(driver.contribute(0, 1))
+    tasks = [first, second, third]
+    assert [(t.slot, t.is_kept) for t in tasks if isinstance(t, Task)] == [
+        (0, True),
+        (1, False),
+        (2, False),
+    ]

@@ -1,6 +1,7 @@
 """A worker core in the hands of a test: everybody else's part, in short."""
 
 import itertools
+import math
 
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.spec import (
@@ -20,6 +21,7 @@ from treefold.wire.messages import (
     Leases,
     Member,
     Phase,
+    Published,
     Pulled,
     Push,
     Registered,
@@ -36,8 +38,11 @@ from treefold.worker.effects import (
     Effect,
     Fail,
     LoopCalled,
+    LoopEnd,
     SlotFinished,
     SlotMeta,
+    Snapshot,
+    Task,
     TaskCalled,
 )
 from treefold.worker.limits import WorkerLimits
@@ -66,15 +71,18 @@ class Driver:
     Attributes
     ----------
     shards : list of int
-        Shards of each table; each has one part.
+        Shards of each table.
+    parts : int
+        Parts of each shard.
     """
 
-    def __init__(self, shards: tuple[int, ...] = (1,)) -> None:
+    def __init__(self, shards: tuple[int, ...] = (1,), parts: int = 1) -> None:
         identity = Identity(Role.WORKER, 9, "", "host", 1, "0")
         self.limits = WorkerLimits(15 * SECOND, 100 * MS, 10 * SECOND)
         self.core = WorkerCore(Membership(identity), self.limits)
         self.now_ns = 0
         self.shards = shards
+        self.parts = parts
         self.calls = itertools.count(1)
         self.payloads = itertools.count(1)
         self.views = itertools.count(2)
@@ -90,9 +98,9 @@ class Driver:
         """The scheduler sends a message."""
         return self.feed(Received(SCHEDULER, message))  # type: ignore[arg-type]  # any message
 
-    def server(self, message: object, payload: int | None = None) -> list[Effect]:
+    def server(self, message: object, *payloads: int) -> list[Effect]:
         """The server sends a message."""
-        return self.feed(Received(SERVER, message, payload))  # type: ignore[arg-type]  # any
+        return self.feed(Received(SERVER, message, payloads))  # type: ignore[arg-type]  # any
 
     def wait(self, for_ns: int) -> list[Effect]:
         """Time passes, in steps."""
@@ -109,13 +117,14 @@ class Driver:
         """The next view, with these leases."""
         members = [Member(Role.SERVER, 0, SERVER, "address", "host", 1)]
         tables = [
-            TablePlace(
-                number, f"t{number}", ME, [ShardPlace(n, 2, n, 1, SERVER) for n in range(count)]
-            )
+            TablePlace(number, f"t{number}", ME, [self._place(shard) for shard in range(count)])
             for number, count in enumerate(self.shards)
         ]
         newest, before = Leases(from_round, leases), Leases(0, previous or leases)
         return View(next(self.views), Phase.RUNNING, ME, members, tables, newest, before)
+
+    def _place(self, shard: int) -> ShardPlace:
+        return ShardPlace(shard, 2, shard * self.parts, self.parts, SERVER)
 
     def join(self, incarnation: int = ME) -> list[Effect]:
         """The scheduler answers the registration."""
@@ -128,17 +137,25 @@ class Driver:
         return number, self.feed(kind(number, *fields))
 
     def pulled(self, table: int, shard: int, version: int) -> list[Effect]:
-        """A part of a version arrives."""
-        frame = Frame(Dtype.FLOAT32, 4)
-        message = Pulled(table, shard, 0, version, b"s%d" % version, float("nan"), frame)
-        return self.server(message, next(self.payloads))
+        """All parts of a version arrive, and word that it is whole."""
+        effects = self.run(table, shard, version, 0, self.parts)
+        return effects + self.published(table, shard, version)
+
+    def run(self, table: int, shard: int, version: int, part: int, count: int) -> list[Effect]:
+        """A run of parts of a version arrives."""
+        message = Pulled(table, shard, part, count, version, Frame(Dtype.FLOAT32, 4 * count))
+        return self.server(message, *itertools.islice(self.payloads, count))
+
+    def published(self, table: int, shard: int, version: int) -> list[Effect]:
+        """Word arrives that a version is whole."""
+        return self.server(Published(table, shard, version, b"s%d" % version, math.nan))
 
     def declare(self, version: int = 0) -> None:
         """Join, and declare every table; all shards are at one version."""
         self.join()
         self.control(self.view([]))
         for table, count in enumerate(self.shards):
-            call, _ = self.call(DeclareCalled, table_spec(f"t{table}", 4 * count))
+            call, _ = self.call(DeclareCalled, table_spec(f"t{table}", 4 * count * self.parts))
             self.control(Accepted(call, table))
             for shard in range(count):
                 self.pulled(table, shard, version)
@@ -154,9 +171,11 @@ class Driver:
         """The script hands over the whole of a slot and asks for the next task."""
         effects: list[Effect] = []
         for table, count in enumerate(self.shards):
-            for part in range(count):
-                number = 100 * (slot + 1) + 10 * table + part if payload is None else payload
-                effects += self.feed(Contributed(table, part, round_, slot, number, b"\0"))
+            parts = range(count * self.parts)
+            first = 100 * (slot + 1) + 10 * table
+            numbers = tuple(first + part if payload is None else payload for part in parts)
+            event = Contributed(table, 0, len(parts), round_, slot, numbers, [])
+            effects += self.feed(event)
         metas = {table: SlotMeta(GROUPS, 0.0, b"state") for table in range(len(self.shards))}
         effects += self.feed(SlotFinished(round_, slot, metas))
         return effects + self.call(TaskCalled)[1]
@@ -175,6 +194,13 @@ def nodes(effects: list[Effect]) -> list[tuple[int, int]]:
 def completed(effects: list[Effect]) -> list[object]:
     """What calls came to."""
     return [effect.value for effect in effects if isinstance(effect, Complete)]
+
+
+def snapshots(effects: list[Effect]) -> list[Snapshot]:
+    """Versions that calls came to."""
+    values = completed(effects)
+    loaded = [s for value in values if isinstance(value, Task | LoopEnd) for s in value.snapshots]
+    return [value for value in values if isinstance(value, Snapshot)] + loaded
 
 
 def failed(effects: list[Effect]) -> list[Exception]:

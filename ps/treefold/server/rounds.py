@@ -160,8 +160,8 @@ class Round:
         return self.active > 0 and len(self.made) == len(self.pieces) and has_meta
 
     def ready(self) -> list[ReadyPart]:
-        """Parts that are rooted and not made."""
-        found = [self.folds[part].ready(part) for part in self.rooted]
+        """Parts that are rooted and not made, in the order in which they lie."""
+        found = [self.folds[part].ready(part) for part in sorted(self.rooted)]
         return [part for part in found if part is not None]
 
     def contributors(self) -> list[tuple[int, int, int]]:

@@ -61,8 +61,10 @@ class Declarations:
         self.announce(now_ns)
 
     def pop(self, call: int) -> DeclareCalled | LoopCalled | None:
-        """The call that was answered, None if it was answered before."""
+        """The call that was answered, None if the script has its answer already."""
         event = self._pending.pop(call, None)
+        if call in self._tables:  # announced again for a new incarnation, which the script ignores
+            return None
         if isinstance(event, DeclareCalled):
             self._tables[call] = event
         return event
