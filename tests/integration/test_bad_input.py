@@ -220,7 +220,7 @@ def push_to(job: Cluster) -> tuple[str, Push]:
     [address] = [m["address"] for m in status["members"] if m["name"] == name]
     frame = Frame(Dtype.FLOAT32, 7)
     return address, Push(
-        status["job"], STRANGER, status["view"], 0, 0, 0, 2, 8, 0, 7, bytes(1), frame
+        status["job"], STRANGER, status["view"], 0, 0, 0, 1, 2, 8, 0, 7, [], frame
     )
 
 
@@ -273,7 +273,7 @@ def test_a_push_with_other_frames_than_announced_is_refused(
 def garbage(rng: random.Random) -> list[bytes]:
     """Frames of one message: random, or a real message with some bytes changed."""
     plan = LoopPlan(PlanKind.SLOTS, 9, 9, 1, 8, 8, 8, 0, False, 0)
-    push = Push(rng.getrandbits(60), STRANGER, 1, 0, 0, 0, 2, 8, 0, 7, b"", None)
+    push = Push(rng.getrandbits(60), STRANGER, 1, 0, 0, 0, 1, 2, 8, 0, 7, [b""], None)
     samples: list[AnyMessage] = [
         Heartbeat(STRANGER, 1, 1, 1, 1, 1, None, "", 1, 0.0),
         DeclarePlan(STRANGER, 1, plan),

@@ -19,8 +19,8 @@ from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import Spent
 from treefold.common.spec import BUFFER_GROUP, Hyper, Rule, TableSpec
 from treefold.wire.messages import Outcome
-from treefold.worker.client import LoopEnd, PartRun, Snapshot, Task
 from treefold.worker.effects import SlotMeta
+from treefold.worker.handed import LoopEnd, PartRun, Snapshot, Task
 from treefold.worker.pulls import PartRange
 from treefold.worker.shell import Values
 
@@ -136,9 +136,9 @@ class ReferenceJob:
     ``order`` says which slots of a round of so many active ones the next client is to compute, in
     which order; slots may repeat, and then both copies must be equal bit for bit. The other
     ``workers`` of an own loader contribute what ``peer`` makes of this one's contributions.
-    ``is_kept`` says whether a client keeps the contribution of a slot, when it has so many others to
-    compute; what it does not keep may be lent, and must then stay as it is until the version that
-    it feeds.
+    ``is_kept`` says whether a client keeps the contribution of a slot, when it has so many others
+    to compute; what it does not keep may be lent, and must then stay as it is until the version
+    that it feeds.
     """
 
     slots: int = 1

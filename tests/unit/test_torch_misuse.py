@@ -31,7 +31,7 @@ from treefold.common.errors import (
 )
 from treefold.torch.leaving import ExitWatch
 from treefold.wire.messages import Outcome
-from treefold.worker.client import LoopEnd
+from treefold.worker.handed import LoopEnd
 
 CALLS: list[Callable[[], object]] = [
     ps.rank,

@@ -296,7 +296,7 @@ class ServerCore:
     def _on_push(self, now_ns: int, peer: Peer, shard: Shard, arrived: Arrived) -> None:
         """Take in one node of a run of parts, and make what can be made of it."""
         push = arrived.push
-        refusal = shard.refusal_of(push) or self._out_of_turn(shard, push.round, push.active)
+        refusal = shard.refusal_of(push) or shard.out_of_turn(push.round, push.active)
         is_late = push.round < shard.version or shard.round is None
         if refusal is not None or is_late:
             self._out += [ReleasePayload(payload) for payload in arrived.payloads]
@@ -314,18 +314,6 @@ class ServerCore:
                 self._make_parts(shard, current)
         self._advance(now_ns, shard)
 
-    def _out_of_turn(self, shard: Shard, round_: int, active: int) -> Refused | None:
-        if round_ > shard.version:
-            text = f"round {round_} of a shard that is at version {shard.version}"
-            return Refused(0, Code.FUTURE_ROUND, text)
-        current = shard.round
-        if current is not None and round_ == current.number and current.active not in (0, active):
-            text = (
-                f"round {round_} has {current.active} active slots, not {active}: data plans differ"
-            )
-            return Refused(0, Code.SPEC_MISMATCH, text)
-        return None
-
     def _open_round(self, now_ns: int, shard: Shard, active: int) -> Round:
         current = shard.round
         if current is None:
@@ -339,7 +327,7 @@ class ServerCore:
         self, now_ns: int, peer: Peer, shard: Shard, message: RoundHyper | RoundMeta
     ) -> None:
         refusal = shard.refusal_of_hyper(message)
-        refusal = refusal or self._out_of_turn(shard, message.round, message.active)
+        refusal = refusal or shard.out_of_turn(message.round, message.active)
         if refusal is not None:
             self._out.append(Send(peer, refusal))
             return

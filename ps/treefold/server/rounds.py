@@ -313,6 +313,19 @@ class Shard:
             return Refused(0, Code.BAD_PAYLOAD, text)
         return None
 
+    def out_of_turn(self, round_: int, active: int) -> Refused | None:
+        """Why a contribution to a round cannot be taken at this version, None if it can."""
+        if round_ > self.version:
+            text = f"round {round_} of a shard that is at version {self.version}"
+            return Refused(0, Code.FUTURE_ROUND, text)
+        current = self.round
+        if current is not None and round_ == current.number and current.active not in (0, active):
+            text = (
+                f"round {round_} has {current.active} active slots, not {active}: data plans differ"
+            )
+            return Refused(0, Code.SPEC_MISMATCH, text)
+        return None
+
     def status(self, parts_max: int) -> RoundStatus:
         """What this shard lacks, for a worker to send again."""
         current = self.round

@@ -18,7 +18,8 @@ from treefold.common.fold import TORCH_DTYPES
 from treefold.common.layout import Layout
 from treefold.torch.gradients import ABSENT, Gradient, Gradients, Place, check_not_stale
 from treefold.torch.parts import Part, cut_parts
-from treefold.worker.client import Client, PartRun, Task
+from treefold.worker.client import Client
+from treefold.worker.handed import PartRun, Task
 from treefold.worker.shell import Values
 
 

@@ -28,7 +28,8 @@ from treefold.torch.pushing import Overlap
 from treefold.torch.randomness import seed_all, seed_between_loops
 from treefold.torch.table import Table
 from treefold.wire.messages import Outcome
-from treefold.worker.client import Client, LoopEnd, Task
+from treefold.worker.client import Client
+from treefold.worker.handed import LoopEnd, Task
 
 NOT_FORMED_STATUS = 3  # as the treefold command's
 

@@ -31,8 +31,9 @@ from treefold.torch.pushing import Lending, Pushing, TablePort
 from treefold.torch.schedules import Schedule, Schedules
 from treefold.torch.values import ModelValues, Pieces, copy_parameters
 from treefold.wire.messages import STATE_BYTES_MAX
-from treefold.worker.client import Client, Snapshot, Task
+from treefold.worker.client import Client
 from treefold.worker.effects import SlotMeta
+from treefold.worker.handed import Snapshot, Task
 
 if TYPE_CHECKING:
     from treefold.common.spec import Hyper

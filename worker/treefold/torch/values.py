@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from treefold.common.layout import Layout, Piece
-from treefold.worker.client import Snapshot
+from treefold.worker.handed import Snapshot
 
 Pieces = Callable[[int, int], list[Piece]]
 

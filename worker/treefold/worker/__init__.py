@@ -2,8 +2,9 @@
 
 from treefold.common.config import Settings, load
 from treefold.common.spec import Dtype, OptimizerSpec, Placement, Rule, TableSpec, TensorSpec
-from treefold.worker.client import Client, LoopEnd, PartRun, Snapshot, Task
+from treefold.worker.client import Client
 from treefold.worker.effects import SlotMeta
+from treefold.worker.handed import LoopEnd, PartRun, Snapshot, Task
 from treefold.worker.shell import Values
 
 __all__ = [

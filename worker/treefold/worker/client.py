@@ -21,104 +21,17 @@ from treefold.common.ledger import SamplesRecord, Writer
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import Spent
 from treefold.common.spec import Dtype, Hyper, TableSpec
-from treefold.transport.segments import Segment, holds
 from treefold.transport.sockets import Context
 from treefold.wire.messages import Outcome
 from treefold.worker import effects
 from treefold.worker.effects import SlotMeta
+from treefold.worker.handed import LoopEnd, PartRun, Snapshot, Task
 from treefold.worker.pulls import PartRange, Table
 from treefold.worker.shell import Answer, GiveBack, Settle, Tensors, Values, WorkerShell
 
 DRAIN_TEXT = "the worker was asked to stop"
 DECLARE_TRIES_MAX = 100  # of copying a first version while the servers go on
 STANDING_BY = -1  # the core's slot number for "load this and ask again"
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One consistent version of a table.
-
-    Attributes
-    ----------
-    table, version : int
-        Which table, which version.
-    state : bytes
-        What slot 0 of the round that made it left for the next round.
-    norm : float
-        Global gradient norm of that round, NaN if none was computed.
-    parts : list of (start, stop, Tensor)
-        Values, of the part's wire type [stop - start], of each part of the flat space. They may
-        only be read, and count only if `is_intact` still holds afterwards.
-    segments : list of Segment
-        Servers' memory in which some of the values lie.
-    """
-
-    table: int
-    version: int
-    state: bytes
-    norm: float
-    parts: list[tuple[int, int, torch.Tensor]]
-    segments: list[Segment] = field(default_factory=list)
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether everything read so far was this version.
-
-        A server writes to memory that it shares again when it is two versions further on, which it
-        can be only if this worker was so late that others did its work.
-        """
-        return all(holds(segment, self.version) for segment in self.segments)
-
-    def copy_to(self, flat: torch.Tensor) -> None:
-        """Copy the values into a flat tensor, float32 [elements of the table]."""
-        for start, stop, values in self.parts:
-            flat[start:stop].copy_(values)
-
-    def release(self) -> None:
-        """Let go of the received buffers; the snapshot is empty afterwards."""
-        self.parts.clear()
-        self.segments.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One slot of one round to compute, and the versions to load before.
-
-    Attributes
-    ----------
-    is_kept : bool
-        Whether the contribution stays here while another slot is computed. If not, it may be lent.
-    is_lent : bool
-        Whether a gradient buffer that was lent in this round is still in use.
-    """
-
-    round: int
-    slot: int
-    snapshots: list[Snapshot]
-    is_kept: bool = True
-    is_lent: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class LoopEnd:
-    """The pass over the data is over; ``version`` is where the job is."""
-
-    version: int
-    snapshots: list[Snapshot]
-
-
-@dataclass(frozen=True, slots=True)
-class PartRun:
-    """Adjacent parts of a table, counted as in `Client.parts`.
-
-    ``absent`` is empty if every tensor has a gradient; otherwise it has a bitmap per part: bit
-    ``i`` set if the part's ``i``-th tensor has none.
-    """
-
-    table: int
-    part: int
-    count: int
-    absent: list[bytes]
 
 
 @dataclass(slots=True)

@@ -56,7 +56,6 @@ from treefold.worker.limits import ERRORS, WorkerLimits
 from treefold.worker.pulls import Table
 from treefold.worker.rounds import LocalRound
 
-NOTHING_HELD = -1
 WAIT_NOTE_S = 30  # a wait this long is told to the operator, with what it waits for
 
 
@@ -183,7 +182,7 @@ class WorkerCore:
             self._task_call = event.call
             self._wait_note_ns = now_ns + WAIT_NOTE_S * 1000 * MS
             if event.is_torn:
-                self._begin_anew(now_ns)
+                self.exchange.begin_anew(now_ns, self.position)
             self._serve_task(now_ns)
 
     def _serve_join(self) -> None:
@@ -381,18 +380,6 @@ class WorkerCore:
                 if not table.pulls:
                     self.exchange.pull(now_ns, table, self.position, attempt=0)
 
-    def _begin_anew(self, now_ns: int) -> None:
-        """What was pulled is overwritten by now; whatever round it belongs to, others did it."""
-        self._drop_round()
-        for table in self.exchange.trained():
-            table.held = NOTHING_HELD
-            self.exchange.pull(now_ns, table, self.position, attempt=0)
-
-    def _drop_round(self) -> None:
-        if self.local is not None:
-            self._out += [ReleasePayload(payload) for payload in self.local.payloads()]
-            self.exchange.local = None
-
     def _answer_task(self, value: Task | LoopEnd) -> None:
         if self._task_call is not None:
             self._out.append(Complete(self._task_call, value))
@@ -413,7 +400,7 @@ class WorkerCore:
             )
         if lagging or any(not table.is_pulled for table in trained):
             return []
-        self._drop_round()
+        self.exchange.drop_round()
         self.position = newest
         self.membership.vitals.round = newest
         return [table.snapshot() for table in trained]

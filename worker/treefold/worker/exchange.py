@@ -36,6 +36,7 @@ from treefold.worker.rounds import Held, LocalRound, Pushed
 
 ItemT = TypeVar("ItemT")
 
+NOTHING_HELD = -1
 FIRST_RETRY_MS = (
     20  # a server may hear of a new table a little later than its workers; doubles each time
 )
@@ -207,6 +208,19 @@ class Exchange:
             return None
         is_in_round = self.local is not None and self.local.number >= newest - 1
         return None if is_in_round else newest - 1
+
+    def begin_anew(self, now_ns: int, position: int) -> None:
+        """What was pulled is overwritten by now; whatever round it belongs to, others did it."""
+        self.drop_round()
+        for table in self.trained():
+            table.held = NOTHING_HELD
+            self.pull(now_ns, table, position, attempt=0)
+
+    def drop_round(self) -> None:
+        """Let go of what this worker has of the round it was in."""
+        if self.local is not None:
+            self._out += [ReleasePayload(payload) for payload in self.local.payloads()]
+            self.local = None
 
     def drop_pulls(self) -> None:
         """Give up every pull, and the declarations that wait for one."""
