@@ -117,15 +117,15 @@ def test_a_worker_of_another_protocol_version_is_told_both(patient: Cluster) -> 
     visitor = patient.worker(JOB, faults=("other_protocol",))
     assert visitor.end() == 1
     text = visitor.line("RemoteProtocolError: .*")[0]
-    assert "this cluster speaks protocol 1" in text
-    assert "speaks 2: install the same version" in text
+    assert "this cluster speaks protocol 2" in text
+    assert "speaks 3: install the same version" in text
 
 
 def test_a_server_of_another_protocol_version_ends_with_the_reason(patient: Cluster) -> None:
     visitor = patient.server("other_protocol")
     patient.processes.remove(visitor)
     assert visitor.end() == 3
-    visitor.line("this cluster speaks protocol 1, the server on .* speaks 2")
+    visitor.line("this cluster speaks protocol 2, the server on .* speaks 3")
 
 
 def test_one_server_too_many_ends_with_the_reason(patient: Cluster) -> None:
@@ -233,12 +233,12 @@ WHERE = "table 'model' shard 0 part 0: "
         ({}, Code.BAD_PAYLOAD, WHERE + "expected 65536 elements of float32, got 7 of float32"),
         ({"frame": Frame(Dtype.FLOAT16, 14)}, Code.BAD_PAYLOAD, "got 14 of float16"),
         ({"frame": None}, Code.BAD_PAYLOAD, "without payload must mark every tensor absent"),
-        ({"absent": bytes(3)}, Code.BAD_PAYLOAD, "3 bytes of absent marks, expected 1"),
+        ({"absent": [bytes(3)]}, Code.BAD_PAYLOAD, "absent marks of [3] bytes, expected [1]"),
         ({"table": 9}, Code.UNKNOWN_TABLE, "this server has no shard 0 of table 9; it has 0/0"),
         ({"part": 99}, Code.BAD_NODE, "has 1 parts, not part 99"),
         ({"level": 3, "index": 1}, Code.BAD_NODE, r"no node (3, 1) in a fold of 8 slots"),
         (
-            {"round": 9, "frame": None, "absent": b"\1"},
+            {"round": 9, "frame": None, "absent": [b"\1"]},
             Code.FUTURE_ROUND,
             "round 9 of a shard that is at version 2",
         ),

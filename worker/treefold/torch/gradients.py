@@ -132,6 +132,9 @@ class Gradients:
         Whether ``flat`` is being read by others: what was sent of it must not change.
     is_stepped : bool
         Whether this slot has stepped, so that all of it was sent.
+    has_moved : bool
+        Whether ``flat`` took the place of one that is still being read: there is no third one, so
+        that nothing of this one may be lent.
     """
 
     def __init__(
@@ -143,7 +146,8 @@ class Gradients:
     ) -> None:
         self._is_sparse = is_sparse
         self._listener = listener
-        self._is_paused = self.is_lent = self.is_stepped = self._is_detached = False
+        self._is_paused = self._is_detached = False
+        self.is_lent = self.is_stepped = self.has_moved = False
         self._hooks: dict[int, list[RemovableHandle]] = {}
         self.flat: Tensor | None = None
         self._place = place
@@ -194,6 +198,7 @@ class Gradients:
         """
         if self.is_lent and is_in_use:
             self._change_flat()
+        self.has_moved = self.has_moved and is_in_use
         self.is_lent = self.is_stepped = False
         if self._is_detached:
             self._attach()
@@ -273,6 +278,7 @@ class Gradients:
         for gradient, flat in zip(self.items, _views_at(new, place.starts, only), strict=True):
             gradient.move(flat)
         self.is_lent = self._is_detached = False
+        self.has_moved = True
 
     def _watch(self, gradient: Gradient) -> None:
         hook = partial(self._on_accumulated, gradient)

@@ -240,7 +240,10 @@ class Pushing:
     @property
     def _is_lendable(self) -> bool:
         """Whether this slot's gradients can be read where they are until the next version."""
-        if self._task is None or self._task.is_kept or self.gradients.flat is None:
+        gradients = self.gradients
+        if self._task is None or self._task.is_kept or gradients.flat is None:
+            return False
+        if gradients.has_moved:
             return False
         return self._is_stale_allowed or self.lending is Lending.ON
 
