@@ -10,7 +10,8 @@ from tests.sim.process import Process
 from tests.sim.reference import Reference
 from tests.sim.roles import Listener, Probe, SchedulerProcess, ServerProcess, connect
 from tests.sim.scenario import Fault, Kind, Scenario
-from tests.sim.worker import Trainer, WorkerProcess
+from tests.sim.trainer import Trainer
+from tests.sim.worker import WorkerProcess
 from tests.sim.world import MS, Violation, World
 from treefold.common import layout as layouts
 from treefold.common.errors import FormationError, JobFailedError, UnavailableError

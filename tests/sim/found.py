@@ -15,6 +15,8 @@ from tests.sim.scenario import Theme
 from treefold.common.tree import Node
 from treefold.scheduler.core import SchedulerCore
 from treefold.server.core import ServerCore
+from treefold.server.effects import ReadyPart
+from treefold.server.rounds import Round
 from treefold.wire.exchange import Received, Send, Tick
 from treefold.wire.messages import (
     Code,
@@ -28,7 +30,7 @@ from treefold.wire.messages import (
 )
 from treefold.worker.core import WorkerCore
 from treefold.worker.declarations import Declarations
-from treefold.worker.effects import Complete
+from treefold.worker.effects import Complete, DeclareCalled, LoopCalled
 from treefold.worker.rounds import LocalPart, LocalRound
 
 
@@ -148,3 +150,23 @@ def an_own_loader_is_missed_by_its_last_heartbeat(patch: Patch) -> None:
         return event
 
     change_input(patch, SchedulerCore, suspicious)
+
+
+@plant(Theme.MIXED)
+def parts_are_used_in_the_order_in_which_they_came(patch: Patch) -> None:
+    def ready(self: Round) -> list[ReadyPart]:
+        found = [self.folds[part].ready(part) for part in self.rooted]
+        return [part for part in found if part is not None]
+
+    patch.setattr(Round, "ready", ready)
+
+
+@plant(Theme.FENCED)
+def a_table_announced_again_is_declared_again(patch: Patch) -> None:
+    def pop(self: Declarations, call: int) -> DeclareCalled | LoopCalled | None:
+        event = self._pending.pop(call, None)
+        if isinstance(event, DeclareCalled):
+            self._tables[call] = event
+        return event
+
+    patch.setattr(Declarations, "pop", pop)

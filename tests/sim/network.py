@@ -7,12 +7,10 @@ listener knows a client by its routing identity, which is another one after a re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tests.sim.memory import NOTHING, Cargo
 from tests.sim.world import World
 
-Payload = tuple[object, int]
-"""Symbolic value of a payload frame, and its number of elements."""
-
-Receive = Callable[[object, bytes, Payload | None], None]
+Receive = Callable[[object, bytes, Cargo], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,7 @@ class _Flight:
     connection: Connection
     end: End
     header: bytes
-    payload: Payload | None
+    cargo: Cargo
 
 
 @dataclass(slots=True)
@@ -77,7 +75,7 @@ class Network:
     Attributes
     ----------
     kinds : dict of str to int
-        How many messages of each kind were sent.
+        How many messages of each kind were sent, and what else was counted.
     closed, faults : int
         Connections that were closed, and messages that something happened to.
     """
@@ -109,9 +107,11 @@ class Network:
         self.weather = self.weather.healed()
         self.blocked.clear()
 
-    def send(
-        self, connection: Connection, end: End, header: bytes, payload: Payload | None
-    ) -> None:
+    def count(self, kind: str) -> None:
+        """Count a message, or something else that is worth a figure."""
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+
+    def send(self, connection: Connection, end: End, header: bytes, cargo: Cargo = NOTHING) -> None:
         """Send a message to one end; what happens to it is up to the weather."""
         world, weather = self.world, self.weather
         chance = world.rng.random
@@ -122,7 +122,7 @@ class Network:
             if not weather.is_reliable:
                 return
             leaves_ns = until_ns
-        flight = _Flight(connection, end, header, payload)
+        flight = _Flight(connection, end, header, cargo)
         copies = 1
         if not weather.is_reliable:
             if chance() < weather.drop:
@@ -144,4 +144,4 @@ class Network:
     def _arrive(self, argument: object) -> None:
         assert isinstance(argument, _Flight)
         if argument.connection.is_open or not self.weather.is_close_lossy:
-            argument.end.receive(argument.end.sender, argument.header, argument.payload)
+            argument.end.receive(argument.end.sender, argument.header, argument.cargo.arrived())

@@ -1,6 +1,7 @@
 """Bugs to plant in the cores, each of which the simulator has to find.
 
-Most change what goes into or comes out of `handle`. `tests.sim.found` has those that were there.
+Most change what goes into or comes out of `handle`. `tests.sim.found` has those that were there,
+`tests.sim.planted_parts` those in what is done part by part.
 """
 
 from dataclasses import replace
@@ -25,7 +26,7 @@ from treefold.scheduler.norms import NormBook
 from treefold.server import core as server_core
 from treefold.server import rounds as server_rounds
 from treefold.server.core import ServerCore
-from treefold.server.effects import PartRef, ReleasePayload
+from treefold.server.effects import PartsRef, ReleasePayload
 from treefold.server.rounds import Held, Round
 from treefold.wire.exchange import Received, Send, Tick
 from treefold.wire.messages import (
@@ -38,10 +39,11 @@ from treefold.wire.messages import (
 )
 from treefold.worker import rounds as worker_rounds
 from treefold.worker.core import WorkerCore
-from treefold.worker.effects import Contributed, Effect, FoldPayloads, SlotFinished
+from treefold.worker.effects import Effect, FoldPayloads, SlotFinished
 from treefold.worker.effects import ReleasePayload as WorkerRelease
 from treefold.worker.exchange import Exchange
 from treefold.worker.pulls import ShardPull, Table
+from treefold.worker.rounds import Held as WorkerHeld
 from treefold.worker.rounds import LocalPart, LocalRound, Pushed
 
 # ---- the server ----------------------------------------------------------------------------------
@@ -73,7 +75,7 @@ def leases_taken_for_ownership(patch: Patch) -> None:
             return list(handle(self, now_ns, event))
         if held[slot] == message.sender:
             return list(handle(self, now_ns, event))
-        refused = [] if event.payload is None else [ReleasePayload(event.payload)]
+        refused = [ReleasePayload(payload) for payload in event.payloads]
         return [*refused, *handle(self, now_ns, Tick())]
 
     patch.setattr(ServerCore, "handle", changed)
@@ -81,19 +83,18 @@ def leases_taken_for_ownership(patch: Patch) -> None:
 
 @plant(Theme.MIXED)
 def published_before_every_root_is_there(patch: Patch) -> None:
-    def is_complete(self: Round, parts_count: int) -> bool:
-        has_meta = self.meta is not None or self.number < 0
-        return self.active > 0 and self.roots_count >= min(1, parts_count) and has_meta
+    def is_complete(self: Round) -> bool:
+        return bool(self.made) and (self.meta is not None or self.number < 0)
 
-    patch.setattr(Round, "is_complete", is_complete)
+    patch.setattr(Round, "is_complete", property(is_complete))
 
 
 @plant(Theme.MIXED)
 def published_without_meta(patch: Patch) -> None:
-    def is_complete(self: Round, parts_count: int) -> bool:
-        return self.active > 0 and self.roots_count == parts_count
+    def is_complete(self: Round) -> bool:
+        return self.active > 0 and len(self.made) == len(self.pieces)
 
-    patch.setattr(Round, "is_complete", is_complete)
+    patch.setattr(Round, "is_complete", property(is_complete))
 
 
 @plant(Theme.MIXED)
@@ -122,7 +123,7 @@ def a_pull_is_answered_with_the_version_before(patch: Patch) -> None:
         del event
         assert isinstance(self, ServerCore)
         for at, effect in enumerate(effects):
-            if isinstance(effect, Send) and isinstance(effect.payload, PartRef):
+            if isinstance(effect, Send) and isinstance(effect.payload, PartsRef):
                 ref = effect.payload
                 if ref.version - 1 in self.shards[ref.table, ref.shard].kept:
                     effects[at] = replace(effect, payload=replace(ref, version=ref.version - 1))
@@ -151,15 +152,11 @@ def a_pull_of_the_next_version_is_answered_at_once(patch: Patch) -> None:
 def duplicates_are_not_released(patch: Patch) -> None:
     def leaky(self: AnyCore, event: object, effects: list[object]) -> list[object]:
         del self
-        payload = event.payload if isinstance(event, Received) else None
-        return [effect for effect in effects if effect != ReleasePayload(payload or 0)]
+        payloads = event.payloads if isinstance(event, Received) else ()
+        released = [ReleasePayload(payload) for payload in payloads]
+        return [effect for effect in effects if effect not in released]
 
     change_output(patch, ServerCore, leaky)
-
-
-@plant(Theme.DYING)
-def one_version_is_kept(patch: Patch) -> None:
-    patch.setattr(server_rounds, "VERSIONS_KEPT", 1)
 
 
 @plant(Theme.MIXED)
@@ -217,8 +214,9 @@ def folded_the_wrong_way_round(patch: Patch) -> None:
 def a_pushed_payload_is_released_at_once(patch: Patch) -> None:
     def careless(self: AnyCore, event: object, effects: list[object]) -> list[object]:
         del self, event
-        pushed = [e.payload for e in effects if isinstance(e, Send) and isinstance(e.payload, int)]
-        return [*effects, *(WorkerRelease(payload) for payload in dict.fromkeys(pushed))]
+        sends = [e.payload for e in effects if isinstance(e, Send) and isinstance(e.payload, tuple)]
+        pushed = dict.fromkeys(payload for payloads in sends for payload in payloads)
+        return [*effects, *(WorkerRelease(payload) for payload in pushed)]
 
     change_output(patch, WorkerCore, careless)
 
@@ -322,10 +320,10 @@ def marks_of_absence_are_joined(patch: Patch) -> None:
     contribute = LocalRound.contribute
 
     def joined(
-        self: LocalRound, key: tuple[int, int], leaf: Contributed, effects: list[Effect]
+        self: LocalRound, key: tuple[int, int], slot: int, leaf: WorkerHeld, effects: list[Effect]
     ) -> list[Pushed]:
         before = {id(held): held.absent for held in self.parts[key].fold.nodes.values()}
-        found = contribute(self, key, leaf, effects)
+        found = contribute(self, key, slot, leaf, effects)
         for held in [*self.parts[key].fold.nodes.values(), *(pushed.held for pushed in found)]:
             held.absent |= before.get(id(held), 0)
         return found

@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from tests.sim.network import Connection, End, Network, Payload
+from tests.sim.memory import NOTHING, Cargo, Origin, Payloads
+from tests.sim.network import Connection, End, Network
 from tests.sim.world import Violation, World
-from treefold.common.errors import InvariantError
+from treefold.common.errors import InvariantError, RemoteProtocolError
 from treefold.wire import codec
 from treefold.wire.exchange import Halt, Note, Received, Tick
-from treefold.wire.messages import AnyMessage, Heartbeat, HeartbeatSeen
+from treefold.wire.messages import AnyMessage, Heartbeat, HeartbeatSeen, Pulled, Push
 
 STUCK_TICKS_MAX = 3  # ticks at one time after which a core that still asks for one is in a loop
 
@@ -28,45 +29,6 @@ class Core(Protocol):
 
     def check_invariants(self) -> None:
         """Raise `InvariantError` if the state contradicts itself."""
-
-
-class Payloads:
-    """Symbolic payloads by handle. A handle that was released is gone for good."""
-
-    def __init__(self) -> None:
-        self.held: dict[int, Payload] = {}
-        self.sent: dict[int, None] = {}
-        self.added = 0
-
-    def add(self, payload: Payload) -> int:
-        """Hold a payload; returns its handle."""
-        self.added += 1
-        self.held[self.added] = payload
-        return self.added
-
-    def get(self, handle: int) -> Payload:
-        """The payload of a handle."""
-        if handle not in self.held:
-            raise Violation(f"payload {handle} is used, but was released or never there")
-        return self.held[handle]
-
-    def pop(self, handle: int) -> Payload:
-        """The same, held no longer."""
-        payload = self.get(handle)
-        del self.held[handle]
-        self.sent.pop(handle, None)
-        return payload
-
-    def fold(self, left: int, right: int, fold: Callable[[object, object], object]) -> None:
-        """Let ``left`` be the sum; ``right`` is released."""
-        if left in self.sent or right in self.sent:
-            raise Violation(
-                f"payload {left if left in self.sent else right} is folded after it was sent"
-            )
-        first, second = self.get(left), self.pop(right)
-        if first[1] != second[1]:
-            raise Violation(f"a fold of {first[1]} and {second[1]} elements")
-        self.held[left] = (fold(first[0], second[0]), first[1])
 
 
 class Process:
@@ -116,28 +78,21 @@ class Process:
 
     # ---- what comes in ---------------------------------------------------------------------------
 
-    def receive(self, peer: object, header: bytes, payload: Payload | None) -> None:
+    def receive(self, peer: object, header: bytes, cargo: Cargo) -> None:
         """A message arrives from the network."""
         if not self.is_alive:
             return
         if self.world.now_ns < self.frozen_until_ns:
-            self.world.at(self.frozen_until_ns, self._receive_later, (peer, header, payload))
+            self.world.at(self.frozen_until_ns, self._receive_later, (peer, header, cargo))
             return
         message = codec.decode(header)
-        self.check_frame(message, payload)
-        handle = None if payload is None else self.payloads.add(payload)
-        self.feed(Received(peer, message, handle), header)
+        check_cargo(message, cargo)
+        handles = tuple(self.payloads.add(part, Origin.FOREIGN) for part in cargo.parts)
+        self.feed(Received(peer, message, handles), header)
 
     def _receive_later(self, argument: object) -> None:
         assert isinstance(argument, tuple)
         self.receive(*argument)
-
-    def check_frame(self, message: AnyMessage, payload: Payload | None) -> None:
-        """Compare a payload with what its header announces."""
-        frame = codec.frame_of(message)
-        announced = None if frame is None else frame.elements
-        if announced != (None if payload is None else payload[1]):
-            raise Violation(f"{message} with payload {payload}")
 
     def feed(self, event: object, mark: bytes) -> None:
         """Give the core an event, carry out what it says, and check that all is well."""
@@ -150,8 +105,8 @@ class Process:
                 for effect in self.core.handle(self.world.now_ns, events.popleft()):
                     events.extend(self.acts[type(effect)](effect) or ())
             self.core.check_invariants()
-        except InvariantError as error:
-            raise Violation(str(error)) from error
+        except (InvariantError, LookupError) as error:
+            raise Violation(f"{self.name} fails: {error!r}") from error
         if self.is_alive:
             self._check_payloads()
             self.check()
@@ -173,13 +128,16 @@ class Process:
     # ---- what goes out ---------------------------------------------------------------------------
 
     def send(
-        self, connection: Connection, end: End, message: AnyMessage, payload: Payload | None
+        self, connection: Connection, end: End, message: AnyMessage, cargo: Cargo = NOTHING
     ) -> None:
         """Send a message to one end of a connection."""
-        self.check_frame(message, payload)
-        kinds, kind = self.network.kinds, type(message).__name__
-        kinds[kind] = kinds.get(kind, 0) + 1
-        self.network.send(connection, end, codec.encode(message), payload)
+        check_cargo(message, cargo)
+        self.network.count(type(message).__name__)
+        if len(cargo.parts) > 1:
+            self.network.count("run")
+        if cargo.is_shared:
+            self.network.count("shared")
+        self.network.send(connection, end, codec.encode(message), cargo)
 
     def _note(self, effect: Note) -> None:
         self.world.note(self.name, effect)
@@ -237,6 +195,18 @@ class Process:
             self.feed(Tick(), b"tick")
         else:
             self._arm()
+
+
+def check_cargo(message: AnyMessage, cargo: Cargo) -> None:
+    """Compare payloads with what their header announces."""
+    sizes = [part.elements for part in cargo.parts]
+    frame = message.frame if isinstance(message, Push | Pulled) else None
+    try:
+        codec.check_payload(message, [] if cargo.is_shared else [4 * size for size in sizes])
+    except RemoteProtocolError as error:
+        raise Violation(f"{message}: {error}") from error
+    if cargo.is_shared and (frame is None or not frame.segment or sum(sizes) != frame.elements):
+        raise Violation(f"{message} with parts of {sizes} elements in shared memory")
 
 
 def is_dull(event: object) -> bool:

@@ -7,9 +7,10 @@ that a reader has to compare.
 
 import math
 
+from tests.sim.memory import fold
 from tests.sim.scenario import Scenario
 from treefold.common.layout import Layout
-from treefold.common.spec import Hyper, Rule
+from treefold.common.spec import BUFFER_GROUP, Hyper, Rule
 from treefold.common.tree import Node, root_level, span
 from treefold.worker.effects import SlotMeta
 
@@ -40,6 +41,12 @@ class Reference:
             pieces = self.layouts[table].pieces(start, stop)
             self._tensors[key] = [piece.tensor for piece in pieces]
         return self._tensors[key]
+
+    def has_buffers(self, table: int, start: int, stop: int) -> bool:
+        """Whether a part has elements of a buffer, which no gradient can be lent with."""
+        specs = self.scenario.tables[table].tensors
+        found = self.tensors(table, start, stop)
+        return any(specs[tensor].group == BUFFER_GROUP for tensor in found)
 
     def absent(self, key: tuple[int, int, int], round_: int, slot: int) -> int:
         """Which tensors of part ``key = (table, start, stop)`` have no gradient in a slot."""
@@ -120,10 +127,3 @@ class Reference:
     def initial(self, table: int, start: int) -> object:
         """The values that a script declares."""
         return ("initial", table, start)
-
-
-def fold(left: object, right: object) -> object:
-    """The sum of two nodes; a node without any gradient is None and adds nothing."""
-    if left is None or right is None:
-        return right if left is None else left
-    return (left, right)

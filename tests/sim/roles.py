@@ -5,26 +5,36 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tests.sim.checks import Checks
-from tests.sim.network import Connection, End, Network, Payload
+from tests.sim.memory import NOTHING, Cargo, Shelf, pieces_of
+from tests.sim.network import Connection, End, Network
 from tests.sim.process import Process
-from tests.sim.reference import fold
 from tests.sim.world import Violation
+from treefold.common.spec import Rule
 from treefold.scheduler.core import SchedulerCore
 from treefold.server.core import ServerCore
 from treefold.server.effects import (
     ComputeNorm,
     FoldPayloads,
+    MakeParts,
     NormComputed,
     OpenShard,
-    PartRef,
-    PublishVersion,
+    PartsRef,
+    ReadyPart,
     RecordVersion,
     ReleasePayload,
     ReleaseVersion,
 )
+from treefold.server.rounds import Shard
 from treefold.wire.codec import decode
-from treefold.wire.exchange import SCHEDULER, PeerLost, Send
-from treefold.wire.messages import StatusReply, StatusRequest
+from treefold.wire.exchange import SCHEDULER, PeerLost, Received, Send
+from treefold.wire.messages import (
+    AnyMessage,
+    Published,
+    Pull,
+    Pulled,
+    StatusReply,
+    StatusRequest,
+)
 
 VERSIONS_HELD_MAX = 2
 NORM_ROUNDS_MAX = 6
@@ -33,12 +43,12 @@ NORM_ROUNDS_MAX = 6
 class Listener(Process):
     """A process that others connect to."""
 
-    def send_to(self, identity: object, effect: Send, payload: Payload | None) -> bool:
+    def send_to(self, identity: object, message: AnyMessage, cargo: Cargo = NOTHING) -> bool:
         """Send to a routing identity; False if nobody has it any more."""
         connection = self.network.connections.get(identity) if isinstance(identity, bytes) else None
         if connection is None:
             return False
-        self.send(connection, connection.down, effect.message, payload)
+        self.send(connection, connection.down, message, cargo)
         return True
 
 
@@ -64,7 +74,7 @@ class SchedulerProcess(Listener):
         self._view = 0
 
     def _send(self, effect: Send) -> None:
-        self.send_to(effect.peer, effect, None)
+        self.send_to(effect.peer, effect.message)
 
     def check(self) -> None:
         """Views grow, and nothing is kept for ever."""
@@ -87,13 +97,13 @@ class Probe(Process):
 
     def ask(self, _: object) -> None:
         """Ask once."""
-        self.send(self.connection, self.connection.up, StatusRequest(1), None)
+        self.send(self.connection, self.connection.up, StatusRequest(1))
 
-    def receive(self, peer: object, header: bytes, payload: Payload | None) -> None:
+    def receive(self, peer: object, header: bytes, cargo: Cargo) -> None:
         """The answer is a document."""
         reply = decode(header)
         if not isinstance(reply, StatusReply) or "members" not in json.loads(reply.body):
-            raise Violation(f"{peer} answers a status request with {reply} and {payload}")
+            raise Violation(f"{peer} answers a status request with {reply} and {cargo}")
         self.answers += 1
 
 
@@ -101,6 +111,51 @@ class Probe(Process):
 class _Open:
     first_block: int
     blocks: int
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A pull, and the parts of it that were not sent yet."""
+
+    version: int
+    parts: dict[int, None]
+
+
+class Answers:
+    """What every peer has asked a server for: each part is sent once, before word of the whole.
+
+    A pull that is late may ask for a version that is there, while a newer one waits.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[object, int, int], _Asked] = {}
+        self._due: dict[tuple[object, int, int], _Asked] = {}
+
+    def ask(self, peer: object, pull: Pull, shard: Shard) -> None:
+        """A pull is taken in."""
+        parts = dict.fromkeys(pull.parts or range(shard.parts_count))
+        asked = self._due if pull.version <= shard.version else self._waiting
+        asked[peer, pull.table, pull.shard] = _Asked(pull.version, parts)
+
+    def send(self, peer: object, pulled: Pulled, parts_count: int) -> None:
+        """A run of parts is sent."""
+        key = (peer, pulled.table, pulled.shard)
+        asked = self._due.get(key) or self._waiting.get(key)
+        if asked is None or pulled.version < asked.version:
+            raise Violation(f"{peer!r} is sent {pulled}, but asked for {asked}")
+        if pulled.version > asked.version:  # what was asked for is not kept any more
+            asked.version, asked.parts = pulled.version, dict.fromkeys(range(parts_count))
+        for part in range(pulled.part, pulled.part + pulled.count):
+            if part not in asked.parts:
+                raise Violation(f"{peer!r} is sent part {part} again: {pulled}")
+            del asked.parts[part]
+
+    def finish(self, peer: object, published: Published) -> None:
+        """Word is sent that a version is whole."""
+        key = (peer, published.table, published.shard)
+        asked = self._due.pop(key, None) or self._waiting.pop(key, None)
+        if asked is None or asked.version != published.version or asked.parts:
+            raise Violation(f"{peer!r} is told {published}, but has not got {asked}")
 
 
 class ServerProcess(Listener):
@@ -113,86 +168,120 @@ class ServerProcess(Listener):
         self.scheduler: Connection | None = None
         self._view = 0
         self._open: dict[tuple[int, int], _Open] = {}
-        self._published: dict[tuple[int, int, int], list[Payload]] = {}
+        self._shelves: dict[tuple[int, int], Shelf] = {}
+        self._answers = Answers()
         self.acts |= {
             Send: self._send,
             OpenShard: self._open_shard,
             FoldPayloads: self._fold,
             ReleasePayload: self._release,
             ComputeNorm: self._norm,
-            PublishVersion: self._publish,
+            MakeParts: self._make,
             ReleaseVersion: self._release_version,
-            RecordVersion: checks.on_recorded,
+            RecordVersion: self._record,
         }
+
+    def feed(self, event: object, mark: bytes) -> None:
+        """Give the core an event; keep who asks for what."""
+        if isinstance(event, Received) and isinstance(event.message, Pull):
+            pull = event.message
+            shard = self.server.shards.get((pull.table, pull.shard))
+            if shard is not None:
+                self._answers.ask(event.peer, pull, shard)
+        super().feed(event, mark)
 
     # ---- effects ---------------------------------------------------------------------------------
 
     def _send(self, effect: Send) -> Iterable[object]:
+        message = effect.message
         if effect.peer == SCHEDULER:
             assert self.scheduler is not None
-            self.send(self.scheduler, self.scheduler.up, effect.message, None)
+            self.send(self.scheduler, self.scheduler.up, message)
             return ()
-        payload = None
-        if isinstance(effect.payload, PartRef):
-            ref = effect.payload
-            held = self._published.get((ref.table, ref.shard, ref.version))
-            if held is None:
-                raise Violation(f"{ref} is sent, but that version is not held")
-            payload = held[ref.part]
-        if self.send_to(effect.peer, effect, payload):
-            return ()
-        return (PeerLost(effect.peer),)
+        if isinstance(effect.payload, PartsRef) and isinstance(message, Pulled):
+            is_sent = self._send_parts(effect.peer, message, effect.payload)
+        else:
+            if isinstance(message, Published):
+                self._shelves[message.table, message.shard].check_whole(message.version)
+                self.checks.on_word(message)
+                self._answers.finish(effect.peer, message)
+            is_sent = self.send_to(effect.peer, message)
+        return () if is_sent else (PeerLost(effect.peer),)
+
+    def _send_parts(self, peer: object, message: Pulled, ref: PartsRef) -> bool:
+        """Send parts in as many messages as it pleases. Bytes are safe from now on."""
+        shard = self.server.shards[ref.table, ref.shard]
+        self._answers.send(peer, message, shard.parts_count)
+        if ref.version > shard.version:
+            self.network.count("part before its version")
+        parts = self._shelves[ref.table, ref.shard].get(ref.version, ref.part, ref.count)
+        scenario, rng = self.checks.reference.scenario, self.world.rng
+        shared = scenario.shared if parts[0].buffer and parts[0].buffer.is_shared else 0.0
+        for piece, cargo in pieces_of(rng, message, parts, shared):
+            if not self.send_to(peer, piece, cargo.arrived()):
+                return False
+        return True
 
     def _open_shard(self, effect: OpenShard) -> None:
         key = (effect.table, effect.shard)
         if key in self._open:
             raise Violation(f"shard {key} is opened twice")
         self._open[key] = _Open(effect.span.first_block, effect.span.blocks)
+        sizes = [stop - start for start, stop in self.server.shards[key].parts]
+        name = f"table {effect.table} shard {effect.shard}"
+        self._shelves[key] = Shelf(name, sizes, effect.spec.rule is Rule.CONSTANT)
 
     def _fold(self, effect: FoldPayloads) -> None:
-        self.payloads.fold(effect.left, effect.right, fold)
+        self.payloads.fold(effect.left, effect.right)
 
     def _release(self, effect: ReleasePayload) -> None:
         self.payloads.pop(effect.payload)
 
-    def _roots(self, roots: list[int | None]) -> list[object]:
-        return [None if root is None else self.payloads.get(root)[0] for root in roots]
+    def _values(self, parts: list[ReadyPart]) -> list[object]:
+        return [None if p.root is None else self.payloads.get(p.root).value for p in parts]
 
     def _norm(self, effect: ComputeNorm) -> Iterable[object]:
         key = (effect.table, effect.shard)
-        self.checks.on_roots(self.server.shards[key], effect.round, self._roots(effect.roots))
+        shard = self.server.shards[key]
+        self.checks.on_roots(shard, effect.round, effect.parts, self._values(effect.parts))
+        if [part.part for part in effect.parts] != list(range(shard.parts_count)):
+            raise Violation(f"a norm of parts {[part.part for part in effect.parts]}")
         place = self._open[key]
         sums = self.checks.reference.sums(
             effect.table, effect.round, place.first_block, place.blocks
         )
         return (NormComputed(effect.table, effect.shard, effect.round, sums),)
 
-    def _publish(self, effect: PublishVersion) -> None:
-        shard = self.server.shards[effect.table, effect.shard]
-        self.checks.on_published(shard, effect, self._roots(effect.roots))
-        for root in effect.roots:
-            if root is not None:
-                self.payloads.pop(root)
-        reference = self.checks.reference
-        self._published[effect.table, effect.shard, effect.version] = [
-            (reference.version(effect.table, start, effect.version), stop - start)
-            for start, stop in shard.parts
-        ]
+    def _make(self, effect: MakeParts) -> None:
+        key = (effect.table, effect.shard)
+        shard, shelf, reference = self.server.shards[key], self._shelves[key], self.checks.reference
+        self.checks.on_made(shard, effect, self._values(effect.parts))
+        is_busy = self.world.rng.random() < reference.scenario.busy
+        if is_busy:
+            self.network.count("busy")
+        for ready in effect.parts:
+            value = reference.version(effect.table, shard.parts[ready.part][0], effect.version)
+            shelf.put(effect.version, ready.part, value, is_busy)
+            if ready.root is not None:
+                self.payloads.pop(ready.root)
 
     def _release_version(self, effect: ReleaseVersion) -> None:
-        key = (effect.table, effect.shard, effect.version)
-        if self._published.pop(key, None) is None:
-            raise Violation(f"version {key} is released, but not held")
+        self._shelves[effect.table, effect.shard].drop(effect.version)
+
+    def _record(self, effect: RecordVersion) -> None:
+        self._shelves[effect.table, effect.shard].check_whole(effect.version)
+        self.checks.on_recorded(effect)
 
     # ---- checks ----------------------------------------------------------------------------------
 
     def handles(self) -> int:
-        """Payloads in the folds of open rounds."""
+        """Payloads in the folds of open rounds; what was made of a part took its root over."""
         return sum(
             held.payload is not None
             for shard in self.server.shards.values()
             if shard.round is not None
-            for part in shard.round.folds
+            for number, part in enumerate(shard.round.folds)
+            if number not in shard.round.made
             for held in part.fold.nodes.values()
         )
 
@@ -202,10 +291,9 @@ class ServerProcess(Listener):
         if core.view < self._view:
             raise Violation(f"view {core.view} follows view {self._view}")
         self._view = core.view
-        if len(self._published) > VERSIONS_HELD_MAX * len(core.shards):
-            raise Violation(
-                f"{len(self._published)} versions of {len(core.shards)} shards are held"
-            )
+        for key, shelf in self._shelves.items():
+            if len(shelf.versions) > VERSIONS_HELD_MAX:
+                raise Violation(f"versions {list(shelf.versions)} of shard {key} are held")
         for shard in core.shards.values():
             if len(shard.waits) > len(self.network.connections) + self.network.closed:
                 raise Violation(f"{len(shard.waits)} pulls wait at a shard")

@@ -10,6 +10,8 @@ import random
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
+import msgspec
+
 from tests.sim.network import Weather
 from tests.sim.world import MS, SECOND
 from treefold.common.plan import LoopPlan, PlanKind
@@ -23,6 +25,9 @@ from treefold.common.spec import (
     TensorSpec,
 )
 
+COPY_TIMES = {False: (0, 1, 20), True: (0, 20, 100)}
+"""Twentieths of a slot's time that it takes to copy half of a version, and where workers lag."""
+
 
 class Kind(Enum):
     """What can happen to a process or a pair of them."""
@@ -32,6 +37,14 @@ class Kind(Enum):
     PARTITION = auto()  # nothing passes from one host to another, in this direction
     RECONNECT = auto()  # a worker's connections are made again
     DRAIN = auto()  # a worker is asked to stop
+
+
+class Early(Enum):
+    """When servers hear of a round's hyper-parameters."""
+
+    BACKWARD = auto()  # before the first part of slot 0
+    STEP = auto()  # before the last ones
+    NEVER = auto()  # with all the rest of what slot 0 brings
 
 
 class Theme(Enum):
@@ -90,6 +103,16 @@ class Scenario:
         Rounds of a job in which every worker has its own loader; 0 for a job with slots.
     is_joining : bool
         Whether scripts wait until the cluster has formed before they declare anything.
+    shared : float
+        Chance that payloads go through shared memory, message by message.
+    busy : float
+        Chance that a version's buffer is still being sent when another version needs it.
+    copy_ns : int
+        How long it takes to copy half of a version at most, on a fast worker.
+    is_lending : bool
+        Whether scripts lend their gradients where they can.
+    early : Early
+        When servers hear of the hyper-parameters.
     """
 
     seed: int
@@ -113,6 +136,11 @@ class Scenario:
     is_doomed: bool = False
     loader_rounds: int = 0
     is_joining: bool = True
+    shared: float = 1.0
+    busy: float = 0.0
+    copy_ns: int = 0
+    is_lending: bool = True
+    early: Early = Early.BACKWARD
 
     @property
     def rounds(self) -> int:
@@ -125,7 +153,8 @@ class Scenario:
 
         The seconds on top are many times what seeds were seen to need.
         """
-        work_ns = int(self.compute_ns * max(self.factors) * self.slots * (self.rounds + 2) * 3)
+        slot_ns = self.compute_ns + 2 * self.copy_ns * len(self.tables)
+        work_ns = int(slot_ns * max(self.factors) * self.slots * (self.rounds + 2) * 3)
         if self.is_doomed:
             work_ns += self.patience.server_dead_after_ns + self.patience.form_timeout_ns
         return max(self.heal_ns, *self.starts_ns) + work_ns + 20 * SECOND
@@ -212,7 +241,26 @@ def draw(seed: int, theme: Theme | None = None) -> Scenario:
     )
     job = _with_loader(rng, base) if is_loader else _with_slots(rng, base)
     job = replace(job, tables=_tables(rng, job.block_elements))
-    return _with_theme(rng, _with_faults(rng, job), theme)
+    return _with_lanes(_with_theme(rng, _with_faults(rng, job), theme), theme)
+
+
+def _with_lanes(job: Scenario, theme: Theme) -> Scenario:
+    """Draw by which lanes payloads go, and what scripts do with their memory."""
+    rng = random.Random(f"lanes {job.seed}")
+    placement = rng.choice((Placement.ELEMENTWISE, Placement.ELEMENTWISE, Placement.TENSORWISE))
+    tables = tuple(
+        msgspec.structs.replace(spec, placement=placement) if spec.rule is Rule.OPTIMIZER else spec
+        for spec in job.tables
+    )
+    return replace(
+        job,
+        tables=tables,
+        shared=rng.choice((0.0, 0.5, 1.0, 1.0)),
+        busy=rng.choice((0.0, 0.0, 0.3)),
+        copy_ns=job.compute_ns * rng.choice(COPY_TIMES[theme is Theme.LAGGING]) // 20,
+        is_lending=rng.random() < 0.7,
+        early=rng.choice(list(Early)),
+    )
 
 
 def _with_theme(rng: random.Random, job: Scenario, theme: Theme) -> Scenario:
@@ -361,7 +409,7 @@ def _tables(rng: random.Random, block: int) -> tuple[TableSpec, ...]:
         last = [(size, BUFFER_GROUP if rng.random() < 0.4 else 1) for size, _ in found[second:]]
         return found[:second] + sorted(last, key=lambda item: item[1] == BUFFER_GROUP)
 
-    found = [table("a", sizes(rng.choice((1, 2, 3, 5, 8))))]
+    found = [table("a", sizes(rng.choice((1, 2, 3, 5, 8, 20))))]
     if rng.random() < 0.3:
         found.append(table("b", sizes(rng.choice((1, 2)))))
     if rng.random() < 0.2:

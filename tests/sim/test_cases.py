@@ -9,7 +9,7 @@ import pytest
 from tests.sim.cluster import Cluster, Cores, tiny_layout
 from tests.sim.network import Weather
 from tests.sim.scenario import Fault, Kind, Patience, Scenario, loader, passes, table
-from tests.sim.worker import Script, Trainer
+from tests.sim.trainer import Script, Trainer
 from tests.sim.world import MS, SECOND, Violation
 from treefold.common.errors import JobFailedError, SpecMismatchError
 from treefold.scheduler.core import SchedulerCore
@@ -148,7 +148,7 @@ STOPPED = replace(
 
 def stopped(name: str, for_ns: int) -> Scenario:
     """A process is stopped in the middle of training."""
-    return replace(STOPPED, faults=(Fault(700 * MS, Kind.FREEZE, name, for_ns),))
+    return replace(STOPPED, faults=(Fault(750 * MS, Kind.FREEZE, name, for_ns),))
 
 
 def test_a_scheduler_that_was_stopped_gives_nobody_up() -> None:

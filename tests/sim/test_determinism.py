@@ -1,5 +1,6 @@
 """A seed is all that a run depends on: not the process, not the hashes of its strings."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from tests.sim.cluster import simulate
 from tests.sim.scenario import draw
 
 ROOT = Path(__file__).parent.parent.parent
+PATHS = os.pathsep.join([str(ROOT), *sys.path])  # the same cores as here, wherever they are from
 SEEDS = range(10)
 HASH_SEEDS = ("1", "2")
 TRACES = """
@@ -30,7 +32,7 @@ def traces() -> list[list[str]]:
     started = [
         subprocess.Popen(
             [sys.executable, "-c", TRACES],
-            env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT), "PATH": ""},
+            env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": PATHS, "PATH": ""},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,

@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.sim import found, planted
+from tests.sim import found, planted, planted_parts
 from tests.sim.cluster import simulate
 from tests.sim.planting import PLANTED
 from tests.sim.scenario import Theme, draw
 from tests.sim.world import Violation
 
 SEEDS_MAX = 150
-MODULES = (found, planted)  # importing them has filled `PLANTED`
+MODULES = (found, planted, planted_parts)  # importing them has filled `PLANTED`
 
 
 def run_seeds(theme: Theme, count: int) -> None:

@@ -15,6 +15,7 @@ SAMPLE = range(120)
 EXPECTED = (
     "CRASH", "FREEZE", "PARTITION", "RECONNECT", "DRAIN", "network",
     "Fenced", "Grant", "Flush", "RoundLate", "RoundStatus", "NormDecision", "Stop",
+    "RoundHyper", "part before its version", "run", "torn", "lent", "shared", "busy",
 )  # fmt: skip
 
 

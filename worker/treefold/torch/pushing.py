@@ -239,11 +239,14 @@ class Pushing:
 
     @property
     def _is_lendable(self) -> bool:
-        """Whether this slot's gradients can be read where they are until the next version."""
-        gradients = self.gradients
-        if self._task is None or self._task.is_kept or gradients.flat is None:
+        """Whether this slot's gradients can be read where they are until the next version.
+
+        There are two buffers, so that one can be lent while the other one is written to.
+        """
+        task = self._task
+        if task is None or task.is_kept or task.is_lent or self.gradients.flat is None:
             return False
-        if gradients.has_moved:
+        if self.gradients.has_moved:
             return False
         return self._is_stale_allowed or self.lending is Lending.ON
 
