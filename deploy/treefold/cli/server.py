@@ -2,9 +2,7 @@
 
 import sys
 
-from treefold.cli.flags import Parser
-from treefold.common.config import Settings
-from treefold.common.errors import ConfigError
+from treefold.cli.flags import Parser, check_scheduler
 from treefold.common.log import configure
 
 DESCRIPTION = (
@@ -42,16 +40,3 @@ def announce(address: str) -> None:
     """Print the address that was bound."""
     sys.stdout.write(f"server {address}\n")
     sys.stdout.flush()
-
-
-def check_scheduler(settings: Settings, role: str) -> None:
-    """Refuse to start a member that has nobody to register with.
-
-    Raises
-    ------
-    ConfigError
-        No scheduler's address is set.
-    """
-    if not settings.scheduler:
-        msg = f"a {role} needs its scheduler's address: --scheduler ADDRESS or TREEFOLD_SCHEDULER"
-        raise ConfigError(msg)
