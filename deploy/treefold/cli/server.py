@@ -1,5 +1,6 @@
 """``treefold server``: one server of a cluster."""
 
+import gc
 import sys
 
 from treefold.cli.flags import Parser, check_scheduler
@@ -31,8 +32,13 @@ def main(words: list[str]) -> int:
     _, loaded = Parser("server", DESCRIPTION, FLAGS).read(words)
     check_scheduler(loaded.settings, "server")
     configure(loaded.settings.log_level, "server")
+    gc.disable()
     from treefold.server.shell import main as run  # noqa: PLC0415 # after the flags are checked
 
+    # Torch's objects stay for good: to look through them again and again, and once more at the end,
+    # would take longer than a small job.
+    gc.freeze()
+    gc.enable()
     return run(loaded.settings, announce)
 
 
