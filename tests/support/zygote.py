@@ -34,7 +34,7 @@ def main(descriptor: int) -> None:
     for name in PRELOADED:
         import_module(name)
     import_module("torch").set_num_threads(1)
-    import_module("treefold.server.shell").warm_up()
+    import_module("treefold.server.shell").spare_compiler()
     wake, bell = socket.socketpair()
     wake.setblocking(False)
     bell.setblocking(False)

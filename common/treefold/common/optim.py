@@ -5,6 +5,7 @@ A description is names and plain numbers; nothing here imports or evaluates what
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
@@ -50,6 +51,9 @@ _REFUSED_FLAGS = {
     "capturable": "servers step outside CUDA graphs; pass capturable=False",
     "differentiable": "a step on a server is not in the autograd graph; pass differentiable=False",
 }
+_NOT_COMPILED = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+_COMPILER = "torch._dynamo"
+_MARK = "__dynamo_disable"  # where torch keeps what it calls in the place of such a method
 _FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -283,11 +287,29 @@ def _is_alike(value: HyperValue, default: HyperValue) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def warm_up() -> None:
-    """Make torch import now what it would import with the first optimizer.
+def spare_compiler() -> None:
+    """Keep torch from importing its compiler for the sake of optimizers, where nothing is compiled.
 
-    That takes about a second in which the process would not answer anybody.
+    Torch marks some methods of optimizers as not to be compiled. It does so when they are first
+    called, and imports its compiler to do it, which takes as long as importing torch itself. As
+    long as nobody else has imported the compiler nothing can be compiled, so until then the methods
+    are called without a mark; after that torch goes its usual way. A torch that works otherwise is
+    left as it is, and starts later.
     """
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
-    torch.optim.SGD([parameter], lr=0.0).step()
+    for name in _NOT_COMPILED:
+        marked: Callable[..., object] = getattr(Optimizer, name)
+        plain: Callable[..., object] = getattr(marked, "__wrapped__", marked)
+        if _COMPILER not in sys.modules and not hasattr(plain, _MARK):
+            setattr(plain, _MARK, _until_compiled(plain, marked))
+
+
+def _until_compiled(
+    plain: Callable[..., object], marked: Callable[..., object]
+) -> Callable[..., object]:
+    def call(*args: object, **kwargs: object) -> object:
+        if _COMPILER not in sys.modules:
+            return plain(*args, **kwargs)
+        vars(plain).pop(_MARK, None)
+        return marked(*args, **kwargs)
+
+    return call

@@ -11,6 +11,7 @@ from typing import NoReturn
 import msgspec
 
 from treefold.common.config import KEYS, PREFIX, Loaded, Settings, load
+from treefold.common.errors import ConfigError
 
 WIDTH = 100
 
@@ -82,6 +83,19 @@ class Parser(argparse.ArgumentParser):
         """End with exit code 2."""
         sys.stderr.write(f"{self.prog}: {message}\n")
         sys.exit(2)
+
+
+def check_scheduler(settings: Settings, role: str) -> None:
+    """Refuse to start a member that has nobody to register with.
+
+    Raises
+    ------
+    ConfigError
+        No scheduler's address is set.
+    """
+    if not settings.scheduler:
+        msg = f"a {role} needs its scheduler's address: --scheduler ADDRESS or TREEFOLD_SCHEDULER"
+        raise ConfigError(msg)
 
 
 def setting_texts() -> dict[str, str]:

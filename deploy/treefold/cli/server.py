@@ -1,10 +1,9 @@
 """``treefold server``: one server of a cluster."""
 
+import gc
 import sys
 
-from treefold.cli.flags import Parser
-from treefold.common.config import Settings
-from treefold.common.errors import ConfigError
+from treefold.cli.flags import Parser, check_scheduler
 from treefold.common.log import configure
 
 DESCRIPTION = (
@@ -33,8 +32,13 @@ def main(words: list[str]) -> int:
     _, loaded = Parser("server", DESCRIPTION, FLAGS).read(words)
     check_scheduler(loaded.settings, "server")
     configure(loaded.settings.log_level, "server")
+    gc.disable()
     from treefold.server.shell import main as run  # noqa: PLC0415 # after the flags are checked
 
+    # Torch's objects stay for good: to look through them again and again, and once more at the end,
+    # would take longer than a small job.
+    gc.freeze()
+    gc.enable()
     return run(loaded.settings, announce)
 
 
@@ -42,16 +46,3 @@ def announce(address: str) -> None:
     """Print the address that was bound."""
     sys.stdout.write(f"server {address}\n")
     sys.stdout.flush()
-
-
-def check_scheduler(settings: Settings, role: str) -> None:
-    """Refuse to start a member that has nobody to register with.
-
-    Raises
-    ------
-    ConfigError
-        No scheduler's address is set.
-    """
-    if not settings.scheduler:
-        msg = f"a {role} needs its scheduler's address: --scheduler ADDRESS or TREEFOLD_SCHEDULER"
-        raise ConfigError(msg)

@@ -4,9 +4,8 @@ import os
 
 import msgspec
 
-from treefold.cli.flags import Parser
+from treefold.cli.flags import Parser, check_scheduler
 from treefold.cli.run import COMMAND_HELP, COMMAND_METAVAR, command_of
-from treefold.cli.server import check_scheduler
 from treefold.common.config import PREFIX, environment_of
 from treefold.launch.commands import prepared
 from treefold.launch.link import fetch

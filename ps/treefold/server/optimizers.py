@@ -4,6 +4,7 @@ Which classes there are, and where their tables may be cut, is `treefold.common.
 knows shards or flat spaces: a parameter is a tensor, and it may be cut into several at any time.
 """
 
+import inspect
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -162,7 +163,9 @@ def step(optimizer: Optimizer) -> None:
                     "fused=True cannot step; leave out fused=True"
                 )
                 raise UnsupportedError(text)
-    optimizer.step()
+    # What torch wraps a step in is for hooks, the profiler and the compiler, which it would import.
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)
 
 
 def split_parameter(

@@ -14,7 +14,7 @@ from treefold.common.errors import DataError, UnsupportedError
 from treefold.common.fold import Folder, Payload
 from treefold.common.ledger import StateRecord, VersionRecord, Writer
 from treefold.common.log import logger
-from treefold.common.optim import warm_up
+from treefold.common.optim import spare_compiler
 from treefold.common.process import ProcessFigures, Spent, keep_freed_memory, random_number
 from treefold.common.spec import Rule
 from treefold.server.core import ServerCore, ServerLimits
@@ -70,7 +70,7 @@ class ServerShell:
 
     def __init__(self, settings: Settings, context: Context | None = None) -> None:
         self._settings = settings
-        warm_up()
+        spare_compiler()
         self._hub = Hub(context)
         bound = self._hub.listen(
             LISTENER,

@@ -19,9 +19,8 @@ from treefold.common.errors import (
     SchedulerLostError,
     TreefoldError,
 )
-from treefold.common.optim import warm_up
+from treefold.common.optim import spare_compiler
 from treefold.common.plan import LoopPlan, PlanKind
-from treefold.torch.embedded import connect_embedded
 from treefold.torch.leaving import ExitWatch, end_with
 from treefold.torch.progress import LossWatch
 from treefold.torch.pushing import Overlap
@@ -290,7 +289,7 @@ def init(
         raise ConfigError(msg)
     arguments = {"slots": slots, "seed": seed, "scheduler": scheduler}
     settings = load(arguments).settings
-    warm_up()
+    spare_compiler()
     client = _connect(settings)
     if threads:
         torch.set_num_threads(threads)
@@ -349,7 +348,11 @@ def round_number() -> int:
 
 
 def _connect(settings: Settings) -> Client:
-    return Client(settings) if settings.scheduler else connect_embedded(settings)
+    if settings.scheduler:
+        return Client(settings)
+    from treefold.torch.embedded import connect_embedded  # noqa: PLC0415 # workers do without it
+
+    return connect_embedded(settings)
 
 
 def _leave(outcome: Outcome, text: str) -> None:
