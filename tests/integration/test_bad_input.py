@@ -219,9 +219,7 @@ def push_to(job: Cluster) -> tuple[str, Push]:
     [name] = [s["server"] for s in status["tables"][0]["shards"] if s["shard"] == 0]
     [address] = [m["address"] for m in status["members"] if m["name"] == name]
     frame = Frame(Dtype.FLOAT32, 7)
-    return address, Push(
-        status["job"], STRANGER, status["view"], 0, 0, 0, 1, 2, 8, 0, 7, [], frame
-    )
+    return address, Push(status["job"], STRANGER, status["view"], 0, 0, 0, 1, 2, 8, 0, 7, [], frame)
 
 
 WHERE = "table 'model' shard 0 part 0: "

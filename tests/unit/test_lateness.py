@@ -9,7 +9,7 @@ from treefold.common.spec import (
     TensorSpec,
 )
 from treefold.server import lateness
-from treefold.server.rounds import RoundState, Shard, Wait
+from treefold.server.rounds import Held, RoundState, Shard, Wait
 from treefold.wire.membership import MS
 from treefold.wire.messages import Push
 
@@ -22,16 +22,16 @@ def make_shard(table: int, rule: Rule = Rule.OPTIMIZER) -> Shard:
     optimizer = OptimizerSpec("SGD", [{"lr": 0.1}]) if rule is Rule.OPTIMIZER else None
     tensor = TensorSpec("w", [4], Dtype.FLOAT32, 0)
     spec = TableSpec(f"t{table}", rule, Placement.ELEMENTWISE, [tensor], optimizer)
-    shard = Shard(table, 0, 1, spec, [(0, 4)], [1])
+    shard = Shard(table, 0, 1, spec, [(0, 4)], [1], [Dtype.FLOAT32])
     for now_ns in (1, 1 + PERIOD):
         if shard.round is not None:
-            shard.publish(now_ns, shard.round, 0.0)
+            shard.publish(now_ns, shard.round)
     return shard
 
 
 def want(now_ns: int, shard: Shard) -> None:
     """Somebody waits for the version that the shard collects."""
-    shard.waits["worker"] = Wait(shard.version + 1, [0])
+    shard.waits["worker"] = Wait(shard.version + 1, {0: None})
     lateness.begin(now_ns, shard)
 
 
@@ -41,8 +41,8 @@ def bring(now_ns: int, shard: Shard, slot: int) -> None:
     if shard.round.active == 0:
         shard.round.open(4, 1)
         lateness.open_round(now_ns, shard)
-    push = Push(1, 1, 1, shard.table, 0, 0, shard.version, 4, 0, slot, b"\1", None)
-    shard.round.take(push, None, [])
+    push = Push(1, 1, 1, shard.table, 0, 0, 1, shard.version, 4, 0, slot, [b"\1"], None)
+    shard.round.take(0, push, Held(None, 1), [])
 
 
 def reports(now_ns: int, *shards: Shard) -> list[tuple[int, list[int]]]:
@@ -119,5 +119,5 @@ def test_initial_values_and_constant_tables_are_never_late() -> None:
 def test_a_pause_of_the_script_does_not_count_as_a_long_round() -> None:
     shard = make_shard(0)
     assert shard.round is not None
-    shard.publish(1 + PERIOD + 100 * PERIOD, shard.round, 0.0)
+    shard.publish(1 + PERIOD + 100 * PERIOD, shard.round)
     assert shard.round_time_ns < 2 * PERIOD

@@ -2,35 +2,52 @@
 
 import math
 
+import msgspec
 import pytest
 
+from tests.unit.server_driver import (
+    GROUPS,
+    JOB,
+    ME,
+    SPEC,
+    WORKER,
+    at_version,
+    complete,
+    control,
+    data,
+    holder,
+    hyper,
+    member,
+    meta,
+    new_core,
+    of,
+    pull,
+    push,
+    registered,
+    sent,
+    view,
+)
 from treefold.common import layout
 from treefold.common.spec import (
     Dtype,
-    Hyper,
-    OptimizerSpec,
     Placement,
-    Rule,
-    TableSpec,
-    TensorSpec,
 )
-from treefold.server.core import ServerCore, ServerLimits
 from treefold.server.effects import (
     ComputeNorm,
-    Effect,
     FoldPayloads,
+    MakeParts,
     NormComputed,
     OpenShard,
-    PartRef,
-    PublishVersion,
+    PartsRef,
+    ReadyPart,
     RecordVersion,
     ReleasePayload,
     ReleaseVersion,
     ServerDrainAsked,
     ServerFailed,
 )
-from treefold.wire.exchange import SCHEDULER, Halt, PeerLost, Received, Send, Tick
-from treefold.wire.membership import MS, Identity, Membership
+from treefold.wire.exchange import Halt, PeerLost, Received, Send, Tick
+from treefold.wire.membership import MS
 from treefold.wire.messages import (
     AssignTable,
     Code,
@@ -38,37 +55,19 @@ from treefold.wire.messages import (
     Frame,
     Heartbeat,
     HeartbeatSeen,
-    Leases,
     Leave,
     NormDecision,
     NormReport,
     Outcome,
-    Phase,
-    Pull,
+    Published,
     Pulled,
     Push,
     Refused,
     Register,
     Registered,
-    Role,
     RoundLate,
-    RoundMeta,
     RoundStatus,
-    ShardPlace,
     Stop,
-    TablePlace,
-    View,
-)
-
-JOB, ME, WORKER = 77, 3, b"worker"
-SECOND = 1_000 * MS
-GROUPS: list[Hyper] = [{"lr": 0.1}]
-SPEC = TableSpec(
-    "t",
-    Rule.OPTIMIZER,
-    Placement.ELEMENTWISE,
-    [TensorSpec("w", [3], Dtype.FLOAT32, 0), TensorSpec("b", [5], Dtype.FLOAT32, 0)],
-    OptimizerSpec("SGD", GROUPS),
 )
 
 
@@ -77,101 +76,6 @@ def _tiny_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight elements make two parts of one block each."""
     monkeypatch.setattr(layout, "BLOCK_ELEMENTS", 4)
     monkeypatch.setattr(layout, "PART_BLOCKS_MAX", 1)
-
-
-def new_core() -> ServerCore:
-    """A server that has just started."""
-    identity = Identity(Role.SERVER, 9, "address", "host", 1, "0")
-    return ServerCore(Membership(identity), ServerLimits(15 * SECOND))
-
-
-def control(core: ServerCore, message: object, at_ms: int = 0) -> list[Effect]:
-    """What a message of the scheduler makes a server do."""
-    return core.handle(at_ms * MS, Received(SCHEDULER, message))  # type: ignore[arg-type]  # any
-
-
-def view(number: int, shard_view: int = 2) -> View:
-    """A view in which this server holds the one shard of the one table."""
-    place = TablePlace(0, "t", 5, [ShardPlace(0, shard_view, 0, 2, ME)])
-    return View(number, Phase.RUNNING, 5, [], [place], Leases(0, []), Leases(0, []))
-
-
-def registered() -> Registered:
-    """The scheduler's answer to this server."""
-    return Registered(9, JOB, ME, 0, 500, 2_000, 1, 1)
-
-
-def member() -> ServerCore:
-    """A server that belongs to a job."""
-    core = new_core()
-    core.handle(0, Tick())
-    control(core, registered())
-    return core
-
-
-def holder() -> ServerCore:
-    """A server with an open shard that has no values yet."""
-    core = member()
-    control(core, AssignTable(0, SPEC))
-    control(core, view(2))
-    return core
-
-
-def push(round_: int, index: int, **other: object) -> Push:
-    """A push of one slot for part 0, of two slots that are active."""
-    fields: dict[str, object] = {
-        "job": JOB, "sender": 5, "view": 2, "table": 0, "shard": 0, "part": 0, "round": round_,
-        "active": 2, "level": 0, "index": index, "absent": b"\0", "frame": Frame(Dtype.FLOAT32, 4),
-    }  # fmt: skip
-    return Push(**{**fields, **other})  # type: ignore[arg-type]  # fields by name
-
-
-def meta(round_: int, norm_max: float = 0.0, **other: object) -> RoundMeta:
-    """What slot 0 brings."""
-    fields: dict[str, object] = {
-        "job": JOB, "sender": 5, "view": 2, "table": 0, "shard": 0, "round": round_, "active": 2,
-        "groups": GROUPS, "norm_max": norm_max, "state": b"s",
-    }  # fmt: skip
-    return RoundMeta(**{**fields, **other})  # type: ignore[arg-type]  # fields by name
-
-
-def pull(version: int, attempt: int = 0, parts: list[int] | None = None) -> Pull:
-    """A pull of the shard."""
-    return Pull(JOB, 5, 2, 0, 0, version, attempt, parts or [])
-
-
-def data(core: ServerCore, message: object, payload: int | None = None) -> list[Effect]:
-    """What a message of a worker makes a server do."""
-    return core.handle(0, Received(WORKER, message, payload))  # type: ignore[arg-type]  # any
-
-
-def at_version(version: int) -> ServerCore:
-    """A server whose shard has reached a version; payloads of round ``t`` are ``100 * t + n``."""
-    core = holder()
-    for part in (0, 1):
-        marks = b"\0"
-        data(core, push(-1, 0, part=part, active=1, absent=marks), part + 1)
-    for round_ in range(version):
-        complete(core, round_)
-    return core
-
-
-def complete(core: ServerCore, round_: int, norm_max: float = 0.0) -> list[Effect]:
-    """Send everything of one round; returns what its last message makes the server do."""
-    for part in (0, 1):
-        for slot in (0, 1):
-            data(core, push(round_, slot, part=part), 100 * (round_ + 1) + 2 * part + slot)
-    return data(core, meta(round_, norm_max))
-
-
-def sent(effects: list[Effect], kind: type) -> list[object]:
-    """Messages of a kind among effects."""
-    return [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, kind)]
-
-
-def of(effects: list[Effect], *kinds: type) -> list[Effect]:
-    """Effects of some kinds."""
-    return [effect for effect in effects if isinstance(effect, kinds)]
 
 
 # ---- becoming a member ---------------------------------------------------------------------------
@@ -281,16 +185,18 @@ def test_initial_values_make_version_zero_when_the_last_part_is_there() -> None:
     core = holder()
     first = data(core, push(-1, 0, part=0, active=1), 1)
     second = data(core, push(-1, 0, part=1, active=1), 2)
-    assert not of(first, PublishVersion)
-    (published,) = of(second, PublishVersion)
-    assert isinstance(published, PublishVersion)
-    assert (published.version, published.roots, published.meta) == (0, [1, 2], None)
+    assert [e.parts for e in first if isinstance(e, MakeParts)] == [[ReadyPart(0, 1, b"\0")]]
+    assert not of(first, RecordVersion)
+    (made,) = of(second, MakeParts)
+    assert isinstance(made, MakeParts)
+    assert (made.version, made.parts, made.groups) == (0, [ReadyPart(1, 2, b"\0")], None)
+    assert of(second, RecordVersion)
 
 
 def test_siblings_are_folded_left_and_right_whatever_comes_first() -> None:
     core = at_version(0)
     data(core, push(0, 1), 11)
-    assert of(data(core, push(0, 0), 10), FoldPayloads) == [FoldPayloads(0, 0, 0, 10, 11)]
+    assert of(data(core, push(0, 0), 10), FoldPayloads) == [FoldPayloads(10, 11)]
 
 
 def test_a_duplicate_is_released_and_changes_nothing() -> None:
@@ -313,24 +219,80 @@ def test_a_node_that_covers_held_ones_replaces_them() -> None:
 
 def test_a_part_without_any_gradient_adds_nothing_to_its_sibling() -> None:
     core = at_version(0)
-    data(core, push(0, 0, absent=b"\3", frame=None))
+    data(core, push(0, 0, absent=[b"\3"], frame=None))
     effects = data(core, push(0, 1), 11)
     assert not of(effects, FoldPayloads)
-    assert core.shards[0, 0].round is not None
-    assert core.shards[0, 0].round.roots()[0] == 11
+    current = core.shards[0, 0].round
+    assert current is not None
+    assert current.ready() == [ReadyPart(0, 11, b"\0")]
 
 
-def test_a_round_is_published_only_with_every_root_and_the_meta() -> None:
+def test_a_round_is_a_version_only_with_every_root_and_the_meta() -> None:
     core = at_version(0)
     for part in (0, 1):
         for slot in (0, 1):
-            assert not of(
-                data(core, push(0, slot, part=part), 10 + 2 * part + slot), PublishVersion
-            )
-    (published,) = of(data(core, meta(0)), PublishVersion)
-    assert isinstance(published, PublishVersion)
-    assert (published.version, published.roots, published.meta) == (1, [10, 12], meta(0))
-    assert math.isnan(published.norm)
+            effects = data(core, push(0, slot, part=part), 10 + 2 * part + slot)
+            assert not of(effects, MakeParts, RecordVersion)
+    effects = data(core, meta(0))
+    (made,) = of(effects, MakeParts)
+    assert isinstance(made, MakeParts)
+    assert made.parts == [ReadyPart(0, 10, b"\0"), ReadyPart(1, 12, b"\0")]
+    assert (made.version, made.groups, made.norm_max) == (1, GROUPS, 0.0)
+    assert math.isnan(made.norm)
+    assert of(effects, RecordVersion)
+
+
+def test_parts_are_made_one_by_one_once_the_hyper_parameters_are_known() -> None:
+    core = at_version(0)
+    data(core, hyper(0))
+    data(core, push(0, 0), 10)
+    (first,) = of(data(core, push(0, 1), 11), MakeParts)
+    assert isinstance(first, MakeParts)
+    assert (first.version, first.parts, first.groups) == (1, [ReadyPart(0, 10, b"\0")], GROUPS)
+    data(core, push(0, 0, part=1), 12)
+    last = data(core, push(0, 1, part=1), 13)
+    assert len(of(last, MakeParts)) == 1
+    assert not of(last, RecordVersion)
+    effects = data(core, meta(0))
+    assert not of(effects, MakeParts)
+    assert of(effects, RecordVersion)
+
+
+def test_a_tensorwise_table_is_made_all_parts_at_once() -> None:
+    core = at_version(0)
+    shard = core.shards[0, 0]
+    shard.spec = msgspec.structs.replace(shard.spec, placement=Placement.TENSORWISE)
+    data(core, hyper(0))
+    for slot in (0, 1):
+        assert not of(data(core, push(0, slot), 10 + slot), MakeParts)
+    data(core, push(0, 0, part=1), 12)
+    (made,) = of(data(core, push(0, 1, part=1), 13), MakeParts)
+    assert isinstance(made, MakeParts)
+    assert [ready.part for ready in made.parts] == [0, 1]
+
+
+def test_the_version_before_goes_when_the_first_part_of_the_next_is_made() -> None:
+    core = at_version(1)
+    data(core, hyper(1))
+    data(core, push(1, 0), 10)
+    effects = data(core, push(1, 1), 11)
+    assert of(effects, ReleaseVersion, MakeParts)[0] == ReleaseVersion(0, 0, 0)
+    assert 0 not in core.shards[0, 0].kept
+    assert 1 in core.shards[0, 0].kept
+
+
+def test_a_run_of_parts_is_taken_in_part_by_part() -> None:
+    core = at_version(0)
+    data(core, hyper(0))
+    frame = Frame(Dtype.FLOAT32, 8)
+    both = {"count": 2, "frame": frame}
+    core.handle(0, Received(WORKER, push(0, 0, **both), (10, 20)))
+    effects = core.handle(0, Received(WORKER, push(0, 1, **both), (11, 21)))
+    folds = of(effects, FoldPayloads)
+    assert folds == [FoldPayloads(10, 11), FoldPayloads(20, 21)]
+    assert [type(e) for e in effects if isinstance(e, FoldPayloads | MakeParts)] == [
+        FoldPayloads, MakeParts, FoldPayloads, MakeParts,
+    ]  # fmt: skip
 
 
 def test_a_round_records_who_contributed_what() -> None:
@@ -342,20 +304,18 @@ def test_a_round_records_who_contributed_what() -> None:
     assert record == RecordVersion(0, 0, 1, [(0, 0, 5), (0, 1, 6)])
 
 
-def test_the_third_version_lets_the_first_one_go() -> None:
-    core = at_version(1)
-    assert of(complete(core, 1), ReleaseVersion) == [ReleaseVersion(0, 0, 0)]
-
-
 def test_a_limit_of_the_norm_is_a_question_to_the_scheduler_and_then_a_version() -> None:
     core = at_version(0)
-    assert of(complete(core, 0, norm_max=1.0), ComputeNorm) == [ComputeNorm(0, 0, 0, [100, 102])]
+    assert of(complete(core, 0, norm_max=1.0), ComputeNorm) == [
+        ComputeNorm(0, 0, 0, [ReadyPart(0, 100, b"\0"), ReadyPart(1, 102, b"\0")])
+    ]
     reports = sent(core.handle(0, NormComputed(0, 0, 0, [1.0, 2.0])), NormReport)
     assert reports == [NormReport(ME, 0, 0, 0, [1.0, 2.0])]
-    (published,) = of(control(core, NormDecision(0, 0, 1.75)), PublishVersion)
-    assert isinstance(published, PublishVersion)
-    assert published.norm == 1.75
-    assert not of(control(core, NormDecision(0, 0, 1.75)), PublishVersion)
+    (made,) = of(control(core, NormDecision(0, 0, 1.75)), MakeParts)
+    assert isinstance(made, MakeParts)
+    assert (made.norm, made.norm_max, len(made.parts)) == (1.75, 1.0, 2)
+    assert core.shards[0, 0].version == 1
+    assert not of(control(core, NormDecision(0, 0, 1.75)), MakeParts)
 
 
 def test_a_norm_report_is_sent_again_until_it_is_answered() -> None:
@@ -368,21 +328,43 @@ def test_a_norm_report_is_sent_again_until_it_is_answered() -> None:
 # ---- pulls ---------------------------------------------------------------------------------------
 
 
-def test_a_version_is_sent_part_by_part_with_its_state_in_part_zero() -> None:
+def test_a_version_is_sent_in_runs_of_parts_and_then_said_to_be_whole() -> None:
     replies = of(data(at_version(1), pull(1)), Send)
-    assert [r.payload for r in replies if isinstance(r, Send)] == [
-        PartRef(0, 0, 1, 0),
-        PartRef(0, 0, 1, 1),
-    ]
-    states = [m.state for m in sent(replies, Pulled) if isinstance(m, Pulled)]
-    assert states == [b"s", b""]
+    assert [r.payload for r in replies if isinstance(r, Send)] == [PartsRef(0, 0, 1, 0, 2), None]
+    (word,) = sent(replies, Published)
+    assert isinstance(word, Published)
+    assert (word.version, word.state) == (1, b"s")
+
+
+def test_who_waits_is_sent_parts_as_they_are_made_and_the_word_last() -> None:
+    core = at_version(1)
+    data(core, pull(2))
+    data(core, hyper(1))
+    data(core, push(1, 0), 10)
+    early = sent(data(core, push(1, 1), 11), Pulled)
+    assert [(r.part, r.count, r.version) for r in early if isinstance(r, Pulled)] == [(0, 1, 2)]
+    data(core, push(1, 0, part=1), 12)
+    late = data(core, push(1, 1, part=1), 13)
+    assert [r.part for r in sent(late, Pulled) if isinstance(r, Pulled)] == [1]
+    assert not sent(late, Published)
+    last = data(core, meta(1))
+    assert (len(sent(last, Published)), len(sent(last, Pulled))) == (1, 0)
+
+
+def test_who_asks_when_some_parts_are_made_is_sent_those_at_once() -> None:
+    core = at_version(1)
+    data(core, hyper(1))
+    data(core, push(1, 0), 10)
+    data(core, push(1, 1), 11)
+    replies = sent(data(core, pull(2)), Pulled)
+    assert [(r.part, r.version) for r in replies if isinstance(r, Pulled)] == [(0, 2)]
 
 
 def test_a_version_that_does_not_exist_yet_is_sent_when_it_does() -> None:
     core = at_version(1)
     assert data(core, pull(2)) == []
     replies = sent(complete(core, 1), Pulled)
-    assert [reply.version for reply in replies if isinstance(reply, Pulled)] == [2, 2]
+    assert [(r.part, r.count, r.version) for r in replies if isinstance(r, Pulled)] == [(0, 2, 2)]
 
 
 def test_a_second_attempt_is_told_what_the_round_lacks() -> None:
@@ -396,7 +378,7 @@ def test_a_second_attempt_is_told_what_the_round_lacks() -> None:
 
 def test_a_version_that_is_kept_no_longer_is_answered_with_the_newest() -> None:
     replies = sent(data(at_version(3), pull(1, parts=[1])), Pulled)
-    assert [(r.part, r.version) for r in replies if isinstance(r, Pulled)] == [(0, 3), (1, 3)]
+    assert [(r.part, r.count, r.version) for r in replies if isinstance(r, Pulled)] == [(0, 2, 3)]
 
 
 def test_a_pull_of_single_parts_is_answered_with_those() -> None:
@@ -424,7 +406,7 @@ def test_who_cannot_be_reached_any_more_is_not_waited_for() -> None:
         (push(0, 2), Code.BAD_NODE),
         (push(0, 0, level=2), Code.BAD_NODE),
         (push(-1, 0), Code.BAD_NODE),
-        (push(0, 0, absent=b"\0\0"), Code.BAD_PAYLOAD),
+        (push(0, 0, absent=[b"\0\0"]), Code.BAD_PAYLOAD),
         (push(0, 0, frame=Frame(Dtype.FLOAT32, 3)), Code.BAD_PAYLOAD),
         (push(0, 0, frame=Frame(Dtype.BFLOAT16, 4)), Code.BAD_PAYLOAD),
         (push(0, 0, frame=None), Code.BAD_PAYLOAD),

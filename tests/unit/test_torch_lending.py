@@ -9,7 +9,7 @@ from treefold.common.layout import Layout
 from treefold.common.process import Spent
 from treefold.common.spec import Dtype, OptimizerSpec, Placement, Rule, TableSpec, TensorSpec
 from treefold.torch.pushing import Lending, Pushing, TablePort
-from treefold.worker.client import PartRun, Task
+from treefold.worker.handed import PartRun, Task
 from treefold.worker.pulls import PartRange
 from treefold.worker.shell import Values
 

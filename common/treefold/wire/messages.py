@@ -40,6 +40,7 @@ Round = Annotated[int, Meta(ge=-1, lt=1 << 62)]
 Active = Annotated[int, Meta(ge=1, le=SLOTS_MAX)]
 Address = Annotated[str, Meta(max_length=1_024)]
 Spent = Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)]
+Marks = Annotated[bytes, Meta(max_length=ABSENT_BYTES_MAX)]
 State = Annotated[bytes, Meta(max_length=STATE_BYTES_MAX)]
 
 INITIAL_ROUND = -1  # the "round" that brings initial values and makes version 0
@@ -364,9 +365,7 @@ class Push(Message, tag=40, frozen=True):
     active: Active
     level: Annotated[int, Meta(ge=0, le=16)]
     index: Slot
-    absent: Annotated[
-        list[Annotated[bytes, Meta(max_length=ABSENT_BYTES_MAX)]], Meta(max_length=RUN_PARTS_MAX)
-    ]
+    absent: Annotated[list[Marks], Meta(max_length=RUN_PARTS_MAX)]
     frame: Frame | None
 
 
@@ -494,33 +493,8 @@ class SegmentAnswer(Message, tag=49, frozen=True):
 
 
 AnyMessage = (
-    Register
-    | Registered
-    | Refused
-    | Heartbeat
-    | HeartbeatSeen
-    | DeclareTable
-    | DeclarePlan
-    | Accepted
-    | View
-    | AssignTable
-    | Leave
-    | RoundLate
-    | Grant
-    | Flush
-    | NormReport
-    | NormDecision
-    | StatusRequest
-    | StatusReply
-    | Stop
-    | Fenced
-    | Push
-    | RoundHyper
-    | RoundMeta
-    | Pull
-    | Pulled
-    | Published
-    | RoundStatus
-    | SegmentOffer
-    | SegmentAnswer
-)
+    Register | Registered | Refused | Heartbeat | HeartbeatSeen | DeclareTable | DeclarePlan
+    | Accepted | View | AssignTable | Leave | RoundLate | Grant | Flush | NormReport
+    | NormDecision | StatusRequest | StatusReply | Stop | Fenced | Push | RoundHyper | RoundMeta
+    | Pull | Pulled | Published | RoundStatus | SegmentOffer | SegmentAnswer
+)  # fmt: skip

@@ -4,6 +4,7 @@ import math
 import types
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import TypedDict, Unpack
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +14,14 @@ from treefold.torch import session
 from treefold.torch.binding import bind, wire_of
 from treefold.torch.buffers import BufferMode
 from treefold.torch.table import Owned, Table, TableOptions, load_frozen
+
+
+class OptimizerOptions(TypedDict, total=False):
+    """Keywords of `DistributedOptimizer`; its docstring says what they mean."""
+
+    buffers: str
+    lend: bool
+    wire: str
 
 
 class DistributedOptimizer(Optimizer):
@@ -68,14 +77,18 @@ class DistributedOptimizer(Optimizer):
         optimizer: Optimizer,
         model: nn.Module,
         overlap: bool = True,
-        buffers: str = "mean",
-        lend: bool = True,
-        wire: str = "float32",
+        **options: Unpack[OptimizerOptions],
     ) -> None:
         self._table: Table | None = None
         job = session.current()
         job.check_can_declare()
-        mode = BufferMode.of(buffers)
+        known = OptimizerOptions.__annotations__
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            msg = f"DistributedOptimizer has no argument {unknown[0]!r}; it has {', '.join(known)}"
+            raise ConfigError(msg)
+        mode = BufferMode.of(options.get("buffers", "mean"))
+        wire = wire_of(options.get("wire", "float32"))
         super().__init__([{"params": []}], {})
         self.param_groups = optimizer.param_groups
         self.defaults = optimizer.defaults
@@ -83,7 +96,7 @@ class DistributedOptimizer(Optimizer):
         self.inner = optimizer
         bound = bind(optimizer, model, job.is_taken)
         name = "model" if not job.tables else f"model-{len(job.tables)}"
-        options = TableOptions(name, overlap, mode, lend, wire_of(wire))
+        options = TableOptions(name, overlap, mode, options.get("lend", True), wire)
         table = Table(job.client, Owned(optimizer, self, model), bound, options)
         load_frozen(job.client, f"{name}.frozen", bound.frozen)
         self._table = table
