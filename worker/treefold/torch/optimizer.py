@@ -96,8 +96,8 @@ class DistributedOptimizer(Optimizer):
         self.inner = optimizer
         bound = bind(optimizer, model, job.is_taken)
         name = "model" if not job.tables else f"model-{len(job.tables)}"
-        options = TableOptions(name, overlap, mode, options.get("lend", True), wire)
-        table = Table(job.client, Owned(optimizer, self, model), bound, options)
+        chosen = TableOptions(name, overlap, mode, options.get("lend", True), wire)
+        table = Table(job.client, Owned(optimizer, self, model), bound, chosen)
         load_frozen(job.client, f"{name}.frozen", bound.frozen)
         self._table = table
         self._job = job
