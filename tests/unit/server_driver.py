@@ -85,7 +85,8 @@ def push(round_: int, index: int, **other: object) -> Push:
     """A push of one slot for part 0, of two slots that are active."""
     fields: dict[str, object] = {
         "job": JOB, "sender": 5, "view": 2, "table": 0, "shard": 0, "part": 0, "count": 1,
-        "round": round_, "active": 2, "level": 0, "index": index, "absent": [], "frame": Frame(Dtype.FLOAT32, 4),
+        "round": round_, "active": 2, "level": 0, "index": index, "absent": [],
+        "frame": Frame(Dtype.FLOAT32, 4),
     }  # fmt: skip
     return Push(**{**fields, **other})  # type: ignore[arg-type]  # fields by name
 
