@@ -8,7 +8,7 @@ import pytest
 
 from tests.sim.cluster import Cluster, Cores, tiny_layout
 from tests.sim.network import Weather
-from tests.sim.scenario import Fault, Kind, Patience, Scenario, loader, passes, table
+from tests.sim.scenario import Early, Fault, Kind, Patience, Scenario, loader, passes, table
 from tests.sim.trainer import Script, Trainer
 from tests.sim.world import MS, SECOND, Violation
 from treefold.common.errors import JobFailedError, SpecMismatchError
@@ -16,6 +16,7 @@ from treefold.scheduler.core import SchedulerCore
 from treefold.server import lateness
 from treefold.wire.membership import Membership
 from treefold.wire.messages import Outcome, Phase
+from treefold.worker.effects import Task
 
 CALM = Scenario(
     seed=5,
@@ -146,9 +147,9 @@ STOPPED = replace(
 )
 
 
-def stopped(name: str, for_ns: int) -> Scenario:
+def stopped(name: str, for_ns: int, at_ms: int = 750) -> Scenario:
     """A process is stopped in the middle of training."""
-    return replace(STOPPED, faults=(Fault(750 * MS, Kind.FREEZE, name, for_ns),))
+    return replace(STOPPED, faults=(Fault(at_ms * MS, Kind.FREEZE, name, for_ns),))
 
 
 def test_a_scheduler_that_was_stopped_gives_nobody_up() -> None:
@@ -173,8 +174,9 @@ def test_a_worker_that_takes_its_own_stop_for_silence_of_servers_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Membership, "forgive_stall", lambda *_: 0)
+    moments = range(600, 1_000, 50)  # not at every one does it wait for servers
     with pytest.raises(Violation, match="while the job goes on"):
-        run(stopped("worker-1", 12 * SECOND))
+        _ = [run(stopped("worker-1", 12 * SECOND, at_ms)) for at_ms in moments]
 
 
 # ---- workers that come, go, and stand by ---------------------------------------------------------
@@ -245,6 +247,26 @@ def test_a_worker_with_another_script_is_refused_and_the_others_go_on() -> None:
     assert isinstance(failed[0].error, SpecMismatchError)
     assert "tensors[1].group" in str(failed[0].error)
     assert cluster.report().outcome is Outcome.DONE
+
+
+class Lingering(Trainer):
+    """A script that does something else after a step: the first one that computes a slot 0."""
+
+    def _linger(self, task: Task) -> int:
+        computed = [(r, s) for _, r, s in self.process.checks.computed if (r, s) == (3, 0)]
+        return 30 * SECOND if (task.round, task.slot) == (3, 0) and len(computed) == 1 else 0
+
+
+@pytest.mark.parametrize("clip_every", [0, 1])
+def test_a_worker_that_lingers_after_its_step_does_not_keep_the_others(clip_every: int) -> None:
+    plans = passes(2, [12], 2, 2)
+    lingering = replace(CALM, slots=2, plans=plans, clip_every=clip_every, early=Early.STEP)
+    with tiny_layout(CALM.block_elements, CALM.part_blocks_max):
+        cluster = Cluster(lingering, Cores(trainer=Lingering))
+        cluster.begin()
+        while not at_version(12)(cluster):
+            assert cluster.world.step(), "it never came to that"
+    assert cluster.world.now_ns < 10 * SECOND
 
 
 # ---- workers with loaders of their own -----------------------------------------------------------

@@ -263,9 +263,16 @@ class Trainer:
             table: self.reference.meta(table, task.round, task.slot)
             for table in self.reference.trained
         }
+        if self._linger(task):
+            yield self._linger(task)
         self.tasks += 1
         self._post(Reported(self.tasks, 0.5))
         self._post(SlotFinished(task.round, task.slot, metas))
+
+    def _linger(self, task: Task) -> int:
+        """How long a loop body goes on after the step, in nanoseconds."""
+        del task
+        return 0
 
     def _settle_hyper(self, task: Task, when: Early) -> None:
         """Say what the slot steps with, if the script says it now; only slot 0 counts."""

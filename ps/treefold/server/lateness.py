@@ -8,7 +8,7 @@ since a worker may hang between two of them, but a round is reported once for al
 from collections.abc import Mapping
 
 from treefold.common.spec import Rule
-from treefold.server.rounds import RoundState, Shard
+from treefold.server.rounds import Shard
 from treefold.wire.membership import MS
 from treefold.wire.messages import INITIAL_ROUND
 
@@ -37,7 +37,7 @@ def reports(now_ns: int, shards: Mapping[tuple[int, int], Shard]) -> list[tuple[
                 continue
             current = shard.round
             is_wanted = current is not None and (current.active > 0 or bool(shard.waits))
-            if current is None or current.state is not RoundState.OPEN or not is_wanted:
+            if current is None or not current.is_collecting or not is_wanted:
                 shard.late_ns = None
                 continue
             shard.late_ns = now_ns + _period_ns(shard)

@@ -149,6 +149,11 @@ class Round:
         return True
 
     @property
+    def is_collecting(self) -> bool:
+        """Whether something must still come from workers."""
+        return self.state is RoundState.OPEN or self.meta is None
+
+    @property
     def is_rooted(self) -> bool:
         """Whether every part's root is there."""
         return self.active > 0 and len(self.rooted) + len(self.made) == len(self.pieces)
@@ -347,7 +352,7 @@ class Shard:
         what = f"table {self.spec.name} shard {self.number}"
         if current.number == INITIAL_ROUND:
             return f"{what}: initial values"
-        if current.state is RoundState.MEASURING:
+        if not current.is_collecting:
             return f"{what} round {current.number}: the global gradient norm"
         if current.active == 0:
             return f"{what} round {current.number}: any slot"
