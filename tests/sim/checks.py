@@ -9,7 +9,7 @@ from tests.sim.reference import Reference
 from tests.sim.world import Violation
 from treefold.common.spec import Placement
 from treefold.common.tree import Node, span
-from treefold.server.effects import MakeParts, ReadyPart, RecordVersion
+from treefold.server.effects import MakeParts, ReadyPart, RecordVersion, ReleaseVersion
 from treefold.server.rounds import Shard
 from treefold.wire.messages import Published
 from treefold.worker.effects import Snapshot
@@ -89,6 +89,14 @@ class Checks:
             raise Violation(f"{where} comes with state {state!r}, not {expected!r}")
         if not is_constant and not _same(norm, self.reference.norm(table, version)):
             raise Violation(f"{where} comes with norm {norm}")
+
+    def on_released(self, effect: ReleaseVersion) -> None:
+        """A version is let go when the one after it is whole on every shard of every table."""
+        for (table, shard), newest in self.versions.items():
+            if table in self.reference.trained and newest <= effect.version:
+                who = f"version {effect.version} of table {effect.table} shard {effect.shard}"
+                where = f"table {table} shard {shard} is at {newest}"
+                raise Violation(f"{who} is released while {where}")
 
     def on_recorded(self, effect: RecordVersion) -> None:
         """A version is whole; its contributors have each slot once and wrote their samples down."""

@@ -267,6 +267,7 @@ class ServerProcess(Listener):
 
     def _release_version(self, effect: ReleaseVersion) -> None:
         self._shelves[effect.table, effect.shard].drop(effect.version)
+        self.checks.on_released(effect)
 
     def _record(self, effect: RecordVersion) -> None:
         self._shelves[effect.table, effect.shard].check_whole(effect.version)
