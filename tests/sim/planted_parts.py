@@ -10,7 +10,6 @@ from treefold.server.effects import ReleaseVersion
 from treefold.server.rounds import Arrived, Held, HyperOf, Round, Shard, Wait
 from treefold.wire.exchange import Peer, Send
 from treefold.wire.messages import Published, Pulled, RoundHyper, RoundMeta
-from treefold.worker.core import WorkerCore
 from treefold.worker.effects import Effect, HyperKnown, Task
 from treefold.worker.exchange import Exchange
 from treefold.worker.pulls import ShardPull
@@ -52,17 +51,17 @@ def memory_that_was_overwritten_is_read_all_the_same(patch: Patch) -> None:
 
 @plant(Theme.LAGGING)
 def a_torn_read_is_not_followed_by_another(patch: Patch) -> None:
-    patch.setattr(WorkerCore, "_begin_anew", lambda *_: None)
+    patch.setattr(Exchange, "begin_anew", lambda *_: None)
 
 
 @plant(Theme.LAGGING)
 def a_torn_read_is_followed_by_what_is_on_its_way(patch: Patch) -> None:
-    def keep(self: WorkerCore, now_ns: int) -> None:
-        for table in self.exchange.trained():
+    def keep(self: Exchange, now_ns: int, position: int) -> None:
+        for table in self.trained():
             if not table.pulls:
-                self.exchange.pull(now_ns, table, self.position, attempt=0)
+                self.pull(now_ns, table, position, attempt=0)
 
-    patch.setattr(WorkerCore, "_begin_anew", keep)
+    patch.setattr(Exchange, "begin_anew", keep)
 
 
 # ---- parts that are made early -------------------------------------------------------------------

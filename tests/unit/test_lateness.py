@@ -11,7 +11,7 @@ from treefold.common.spec import (
 from treefold.server import lateness
 from treefold.server.rounds import Held, RoundState, Shard, Wait
 from treefold.wire.membership import MS
-from treefold.wire.messages import Push
+from treefold.wire.messages import Push, RoundMeta
 
 AFTER = lateness.LATE_AFTER_MS * MS
 PERIOD = 400 * MS  # of the rounds before
@@ -107,7 +107,18 @@ def test_a_round_that_waits_for_the_norm_is_not_late() -> None:
     bring(0, shard, 0)
     assert shard.round is not None
     shard.round.state = RoundState.MEASURING
+    shard.round.meta = RoundMeta(1, 1, 1, 0, 0, 1, 4, [], 1.0, b"")
     assert reports(10 * PERIOD, shard) == []
+
+
+def test_a_round_that_was_measured_and_lacks_the_end_of_slot_0_is_late() -> None:
+    shard = make_shard(0)
+    want(0, shard)
+    for slot in range(4):
+        bring(0, shard, slot)
+    assert shard.round is not None
+    shard.round.state = RoundState.MEASURING
+    assert reports(10 * PERIOD, shard) == [(1, [0])]
 
 
 def test_initial_values_and_constant_tables_are_never_late() -> None:
