@@ -30,6 +30,18 @@ def test_any_cluster_of_processes_ends_with_the_bits_of_one_process(
         assert job.bits() == alone(JOB, f"slots={slots}")
 
 
+@pytest.mark.parametrize(
+    "settings", [{"lane": "socket"}, {"lane_bytes_max": 0}, {"lane_bytes_max": 200_000}]
+)
+def test_every_lane_gives_the_same_bits(
+    cluster: Callable[..., Cluster], alone: Callable[..., Bits], settings: dict[str, object]
+) -> None:
+    with cluster(2, 3, **settings) as job:
+        for _ in range(3):
+            job.worker(JOB)
+        assert job.bits() == alone(JOB, "slots=8")
+
+
 def test_roles_that_are_new_interpreters_end_with_the_same_bits_too(
     cluster: Callable[..., Cluster], alone: Callable[..., Bits]
 ) -> None:

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treefold.common.layout import BLOCK_ELEMENTS, PART_BLOCKS_MAX, Layout, Piece, ShardSpan
-from treefold.common.spec import Dtype, Placement, Rule, TableSpec, TensorSpec
+from treefold.common.spec import (
+    BUFFER_GROUP,
+    Dtype,
+    OptimizerSpec,
+    Placement,
+    Rule,
+    TableSpec,
+    TensorSpec,
+)
 from treefold.wire.messages import FRAME_BYTES_MAX
 
 SIZES = st.one_of(
@@ -111,3 +119,20 @@ def test_a_table_without_elements_has_one_empty_part(sizes: list[int]) -> None:
     assert layout.cut(3) == [ShardSpan(0, 1)]
     assert layout.parts(ShardSpan(0, 1)) == [(0, 0)]
     assert layout.pieces(0, 0) == []
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_what_is_narrow_does_not_depend_on_the_cut(shards: int) -> None:
+    tensors = [
+        TensorSpec("w", [5 * BLOCK_ELEMENTS + 7], Dtype.FLOAT32, 0),
+        TensorSpec("b", [3], Dtype.FLOAT32, BUFFER_GROUP),
+    ]
+    optimizer = OptimizerSpec("SGD", [{}])
+    spec = TableSpec("t", Rule.OPTIMIZER, Placement.ELEMENTWISE, tensors, optimizer, Dtype.BFLOAT16)
+    layout = Layout(spec)
+    parts = [part for span in layout.cut(shards) for part in layout.parts(span)]
+    narrow = [part for part in parts if layout.wire(part) is Dtype.BFLOAT16]
+    assert sum(stop - start for start, stop in narrow) == 6 * BLOCK_ELEMENTS
+    for part in parts:
+        kinds = {piece.tensor for piece in layout.pieces(*part)}
+        assert kinds == ({0} if part in narrow else {1})

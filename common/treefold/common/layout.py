@@ -8,6 +8,7 @@ Three cuts, none of which changes a bit of the result:
 """
 
 from bisect import bisect_right
+from collections.abc import Collection
 from typing import NamedTuple
 
 import msgspec
@@ -46,7 +47,7 @@ class Layout:
     ----------
     spec : TableSpec
         With tensorwise placement every tensor begins a new block, so that a shard can hold it
-        whole.
+        whole. With a narrow wire the first buffer does, and a new part: buffers stay float32.
 
     Attributes
     ----------
@@ -61,17 +62,19 @@ class Layout:
     def __init__(self, spec: TableSpec) -> None:
         self.spec = spec
         self.starts: list[int] = []
+        begins = _block_begins(spec)
         self.sizes = [tensor.elements for tensor in spec.tensors]
         end = 0
         for size in self.sizes:
-            if spec.placement is Placement.TENSORWISE:
+            if len(self.starts) in begins:
                 end = -(-end // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
             self.starts.append(end)
             end += size
         self.elements = end
         groups = [tensor.group for tensor in spec.tensors]
         is_folded = spec.rule is Rule.OPTIMIZER and BUFFER_GROUP in groups
-        self._narrow_stop = self.starts[groups.index(BUFFER_GROUP)] if is_folded else end
+        is_mixed = is_folded and spec.wire is not Dtype.FLOAT32
+        self._narrow_stop = self.starts[groups.index(BUFFER_GROUP)] if is_mixed else end
         self.blocks = max(1, -(-end // BLOCK_ELEMENTS))
 
     def shard_range(self, shard: ShardSpan) -> tuple[int, int]:
@@ -83,7 +86,9 @@ class Layout:
         """Elements ``[start, stop)`` of each part of a shard, in order."""
         start, stop = self.shard_range(shard)
         step = PART_BLOCKS_MAX * BLOCK_ELEMENTS
-        return [(at, min(at + step, stop)) for at in range(start, max(stop, start + 1), step)]
+        border = self._narrow_stop if start < self._narrow_stop < stop else stop
+        found = [(at, min(at + step, border)) for at in range(start, max(border, start + 1), step)]
+        return found + [(at, min(at + step, stop)) for at in range(border, stop, step)]
 
     def wire(self, part: tuple[int, int]) -> Dtype:
         """What a part ``[start, stop)`` travels as: the table's wire, float32 if it has buffers."""
@@ -114,6 +119,15 @@ class Layout:
         chosen = sorted({borders[bisect_right(borders, block) - 1] for block in wanted})
         ends = [*chosen[1:], self.blocks]
         return [ShardSpan(a, b - a) for a, b in zip(chosen, ends, strict=True)]
+
+
+def _block_begins(spec: TableSpec) -> Collection[int]:
+    """Numbers of the tensors that begin a new block."""
+    if spec.placement is Placement.TENSORWISE:
+        return range(len(spec.tensors))
+    groups = [tensor.group for tensor in spec.tensors]
+    is_mixed = spec.wire is not Dtype.FLOAT32 and BUFFER_GROUP in groups
+    return [groups.index(BUFFER_GROUP)] if is_mixed else []
 
 
 def split_run(count: int, elements: int) -> list[int]:

@@ -20,6 +20,7 @@ from treefold.transport.sockets import Arrival, Hub
 from treefold.wire.codec import encode
 from treefold.wire.messages import Frame, Pulled, Push, SegmentAnswer, SegmentOffer
 
+BUFFERS_REMEMBERED_MAX = 64  # with sends, before those whose sends have left are forgotten
 SOCKET_PARTS_MAX = (
     1  # parts in one message of the socket lane: what has arrived can be used at once
 )
@@ -187,6 +188,9 @@ class Carrier:
                 self.lanes.forget(to.peer)
                 return False
             if trackers and buffer is not None:
+                if len(self._sends) > BUFFERS_REMEMBERED_MAX:
+                    for known in list(self._sends):
+                        self.is_busy(known)
                 self._sends.setdefault(buffer, []).extend(trackers)
             at += count
         return True
@@ -228,7 +232,7 @@ class Carrier:
         header, identity = encode(message), _identity(to.peer)
         if message.frame is not None and message.frame.segment:
             return [] if self._hub.send(to.socket, identity, header) else None
-        frames = [payload.tensor.detach().numpy().data.cast("B") for payload in payloads]
+        frames = [payload.tensor.view(torch.uint8).numpy().data for payload in payloads]
         return self._hub.send_frames(to.socket, identity, header, frames)
 
 
