@@ -47,27 +47,49 @@ def repeat(step: Callable[[], None]) -> Callable[[int], None]:
 # ---- the floor -----------------------------------------------------------------------------------
 
 
-def floor(work: Work, processors: int) -> Processes:
-    """The fold, the step and the copies with no framework, spread over the processors."""
+def floor(work: Work, processors: int, *, is_lean: bool) -> Processes:
+    """The fold, the step and the copies with no framework, spread over the processors.
+
+    As treefold makes them: gradients are scaled with a rounding of their own, so that it does not
+    matter where, and the parameters that workers copy are not those that the next step changes. If
+    lean, the fewest passes over memory that give the step at all: a fused multiply-add of the
+    gradients, and workers that copy the very parameters that are stepped.
+    """
     count = max(1, min(processors, work.workers + work.servers))
     barrier = FORKED.Barrier(count)
     shared = Shared(
         [work.gradient(worker) for worker in range(work.workers)],
         work.initial(),
         [torch.zeros(work.elements) for _ in range(work.workers)],
+        None if is_lean else torch.zeros(work.elements),
     )
     given = (work, (count, barrier), shared)
-    return Processes("floor", [Part("player", rank, floor_part, given) for rank in range(count)])
+    return Processes(
+        "lean floor" if is_lean else "floor",
+        [Part("player", rank, floor_part, given) for rank in range(count)],
+    )
 
 
 class Shared:
     """What the processes of the floor share: float32 [elements] each."""
 
-    def __init__(self, gradients: list[Tensor], parameters: Tensor, models: list[Tensor]) -> None:
+    def __init__(
+        self,
+        gradients: list[Tensor],
+        parameters: Tensor,
+        models: list[Tensor],
+        published: Tensor | None,
+    ) -> None:
         self.gradients = gradients
         self.parameters = parameters
         self.models = models
-        for tensor in (*gradients, parameters, *models):
+        self.published = published
+        for tensor in (
+            *gradients,
+            parameters,
+            *models,
+            *([] if published is None else [published]),
+        ):
             tensor.share_memory_()  # type: ignore[no-untyped-call] # torch's own has no types
 
 
@@ -77,7 +99,8 @@ def floor_part(link: Link, work: Work, crew: tuple[int, Barrier], shared: Shared
     member = Member(link)
     start, stop = work.share(link.rank, count)
     optimizer = Step(work.optimizer, shared.parameters)
-    scratch, weight = torch.empty(CHUNK), 1.0 / work.workers
+    scratch, other, weight = torch.empty(CHUNK), torch.empty(CHUNK), 1.0 / work.workers
+    published = shared.parameters if shared.published is None else shared.published
     own = range(link.rank * work.workers, (link.rank + 1) * work.workers)
 
     def step() -> None:
@@ -86,13 +109,19 @@ def floor_part(link: Link, work: Work, crew: tuple[int, Barrier], shared: Shared
             total = scratch[: last - first]
             torch.mul(shared.gradients[0][first:last], weight, out=total)
             for gradient in shared.gradients[1:]:
-                total.add_(gradient[first:last], alpha=weight)
+                if shared.published is None:
+                    total.add_(gradient[first:last], alpha=weight)
+                else:
+                    scaled = other[: last - first]
+                    total.add_(torch.mul(gradient[first:last], weight, out=scaled))
             optimizer.take(first, last, total)
+            if shared.published is not None:
+                published[first:last].copy_(shared.parameters[first:last])
         barrier.wait()
         for share in own:  # there are as many shares of each model as processes
             model, part = divmod(share, count)
             first, last = work.share(part, count)
-            shared.models[model][first:last].copy_(shared.parameters[first:last])
+            shared.models[model][first:last].copy_(published[first:last])
         barrier.wait()
 
     def error(wanted: str) -> float:

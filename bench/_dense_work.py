@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 SHAPES: dict[str, list[int]] = {
     "standard": [1_040_000] * 24 + [1_000] * 325,  # 25,285,000 float32 values, 101 MB
     "small": [5_000] * 5_000,  # 25,000,000
+    "fifth": [1_000_000] * 4 + [4_000] * 250,  # 5,000,000
     "10k": [9_000, 90, 900, 10],  # the model of `bench.small`
     "tiny": [40_000] * 4 + [1_000] * 5,  # to try the benchmark itself
 }

@@ -1,6 +1,7 @@
 """treefold's worker in `bench.dense`: a user's script, with a module that has these parameters."""
 
 import sys
+import time
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 import treefold.torch as ps
 from bench._dense_work import Work, error_of
 from bench._link import Link, Member
+from bench.rounds import servers_spent
 
 
 class Parameters(nn.Module):
@@ -31,7 +33,10 @@ def flat(model: nn.Module) -> Tensor:
 
 
 def main() -> None:
-    """Take steps with gradients that are ready, in the way of a script with its own loader."""
+    """Take steps with gradients that are ready, in the way of a script with its own loader.
+
+    The value of a window is when each of its steps ended, on the clock that all processes share.
+    """
     path, given = sys.argv[1:]
     work = Work.parse(given)
     ps.init()
@@ -43,12 +48,19 @@ def main() -> None:
     member = Member(Link(path, "player", ps.rank()))
     model(work.gradient(ps.rank()), work.sizes).backward()
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> list[int]:
+        ended_ns = []
         for _ in range(steps):
             optimizer.step()
+            ended_ns.append(time.monotonic_ns())
+        return ended_ns
 
     member.meet()
-    member.serve(run, {"error": lambda wanted: error_of(flat(model), wanted)})
+    asks = {
+        "error": lambda wanted: error_of(flat(model), wanted),
+        "servers": lambda _: servers_spent(),
+    }
+    member.serve(run, asks)
 
 
 if __name__ == "__main__":

@@ -263,13 +263,6 @@ class Cluster(Contender):
         return "\n".join(lines[-TAIL_LINES:])
 
 
-def processors() -> int:
-    """How many this program may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return psutil.cpu_count() or 1
-
-
 def lane_flags(lane: str) -> dict[str, object]:
     """The flag that chooses a lane, if this treefold has several."""
     return {"lane": lane} if "lane" in KEYS else {}

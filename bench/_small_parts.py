@@ -15,7 +15,7 @@ import treefold.torch as ps
 from bench._harness import Part, Processes
 from bench._link import Link, Member
 from treefold.common.plan import LoopPlan, PlanKind
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 from treefold.worker import (
     Client,
     Dtype,

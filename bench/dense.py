@@ -3,13 +3,14 @@
     python -m bench.dense [--shape standard|small] [--optimizer sgd|adamw]
                           [--wire float32|bfloat16] [--workers 2] [--servers 2]
                           [--windows 5] [--steps 20] [--launches 1]
-                          [--contenders "floor,gloo,rpc,zmq tcp,zmq ipc,shared,tcp,ipc"]
+                          [--contenders "floor,lean floor,gloo,rpc,zmq tcp,zmq ipc,shared,tcp,ipc"]
     python -m bench.dense --all
 
 Run from the root of the repository. The work is that of `bench._dense_work`: 25 million float32
 parameters, gradients ready, synchronous steps. The contenders, each in processes with one thread:
 
-- ``floor``: fold, optimizer and copies by plain torch calls, spread over the processors;
+- ``floor``: the same fold, optimizer and copies by plain torch calls, spread over the processors;
+- ``lean floor``: the fewest passes over memory that give the step, likewise;
 - ``gloo``: ``torch.distributed`` all-reduce of one flat tensor, then a local step;
 - ``rpc``: a parameter server on ``torch.distributed.rpc``;
 - ``zmq tcp``, ``zmq ipc``: a bare ZeroMQ program that moves the same bytes;
@@ -46,7 +47,6 @@ from bench._harness import (
     opened,
     print_document,
     print_table,
-    processors,
     rates,
     ratio,
     staged,
@@ -54,11 +54,12 @@ from bench._harness import (
     take_turns,
 )
 from bench._link import BenchError
+from treefold.worker.machine import processors
 
 BOUNDS = {"tcp": "zmq tcp", "ipc": "zmq ipc"}
-PEERS = ("floor", "gloo", "rpc", "zmq tcp", "zmq ipc")
+PEERS = ("floor", "lean floor", "gloo", "rpc", "zmq tcp", "zmq ipc")
 OURS = ("shared", "tcp", "ipc")
-COLUMNS = ("floor", "gloo", "zmq")
+COLUMNS = ("floor", "lean floor", "gloo", "zmq")
 STANDARD = Work()
 VARIATIONS = (
     STANDARD,
@@ -69,7 +70,7 @@ VARIATIONS = (
     replace(STANDARD, servers=1),
     replace(STANDARD, shape="small"),
 )
-VARIED = ("floor", "gloo", *OURS)
+VARIED = ("floor", "lean floor", "gloo", *OURS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ def makers(work: Work, folder: str) -> dict[str, Callable[[], Contender]]:
     """How to make each contender."""
     count = processors()
     return {
-        "floor": lambda: floor(work, count),
+        "floor": lambda: floor(work, count, is_lean=False),
+        "lean floor": lambda: floor(work, count, is_lean=True),
         "gloo": lambda: gloo(work, folder),
         "rpc": lambda: rpc_server(work, folder),
         "zmq tcp": lambda: bare_zmq(work, "tcp", folder),
@@ -176,7 +178,7 @@ def check(errors: dict[str, list[object]], tolerance: float) -> None:
 
 def ratios_of(name: str, per_second: dict[str, list[float]]) -> dict[str, float]:
     """How fast a contender is beside the floor, gloo and, for a lane, the bare ZeroMQ program."""
-    others = {"floor": "floor", "gloo": "gloo", "zmq": BOUNDS.get(name, "")}
+    others = {what: what for what in COLUMNS} | {"zmq": BOUNDS.get(name, "")}
     return {
         what: round(ratio(per_second[name], per_second[other]), 3)
         for what, other in others.items()

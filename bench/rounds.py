@@ -1,14 +1,16 @@
 """Rounds per second of a synchronous job, and where the time goes.
 
-    python bench/rounds.py [--servers 2] [--workers 2] [--slots 8] [--parameters 1000000]
-                           [--rounds 60] [--windows 5]
+    python -m bench.rounds [--servers 2] [--workers 2] [--slots 8] [--parameters 1000000]
+                           [--rounds 60] [--windows 5] [--lanes shared] [--picture FILE]
 
 Starts a real cluster with ``treefold run`` and trains a multilayer perceptron of about so many
 parameters on synthetic samples. After a warm-up, rounds are measured in windows; the table has the
 median window and the spread, and the share of each member's time in compute, push, fold, pull and
 waiting (workers) and fold, optimizer, publish and the rest (servers). A worker's fold runs beside
 its computation, so that its shares may add up to more than the whole. The last line is the same as
-JSON. Two runs on a busy machine can differ a lot: compare ratios within one run.
+JSON. ``--lanes shared,ipc,tcp`` measures one lane after the other, and ``--picture`` draws what
+a round of each costs its members. Two runs on a busy machine can differ a lot: compare ratios
+within one run.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TypedDict
 
 import torch
@@ -35,6 +38,12 @@ MARK = "measured: "
 WARM_UP_ROUNDS = 20  # leases settle and buffers are there
 FEATURES = 256
 BATCH = 256
+LANES = {
+    "shared": ["--transport", "ipc", "--lane", "auto"],
+    "ipc": ["--transport", "ipc", "--lane", "socket"],
+    "tcp": ["--transport", "tcp", "--lane", "socket"],
+}
+KINDS = ("compute", "push", "fold", "optimizer", "publish", "pull", "wait", "other")
 BEAT_S = 1.0  # longer than a heartbeat, so that servers' figures are those of the end
 
 
@@ -121,11 +130,12 @@ def work(options: Options) -> None:
     print(MARK + json.dumps(measured))
 
 
-def run_cluster(options: Options) -> list[Measured]:
+def run_cluster(options: Options, lane: str) -> list[Measured]:
     """Start the cluster and collect what its workers print."""
     command = [sys.executable, "-m", "treefold.cli", "run"]
     command += ["--servers", str(options.servers), "--workers", str(options.workers)]
-    command += ["--slots", str(options.slots), "--log-level", "warning", __file__, "--as-worker"]
+    command += ["--slots", str(options.slots), "--log-level", "warning", *LANES[lane]]
+    command += [__file__, "--as-worker"]
     command += [f"--{key}={value}" for key, value in asdict(options).items()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -146,24 +156,54 @@ def main() -> None:
     defaults = Options(servers=2, workers=2, slots=8, parameters=1_000_000, rounds=60, windows=5)
     for key, value in asdict(defaults).items():
         parser.add_argument(f"--{key}", type=int, default=value)
+    parser.add_argument("--lanes", default="shared", help=f"some of {','.join(LANES)}")
+    parser.add_argument("--picture", help="where to draw what a round costs (SVG)")
     parser.add_argument("--as-worker", action="store_true", help=argparse.SUPPRESS)
     given = vars(parser.parse_args())
-    is_worker = given.pop("as_worker")
+    is_worker, lanes, picture = given.pop("as_worker"), given.pop("lanes"), given.pop("picture")
     options = Options(**given)
     if is_worker:
         work(options)
         return
-    report(options, run_cluster(options))
+    bars: dict[str, dict[str, float]] = {}
+    for lane in lanes.split(","):
+        measured = run_cluster(options, lane)
+        report(options, lane, measured)
+        bars |= costs(options, lane, measured)
+    if picture:
+        from bench._picture import stacked_bars  # noqa: PLC0415 # workers run this file alone
+
+        title = f"One round of {options.parameters:,} parameters, {options.slots} slots"
+        Path(picture).write_text(stacked_bars(title, "ms", bars), encoding="utf-8")
 
 
-def report(options: Options, measured: list[Measured]) -> None:
+def costs(options: Options, lane: str, measured: list[Measured]) -> dict[str, dict[str, float]]:
+    """Milliseconds of one round, by activity, of the chief and of a server, the mean of all."""
+    total_s = sum(measured[0]["windows_s"])
+    workers = [measured[0]["spent_s"]]  # the chief: others also wait while it asks for figures
+    servers = [spent for m in measured for spent in m["servers_s"].values()]
+    found = {}
+    for who, members in (("worker", workers), ("server", servers)):
+        spent = {
+            kind: sum(each.get(kind, 0.0) for each in members) / max(1, len(members))
+            for kind in KINDS
+        }
+        # A worker's folds run beside its computation.
+        beside = spent["fold"] if who == "worker" else 0.0
+        spent["other"] = max(0.0, total_s + beside - sum(spent.values()))
+        rounds = options.rounds * options.windows
+        found[f"{lane}: {who}"] = {kind: 1e3 * s / rounds for kind, s in spent.items() if s > 0}
+    return found
+
+
+def report(options: Options, lane: str, measured: list[Measured]) -> None:
     """Print the table and the JSON line."""
     rates = [options.rounds / s for s in measured[0]["windows_s"]]
     total_s = sum(measured[0]["windows_s"])
     members = {f"worker-{m['rank']}": shares(m["spent_s"], total_s) for m in measured}
     for m in measured:
         members |= {name: shares(s, total_s) for name, s in m["servers_s"].items()}
-    table = Table(title=f"{statistics.median(rates):.1f} rounds/s")
+    table = Table(title=f"{lane}: {statistics.median(rates):.1f} rounds/s")
     names = sorted({what for spent in members.values() for what in spent} - {"other"})
     for title in ("member", *names, "other"):
         table.add_column(title, justify="left" if title == "member" else "right")
@@ -173,6 +213,7 @@ def report(options: Options, measured: list[Measured]) -> None:
     console = Console()
     console.print(table)
     document = asdict(options) | {
+        "lane": lane,
         "parameters": measured[0]["parameters"],
         "rounds_per_s": round(statistics.median(rates), 2),
         "spread": [round(min(rates), 2), round(max(rates), 2)],

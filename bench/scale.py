@@ -6,13 +6,13 @@
 Run from the root of the repository. A round is so many slots, each of which sleeps; then it pushes
 the gradient of 524,288 parameters (2 MiB). One cluster after the other is started with ``treefold
 run``, every number of workers with every number of servers, and one with four times the slots.
-``of ideal`` compares the rounds with the time that the busiest worker sleeps; ``sent`` and
-``received`` are what a worker exchanges with the servers per round, headers included, in sizes of
-the model; ``at server`` is what a server sends and receives; ``messages`` are a worker's per round
-with servers; ``control`` are its messages per second with the scheduler, heartbeats and their
-answers among them; ``server ms`` is what all servers together compute per round. On the ``auto``
-lane payloads may go through shared memory, where they are not counted. The parameters at the end
-count the rounds; a wrong count ends the benchmark. The last line is JSON.
+``of ideal`` compares the rounds with the time that the busiest worker sleeps; ``bytes`` are what a
+worker sends to servers and receives from them per round, headers and what lies in shared memory
+included, ``shared`` the latter alone; ``at server`` is what a server sends and receives, in sizes
+of the model; ``messages`` are a worker's per round with servers; ``control`` are its messages per
+second with the scheduler, heartbeats and their answers among them; ``server ms`` is what all
+servers together compute per round. The parameters at the end count the rounds; a wrong count ends
+the benchmark. The last line is JSON.
 """
 
 import argparse
@@ -79,15 +79,21 @@ def figures(work: Load, windows: Sequence[Window], steps: int) -> dict[str, obje
     """What the windows of one cluster say."""
     per_second = rates(windows, steps)
     ideal = 1e3 / (work.slot_ms * math.ceil(work.slots / work.workers))
-    per_round = {what: typical(windows, what) / steps for what in ("sent_bytes", "received_bytes")}
+    ways = {what: f"{what}_shared_bytes" for what in ("sent", "received")}
+    shared = {what: typical(windows, key) / steps for what, key in ways.items()}
+    per_round = {
+        what: typical(windows, f"{what}_bytes") / steps + nbytes for what, nbytes in shared.items()
+    }
     both = sum(per_round.values())
     control = typical(windows, "control_messages")
     seconds = statistics.median(window.seconds for window in windows)
     return {
         "rounds_per_s": Spread.of(per_second).document(),
         "of_ideal": round(statistics.median(per_second) / ideal, 3),
-        "sent_models_per_round": round(per_round["sent_bytes"] / MODEL_BYTES, 4),
-        "received_models_per_round": round(per_round["received_bytes"] / MODEL_BYTES, 4),
+        "sent_models_per_round": round(per_round["sent"] / MODEL_BYTES, 4),
+        "received_models_per_round": round(per_round["received"] / MODEL_BYTES, 4),
+        "bytes_per_round": round(both),
+        "shared_bytes_per_round": round(sum(shared.values())),
         "server_models_per_round": round(both * work.workers / work.servers / MODEL_BYTES, 4),
         "messages_per_round": round(typical(windows, "messages") / steps, 2),
         "control_messages_per_s": round(control / seconds, 2),
@@ -107,7 +113,7 @@ def show(found: Sequence[dict[str, object]]) -> None:
     """Print the table."""
     columns = {
         "workers": "workers", "servers": "servers", "slots": "slots", "of ideal": "of_ideal",
-        "sent": "sent_models_per_round", "received": "received_models_per_round",
+        "bytes": "bytes_per_round", "shared": "shared_bytes_per_round",
         "at server": "server_models_per_round", "messages": "messages_per_round",
         "control": "control_messages_per_s", "server ms": "server_ms_per_round",
     }  # fmt: skip

@@ -9,7 +9,7 @@ import time
 import torch
 
 from treefold.common.plan import LoopPlan, PlanKind
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 from treefold.worker import (
     Client,
     Dtype,

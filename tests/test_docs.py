@@ -16,17 +16,19 @@ import pytest
 
 from treefold.common import errors, plan, spec
 from treefold.common.config import KEYS, PREFIX, Settings
-from treefold.wire import codec, messages
+from treefold.wire import chain, codec, messages, words
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 ENUMS = (
-    messages.Role, messages.Code, messages.Outcome, messages.Phase,
+    words.Role, words.Code, words.Outcome, words.Phase,
     spec.Dtype, spec.Rule, spec.Placement, plan.PlanKind,
 )  # fmt: skip
 STRUCTS = (
-    messages.Frame, messages.Member, messages.ShardPlace, messages.TablePlace, messages.Leases,
-    messages.PartMissing, spec.TensorSpec, spec.OptimizerSpec, spec.TableSpec, plan.LoopPlan,
+    words.Frame, words.Member, words.ShardPlace, words.TablePlace, words.Source,
+    words.Leases,
+    chain.KeptVersion, messages.PartMissing, spec.TensorSpec, spec.OptimizerSpec, spec.TableSpec,
+    plan.LoopPlan,
 )  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def wire_complaints(page: str, structs: Iterable[type[msgspec.Struct]]) -> list[
 
 
 def test_every_message_and_struct_of_the_wire_has_its_fields_on_the_wire_page() -> None:
-    everything = [*get_args(messages.AnyMessage), *STRUCTS]
+    everything = [*get_args(codec.Header), *STRUCTS]
     assert wire_complaints(read("wire.md"), everything) == []
 
 
@@ -71,7 +73,7 @@ def test_a_missing_section_a_missing_field_and_a_swapped_one_would_be_noticed() 
 
 def test_the_wire_page_describes_nothing_that_does_not_exist() -> None:
     described = re.findall(r"^### (.+)$", read("wire.md"), re.MULTILINE)
-    everything = [*STRUCTS, *get_args(messages.AnyMessage)]
+    everything = [*STRUCTS, *get_args(codec.Header)]
     assert sorted(described) == sorted(map(heading_of, everything))
 
 
@@ -86,7 +88,7 @@ def test_the_wire_page_has_every_number_of_every_enum() -> None:
 def test_the_wire_page_has_every_limit_with_its_value() -> None:
     limits = {
         name: value
-        for module in (spec, messages, codec)
+        for module in (plan, spec, words, messages, codec)
         for name, value in vars(module).items()
         if name.endswith("_MAX")
     }
@@ -95,7 +97,7 @@ def test_the_wire_page_has_every_limit_with_its_value() -> None:
 
 
 def test_the_wire_page_names_the_protocol_that_is_spoken() -> None:
-    assert f"**protocol {messages.PROTOCOL_VERSION}**" in read("wire.md")
+    assert f"**protocol {words.PROTOCOL_VERSION}**" in read("wire.md")
 
 
 # ---- errors and settings -------------------------------------------------------------------------
@@ -115,7 +117,7 @@ def error_names() -> list[str]:
 def test_every_error_and_every_refusal_is_described() -> None:
     page = read("errors.md")
     assert rows_missing(page, error_names()) == []
-    assert rows_missing(page, [code.name for code in messages.Code]) == []
+    assert rows_missing(page, [code.name for code in words.Code]) == []
 
 
 def test_every_error_is_in_the_tree_of_its_module_and_of_the_page() -> None:

@@ -13,6 +13,7 @@ HEAVY = ("numpy", "sympy", "torch", "torch._dynamo")
 # A command imports the module of its own name, and the shell of what it becomes only when it is
 # sure that it will run.
 COMMANDS = {
+    "checkpoint": ["treefold.cli.checkpoint", "treefold.checkpoint.manifest"],
     "config": ["treefold.cli.config"],
     "run": ["treefold.cli.run"],
     "scheduler": ["treefold.cli.scheduler", "treefold.scheduler.shell"],
@@ -89,7 +90,10 @@ assert mark.__module__ != spare_compiler.__module__
 def imported(code: str, names: tuple[str, ...] = HEAVY) -> list[str]:
     """Which of some modules are there after an interpreter has run some code."""
     asked = f"{code}\nimport sys\nprint(*[name for name in {names!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", asked], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
 
@@ -114,6 +118,25 @@ def test_a_worker_does_not_import_the_scheduler_and_the_server() -> None:
 
 def test_training_does_not_import_torchs_compiler() -> None:
     assert imported(TRAINING) == ["numpy", "torch"]
+
+
+def test_no_thread_outlives_the_end_of_a_script() -> None:
+    """A thread that is in torch when the interpreter ends aborts the process."""
+    left = "import threading\nassert threading.enumerate() == [threading.main_thread()]"
+    slow = """
+import time
+from treefold.server.shell import ServerShell
+
+run = ServerShell.run
+
+def run_and_linger(shell):
+    status = run(shell)
+    time.sleep(0.3)
+    return status
+
+ServerShell.run = run_and_linger
+"""
+    imported(f"{slow}\n{TRAINING}\n{left}")
 
 
 def test_no_optimizers_step_on_a_server_imports_torchs_compiler() -> None:

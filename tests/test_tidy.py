@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 SOURCE_ROOTS = ("common", "ps", "worker", "deploy")
 SCRIPT_ROOTS = ("tests", "bench", "examples")
 SUBPACKAGES = (
-    "cli", "common", "launch", "scheduler", "server", "torch", "transport", "wire", "worker",
+    "checkpoint", "cli", "common", "launch", "scheduler", "server", "torch", "transport", "wire",
+    "worker",
 )  # fmt: skip
 ROLES = ("ps/treefold/scheduler", "ps/treefold/server", "worker/treefold/worker")
 

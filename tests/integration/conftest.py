@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import Bits, Cluster, Starter, bits_alone
+from tests.support.netns import Network
+from tests.support.processes import Bits, Cluster, Gate, Starter, bits_alone
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +29,12 @@ def cluster(starter: Starter, tmp_path: Path) -> Callable[..., Cluster]:
         workers: int,
         faults: Mapping[str, list[str]] | None = None,
         is_forked: bool = True,
+        network: Network | None = None,
         **settings: object,
     ) -> Cluster:
         fixed: dict[str, object] = {"servers": servers, "workers": workers}
         fixed["ledger"] = str(tmp_path / "ledger")
-        return Cluster(starter, fixed | settings, faults or {}, is_forked)
+        return Cluster(starter, fixed | settings, faults or {}, is_forked, network=network)
 
     return make
 
@@ -47,3 +49,10 @@ def alone(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         return bits_alone(starter, folder, script, *arguments)
 
     return run
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    """Where workers can be made to wait."""
+    with Gate(tmp_path / "gate") as made:
+        yield made

@@ -23,7 +23,7 @@ from treefold.common.spec import BUFFER_GROUP, Dtype, Rule, TableSpec, TensorSpe
 from treefold.common.tree import FoldSet, Merge, Node, root_level, span
 from treefold.server import rounds
 from treefold.server.shard import ShardState
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 from treefold.worker import effects
 
 SAMPLES, BATCH, PASSES = 84, 32, 2  # the last round of a pass has 20 samples

@@ -8,12 +8,8 @@ from treefold.common.errors import JobFailedError, SpecMismatchError
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.transport.request import Requester
 from treefold.wire.codec import decode, encode
-from treefold.wire.messages import (
-    AnyMessage,
-    Code,
-    Pull,
-    Refused,
-)
+from treefold.wire.messages import AnyMessage, Pull, Refused
+from treefold.wire.words import Code
 from treefold.worker import (
     Dtype,
     OptimizerSpec,
@@ -82,8 +78,9 @@ def test_an_unknown_table_is_refused_by_name() -> None:
         client = cluster.client()
         client.declare(spec(), torch.zeros(ELEMENTS))
         job = client._shell.core.membership.job  # what only a member knows
-        server = cluster.servers[0].address
-        answer = ask(server, Pull(job, 99, 1, 7, 0, 0, 0, []))
+        server, view = cluster.servers[0].address, client._shell.core.view
+        assert view is not None
+        answer = ask(server, Pull(job, 99, view.number, 7, 0, 0, 0, []))
         assert isinstance(answer, Refused)
         assert answer.code is Code.UNKNOWN_TABLE
         assert "no shard 0 of table 7" in answer.text

@@ -5,8 +5,7 @@ processes say, and ends with the bits of the undisturbed job.
 """
 
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -18,13 +17,6 @@ LAST = 29
 SLEEP = "--sleep-ms=10"
 MakeCluster = Callable[..., Cluster]
 Alone = Callable[..., Bits]
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    """Where workers can be made to wait."""
-    with Gate(tmp_path / "gate") as made:
-        yield made
 
 
 def slots_of(worker: Process) -> list[tuple[int, int]]:

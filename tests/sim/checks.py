@@ -1,6 +1,7 @@
 """What must hold in the whole cluster, whoever does it: checked at every version and every slot."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,18 +23,43 @@ class Checks:
 
     Attributes
     ----------
-    versions : dict
-        Newest version of each shard.
+    eras : list of dict
+        Newest version of each shard, anew each time the job goes back to a checkpoint.
+    rollbacks : list of int
+        The views with which it went back.
     computed : dict
         ``(incarnation, round, slot)`` of every slot whose samples a worker wrote down.
+    servers : dict of int to None
+        Incarnations of servers, which relay what workers computed.
     may_fail : callable
         Whether a script may be told now that it cannot go on.
     """
 
     reference: Reference
-    versions: dict[tuple[int, int], int] = field(default_factory=dict)
+    eras: list[dict[tuple[int, int], int]] = field(default_factory=lambda: [{}])
+    rollbacks: list[int] = field(default_factory=list)
     computed: dict[tuple[int, int, int], None] = field(default_factory=dict)
+    servers: dict[int, None] = field(default_factory=dict)
     may_fail: Callable[[], bool] = bool
+
+    @property
+    def versions(self) -> dict[tuple[int, int], int]:
+        """Newest version of each shard."""
+        return self.eras[-1]
+
+    def known(self, view: int) -> dict[tuple[int, int], int]:
+        """The same as somebody with this view may know it."""
+        return self.eras[bisect_right(self.rollbacks, view)]
+
+    def roll_back(self, view: int) -> None:
+        """The job goes back to a checkpoint with this view."""
+        self.rollbacks.append(view)
+        self.eras.append({})
+
+    def on_restored(self, view: int, key: tuple[int, int], version: int) -> None:
+        """A shard begins with a version of a checkpoint."""
+        known = self.known(view)
+        known[key] = max(version, known.get(key, -1))
 
     def on_roots(
         self, shard: Shard, round_: int, parts: Sequence[ReadyPart], values: Sequence[object]
@@ -50,12 +76,15 @@ class Checks:
             if int.from_bytes(ready.absent, "little") != marks:
                 raise Violation(f"{where} has absent marks {ready.absent!r}, not {marks:b}")
 
-    def on_made(self, shard: Shard, effect: MakeParts, values: Sequence[object]) -> None:
+    def on_made(self, view: int, shard: Shard, effect: MakeParts, values: Sequence[object]) -> None:
         """Parts of a version are made of the right things, when those before are published."""
         key = (effect.table, effect.shard)
         where = f"version {effect.version} of table {effect.table} shard {effect.shard}"
-        if effect.version != self.versions.get(key, -1) + 1:
-            raise Violation(f"{where} follows {self.versions.get(key, -1)}")
+        published = self.known(view).get(key, -1)
+        is_next = effect.version == published + 1
+        is_behind = effect.version <= published
+        if not is_next and not is_behind:  # others of a chain may be behind
+            raise Violation(f"{where} follows {published}")
         self.on_roots(shard, effect.version - 1, effect.parts, values)
         numbers = [ready.part for ready in effect.parts]
         if effect.version == 0:
@@ -74,11 +103,12 @@ class Checks:
         if not _same(effect.norm, norm):
             raise Violation(f"{where} is made with norm {effect.norm}, and should be with {norm}")
 
-    def on_word(self, published: Published) -> None:
+    def on_word(self, view: int, published: Published) -> None:
         """What workers are told of a version is what slot 0 left for it."""
         table, version = published.table, published.version
         where = f"version {version} of table {table} shard {published.shard}"
-        if published.version > self.versions.get((table, published.shard), -1):
+        newest = self.known(view).get((table, published.shard), -1)
+        if published.version > newest + (not published.is_whole):
             raise Violation(f"{where} is said to be published, and is not")
         self._check_word(table, version, published.state, published.norm, where)
 
@@ -90,36 +120,56 @@ class Checks:
         if not is_constant and not _same(norm, self.reference.norm(table, version)):
             raise Violation(f"{where} comes with norm {norm}")
 
-    def on_released(self, effect: ReleaseVersion) -> None:
+    def on_released(self, view: int, effect: ReleaseVersion) -> None:
         """A version is let go when the one after it is whole on every shard of every table."""
-        for (table, shard), newest in self.versions.items():
+        for (table, shard), newest in self.known(view).items():
             if table in self.reference.trained and newest <= effect.version:
                 who = f"version {effect.version} of table {effect.table} shard {effect.shard}"
                 where = f"table {table} shard {shard} is at {newest}"
                 raise Violation(f"{who} is released while {where}")
 
-    def on_recorded(self, effect: RecordVersion) -> None:
+    def on_recorded(self, view: int, effect: RecordVersion) -> None:
         """A version is whole; its contributors have each slot once and wrote their samples down."""
         key, round_ = (effect.table, effect.shard), effect.version - 1
-        if round_ != self.versions.get(key, -1):
-            raise Violation(f"version {effect.version} of {key} follows {self.versions.get(key)}")
-        self.versions[key] = effect.version
+        known = self.known(view)
+        published = known.get(key, -1)
+        is_late = effect.version <= published
+        if effect.version != published + 1 and not is_late:  # a server that was replaced is late
+            raise Violation(f"version {effect.version} of {key} follows {published}")
+        known[key] = max(published, effect.version)
         if round_ < 0:
             return
+        if not effect.contributors:
+            return  # somebody who was copied to is promoted, and never made a version itself
         active = self.reference.scenario.plan_of(round_).active_slots(round_)
         found: list[int] = []
         for level, index, sender in effect.contributors:
             slots = range(*span(Node(level, index), active))
             found += slots
-            for slot in slots:
+            for slot in slots if sender not in self.servers else ():
                 if (sender, round_, slot) not in self.computed:
                     text = f"slot {slot} of round {round_} is from incarnation {sender}"
                     raise Violation(f"{text}, which did not write its samples down")
         if sorted(found) != list(range(active)):
             raise Violation(f"version {effect.version} has slots {sorted(found)} of {active}")
 
+    def on_begun(self, snapshot: Snapshot) -> None:
+        """What a worker begins with before all of it is here is what goes with that version."""
+        table, version = snapshot.table, snapshot.version
+        where = f"the beginning of table {table} version {version}"
+        self._check_word(table, version, snapshot.state, snapshot.norm, where)
+
+    def on_part(self, table: int, version: int, part: PartRange, value: object) -> None:
+        """What a loop body computes with is exactly one version."""
+        if value != self.reference.version(table, part.start, version):
+            raise Violation(f"version {version} of table {table} has {value} in {part}")
+
     def on_snapshot(
-        self, snapshot: Snapshot, parts: Sequence[PartRange], values: Sequence[object]
+        self,
+        view: int,
+        snapshot: Snapshot,
+        parts: Sequence[PartRange],
+        values: Sequence[object],
     ) -> None:
         """What a worker loads is exactly one published version."""
         table, version = snapshot.table, snapshot.version
@@ -128,9 +178,14 @@ class Checks:
             expected = self.reference.version(table, part.start, version)
             if value != expected:
                 raise Violation(f"{where} has {value} in {part}")
-            if self.versions.get((table, part.shard), -1) < version:
+            if self.known(view).get((table, part.shard), -1) < version:
                 raise Violation(f"{where} is read before it is published")
         self._check_word(table, version, snapshot.state, snapshot.norm, where)
+
+
+def is_part_intact(version: int, memory: Memory) -> bool:
+    """Whether no server has begun to write another version where this part lies."""
+    return memory.buffer is None or memory.buffer.word == version
 
 
 def is_intact(snapshot: Snapshot, memories: Sequence[Memory]) -> bool:

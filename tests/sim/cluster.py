@@ -3,28 +3,39 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 from tests.sim.checks import Checks
+from tests.sim.clock import draw_clock
+from tests.sim.disk import Disk, File
 from tests.sim.network import Network
 from tests.sim.process import Process
 from tests.sim.reference import Reference
-from tests.sim.roles import Listener, Probe, SchedulerProcess, ServerProcess, connect
+from tests.sim.roles import JOURNAL, Listener, Probe, SchedulerProcess, ServerProcess, connect
 from tests.sim.scenario import Fault, Kind, Scenario
 from tests.sim.trainer import Trainer
+from tests.sim.vault import FOLDER, Vault
 from tests.sim.worker import WorkerProcess
-from tests.sim.world import MS, Violation, World
+from tests.sim.world import MS, TOLD_MAX, Violation, World
 from treefold.common import layout as layouts
 from treefold.common.errors import FormationError, JobFailedError, UnavailableError
-from treefold.scheduler.core import SchedulerCore, SchedulerLimits
-from treefold.server.core import ServerCore, ServerLimits
-from treefold.wire.exchange import SCHEDULER
+from treefold.scheduler import placement, records
+from treefold.scheduler.admission import SchedulerLimits
+from treefold.scheduler.core import SchedulerCore
+from treefold.scheduler.journal import Scan, scan
+from treefold.server.core import ServerCore
+from treefold.server.limits import ServerLimits
+from treefold.wire.exchange import SCHEDULER, Received, Tick
 from treefold.wire.membership import Identity, Membership
-from treefold.wire.messages import Outcome, Phase, Role
+from treefold.wire.messages import Heartbeat, HeartbeatSeen
+from treefold.wire.words import Outcome, Role
 from treefold.worker.core import WorkerCore
 from treefold.worker.limits import WorkerLimits
 
+FUSE_NS = 500 * MS  # a process that is to die at work is dead by then
 RESTART_NS = 300 * MS  # where a worker that died for good is needed for the cluster to form
 PROBES = 2
+CHECK_EVERY = 3  # rounds between two comparisons of copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +78,22 @@ class Cluster:
         What to simulate.
     cores : Cores
         Of what.
+    is_traced : bool
+        Whether the report is to have a trace.
     """
 
     scenario: Scenario
     cores: Cores = field(default_factory=Cores)
+    is_traced: bool = False
     world: World = field(init=False)
     network: Network = field(init=False)
     checks: Checks = field(init=False)
+    disk: Disk = field(init=False)
+    vault: Vault = field(init=False)
     scheduler: SchedulerProcess = field(init=False)
     probe: Probe = field(init=False)
     servers: list[ServerProcess] = field(default_factory=list)
+    listeners: dict[str, Listener] = field(default_factory=dict)
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     ended: list[WorkerProcess] = field(default_factory=list)
     pending: int = 0
@@ -85,16 +102,21 @@ class Cluster:
     def __post_init__(self) -> None:
         """Make the processes that are there from the start."""
         scenario = self.scenario
-        self.world = World(scenario.seed)
+        self.world = World(scenario.seed, is_traced=self.is_traced)
         self.network = Network(self.world, scenario.weather)
         self.checks = Checks(Reference(scenario))
-        self.scheduler = SchedulerProcess(self.cores.scheduler(self._limits()), self.network)
+        self.disk = Disk()
+        core = self.cores.scheduler(self._limits())
+        self.vault = Vault()
+        self.scheduler = SchedulerProcess(core, self.network, self.disk, self.checks, self.vault)
+        self._set_clock(self.scheduler)
         self.checks.may_fail = lambda: (
             scenario.is_doomed or self.scheduler.scheduler.ending is not None
         )
         self.probe = Probe(self.scheduler)
+        self.listeners["scheduler"] = self.scheduler
         for number in range(scenario.servers):
-            self.servers.append(self._server(number))
+            self.servers.append(self._server(f"server-{number}"))
 
     def run(self) -> Report:
         """Let it all happen.
@@ -119,7 +141,7 @@ class Cluster:
             self.world.now_ns,
             self.world.events,
             None if ending is None else ending.outcome,
-            {**self.network.kinds, **self.struck, "network": self.network.faults},
+            {**self.network.kinds, **self.struck},
         )
 
     # ---- what happens ----------------------------------------------------------------------------
@@ -133,6 +155,9 @@ class Cluster:
         for number, at_ns in enumerate(scenario.starts_ns):
             self.pending += 1
             world.at(at_ns, self._start_worker, f"worker-{number}")
+        for at_ns in scenario.late_ns:
+            self.pending += 1
+            world.at(at_ns, self._restart_server, "late-server")
         for fault in scenario.faults:
             world.at(fault.at_ns, self._strike, fault)
         if scenario.heal_ns:
@@ -142,14 +167,15 @@ class Cluster:
 
     def _run(self) -> None:
         self.begin()
-        world, core, scenario = self.world, self.scheduler.scheduler, self.scenario
+        world, scenario = self.world, self.scenario
+        last_ns = scenario.deadline_ns
         deadline_ns = scenario.job_deadline_ns
-        while not self.is_over and world.step():
+        while (self.scheduler.is_alive or not self.is_over) and world.step():
             if world.now_ns <= deadline_ns:
                 continue
-            if core.ending is None or deadline_ns == scenario.deadline_ns:
+            if self.scheduler.scheduler.ending is None or deadline_ns == last_ns:
                 raise Violation(f"not over in time: {self._waits()}")
-            deadline_ns = scenario.deadline_ns
+            deadline_ns = last_ns
         if not self.is_over:
             raise Violation(f"nothing happens any more: {self._waits()}")
         self._check_end()
@@ -168,6 +194,15 @@ class Cluster:
         assert isinstance(server, ServerProcess)
         server.start()
 
+    def _restart_server(self, name: object) -> None:
+        """Another process takes the place of a server that died, at another address."""
+        assert isinstance(name, str)
+        self.pending -= 1
+        number = sum(server.name.split(".")[0] == name.split(".")[0] for server in self.servers)
+        server = self._server(f"{name.split('.')[0]}.{number}")
+        self.servers.append(server)
+        server.start()
+
     def _start_worker(self, name: object) -> None:
         assert isinstance(name, str)
         self.pending -= 1
@@ -183,37 +218,85 @@ class Cluster:
         """Let one fault happen, if its target is there."""
         assert isinstance(argument, Fault)
         fault, now_ns = argument, self.world.now_ns
-        self.struck[fault.kind.name] = self.struck.get(fault.kind.name, 0) + 1
         if fault.kind is Kind.PARTITION:
+            self._count(fault)
             self.network.block(fault.target, fault.other, now_ns + fault.for_ns)
             return
         target = self._process(fault.target)
         if target is None or not target.is_alive:
             return
+        self._count(fault)
         self.world.note(fault.target, fault, fault.kind.name.encode())
-        if fault.kind is Kind.FREEZE:
-            target.frozen_until_ns = max(target.frozen_until_ns, now_ns + fault.for_ns)
+        if fault.kind in (Kind.FREEZE, Kind.SUSPEND):
+            target.freeze(now_ns + fault.for_ns, is_clock_stopped=fault.kind is Kind.SUSPEND)
         elif fault.kind is Kind.CRASH:
             self._crash(target, fault.for_ns)
         elif isinstance(target, WorkerProcess):
             if fault.kind is Kind.RECONNECT:
                 target.reconnect()
-            elif self.scheduler.scheduler.phase is not Phase.FORMING and target.trainer is not None:
+            elif self.scheduler.is_formed and target.trainer is not None:
                 target.later(0, target.trainer.drain)
 
+    def _count(self, fault: Fault) -> None:
+        self.struck[fault.kind.name] = self.struck.get(fault.kind.name, 0) + 1
+
+    def _restart_scheduler(self, _: object) -> None:
+        """Another scheduler takes up the journal, at the same address."""
+        self.pending -= 1
+        found = scan(self.disk.read(JOURNAL)) if self.disk.read(JOURNAL) else Scan([], 0, "")
+        self.disk.files[JOURNAL] = File(
+            self.disk.read(JOURNAL)[: found.good_bytes], found.good_bytes
+        )
+        self.struck["torn journal"] = self.struck.get("torn journal", 0) + bool(found.torn)
+        core = self.cores.scheduler(self._limits())
+        before = self.scheduler
+        self.scheduler = SchedulerProcess(core, self.network, self.disk, self.checks, self.vault)
+        self._set_clock(self.scheduler)
+        self.scheduler.take_up(
+            before, [one for payload in found.payloads for one in records.decode(payload)]
+        )
+        self.listeners["scheduler"] = self.scheduler
+        self.scheduler.start()
+
     def _crash(self, target: Process, restart_ns: int) -> None:
+        if target.fuse is None and self.world.rng.random() < 0.5:
+            target.fuse = self.world.rng.randint(0, 6)
+            self.world.at(self.world.now_ns + FUSE_NS, lambda _: self._died(target, restart_ns))
+            return
+        self._died(target, restart_ns)
+
+    def _died(self, target: Process, restart_ns: int) -> None:
+        if target.is_replaced:
+            return  # it was struck twice, and one that takes its place is enough
+        target.is_replaced = True
         target.die()
+        if target is self.scheduler and restart_ns:
+            self.disk.crash(self.world.rng)
+            self.pending += 1
+            self.world.at(self.world.now_ns + restart_ns, self._restart_scheduler)
+        if isinstance(target, ServerProcess) and restart_ns:
+            self.pending += 1
+            self.world.at(self.world.now_ns + restart_ns, self._restart_server, target.name)
         if not isinstance(target, WorkerProcess):
             return
-        if not restart_ns and self.scheduler.scheduler.phase is Phase.FORMING:
+        if not restart_ns and not self.scheduler.is_formed:
             restart_ns = RESTART_NS
         if restart_ns:
             self.pending += 1
             self.world.at(self.world.now_ns + restart_ns, self._start_worker, target.name)
 
+    def _begin_anew(self, worker: WorkerProcess) -> None:
+        """The job has gone back: the worker's process runs its script from the start."""
+        worker.die()
+        self.pending += 1
+        at_ns = self.world.now_ns + self.world.rng.randint(1, 100) * MS
+        self.world.at(at_ns, self._start_worker, worker.name)
+
     def _process(self, name: str) -> Process | None:
-        found: list[Process] = [self.scheduler, *self.servers]
-        return next((p for p in found if p.name == name), self.workers.get(name))
+        if name.startswith("server"):
+            alike = [server for server in self.servers if server.name.split(".")[0] == name]
+            return alike[-1]
+        return self.scheduler if name == "scheduler" else self.workers.get(name)
 
     # ---- processes -------------------------------------------------------------------------------
 
@@ -229,18 +312,31 @@ class Cluster:
             form_timeout_ns=patience.form_timeout_ns,
             rejoin_grace_ns=patience.rejoin_grace_ns,
             is_restarting=True,
+            replicas=self.scenario.replicas,
+            checkpoint=FOLDER if self.scenario.checkpoint_every else "",
+            checkpoint_every=self.scenario.checkpoint_every,
+            slots=self.scenario.slots,
         )
 
     def _membership(self, role: Role, name: str) -> Membership:
         nonce = self.world.rng.getrandbits(61)
         return Membership(Identity(role, nonce, name, name, 1, "0"))
 
-    def _server(self, number: int) -> ServerProcess:
-        name, patience = f"server-{number}", self.scenario.patience
-        limits = ServerLimits(patience.connect_timeout_ns, patience.orphan_after_ns)
+    def _set_clock(self, process: Process) -> None:
+        process.clock = draw_clock(self.world.rng, self.scenario.skew_ppm)
+
+    def _server(self, name: str) -> ServerProcess:
+        patience = self.scenario.patience
+        limits = ServerLimits(
+            patience.connect_timeout_ns, patience.orphan_after_ns, check_every=CHECK_EVERY
+        )
         core = self.cores.server(self._membership(Role.SERVER, name), limits)
         process = ServerProcess(name, core, self.network, self.checks)
+        self._set_clock(process)
         process.scheduler = connect(process, self.scheduler, SCHEDULER, 0)
+        process.servers = lambda: self.listeners
+        process.files.vault = self.vault
+        self.listeners[name] = process
         return process
 
     def _worker(self, name: str) -> WorkerProcess:
@@ -250,10 +346,11 @@ class Cluster:
         )
         core = self.cores.worker(self._membership(Role.WORKER, name), limits)
         process = WorkerProcess(name, core, self.network, self.checks)
+        self._set_clock(process)
         first = sum(worker.name == name for worker in self.ended) + (name in self.workers)
         process.numbers = iter(range(1 + 100_000 * first, 1 << 60))
-        listeners: list[Listener] = [self.scheduler, *self.servers]
-        process.listeners = {listener.name: listener for listener in listeners}
+        process.listeners = self.listeners
+        process.begin_anew = lambda: self._begin_anew(process)
         process.open(SCHEDULER, "scheduler")
         number = int(name.rsplit("-", 1)[1])
         process.trainer = self.cores.trainer(process, self.scenario, self.scenario.factors[number])
@@ -266,6 +363,14 @@ class Cluster:
         if ending is None:
             raise Violation("the scheduler is gone, the job has not ended")
         if self.scenario.is_doomed and ending.outcome is not Outcome.DONE:
+            self._check_failed()
+            return
+        is_saving = bool(self.scenario.checkpoint_every)
+        is_lost = "no server is left that holds" in ending.text
+        if (self.scenario.replicas > 1 or is_saving) and is_lost:
+            if is_saving:
+                raise Violation(f"the job could have gone back: {ending.text}")
+            self._check_lost()
             self._check_failed()
             return
         if ending.outcome is not Outcome.DONE:
@@ -283,6 +388,22 @@ class Cluster:
         halts = [process.halt for process in (self.scheduler, *self.servers)]
         if not self.scenario.heal_ns and any(halt is None or halt.status for halt in halts):
             raise Violation(f"a job without faults ends with {halts}")
+
+    def _check_lost(self) -> None:
+        """Nobody who could have led a shard that was given up is left."""
+        self.struck["lost"] = 1
+        roster = self.scheduler.scheduler.roster
+        live = {state.member.incarnation for state in roster.live(Role.SERVER)}
+        for key in self.scheduler.scheduler.chains.lost:
+            for server in self.servers:
+                shard = server.server.shards.get(key)
+                if shard is None or server.server.membership.incarnation not in live:
+                    continue
+                is_able = not shard.chain.is_joining and shard.version >= self.checks.versions.get(
+                    key, -1
+                )
+                if is_able and shard.chain.is_confirmed:
+                    raise Violation(f"shard {key} is given up, but {server.name} holds it")
 
     def _check_failed(self) -> None:
         for worker in self.workers.values():
@@ -317,7 +438,11 @@ class Cluster:
         return "\n  ".join(lines)
 
     def _story(self, violation: Violation) -> str:
-        recent = [happened.line() for happened in self.world.recent]
+        recent = [
+            f"{now_ns / MS:12.3f} ms  {who:<14} {str(what)[:240]}"
+            for now_ns, who, what in self.world.recent
+            if not is_dull(what)
+        ][-TOLD_MAX:]
         return "\n".join(
             [
                 f"seed {self.scenario.seed} at {self.world.now_ns / MS:.3f} ms: {violation}",
@@ -342,7 +467,17 @@ def tiny_layout(block_elements: int, part_blocks_max: int) -> Iterator[None]:
         layouts.BLOCK_ELEMENTS, layouts.PART_BLOCKS_MAX = before
 
 
-def simulate(scenario: Scenario, cores: Cores | None = None) -> Report:
+def simulate(scenario: Scenario, cores: Cores | None = None, *, is_traced: bool = False) -> Report:
     """Run one scenario to its end."""
-    with tiny_layout(scenario.block_elements, scenario.part_blocks_max):
-        return Cluster(scenario, cores or Cores()).run()
+    with (
+        tiny_layout(scenario.block_elements, scenario.part_blocks_max),
+        mock.patch.object(placement, "SHARDS_MIN", scenario.shards_min),
+    ):
+        return Cluster(scenario, cores or Cores(), is_traced).run()
+
+
+def is_dull(event: object) -> bool:
+    """Whether an event happens all the time and tells a reader of a story nothing."""
+    if isinstance(event, Received):
+        return isinstance(event.message, Heartbeat | HeartbeatSeen)
+    return isinstance(event, Tick)

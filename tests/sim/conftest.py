@@ -1,8 +1,10 @@
-"""Options of the simulator, beside ``--seeds N`` of all tests."""
+"""Options of the simulator, beside ``--seeds N`` of all tests, and its line in their summary."""
 
 import gc
 
 import pytest
+
+from tests.sim.runs import TALLY
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -11,9 +13,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--first-seed", type=int, default=0, help="where the simulator's seeds begin")
 
 
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say what the simulator has been through."""
+    if TALLY in config.stash:
+        terminalreporter.section("simulator")
+        terminalreporter.line(config.stash[TALLY].line())
+
+
 @pytest.fixture(scope="session")
 def seeds(pytestconfig: pytest.Config) -> range:
     """The seeds that the simulator is to run."""
-    gc.freeze()  # what torch imported need not be looked at again and again: a tenth of the time
+    gc.freeze()  # what torch imported need not be looked at again and again
     first = int(pytestconfig.getoption("--first-seed", 0))
     return range(first, first + int(pytestconfig.getoption("--seeds")))

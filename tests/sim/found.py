@@ -6,8 +6,6 @@ nobody computes any more, farewells of the dead, payloads that a failed pull lea
 tests in ``tests/unit`` hold those.
 """
 
-from dataclasses import replace
-
 import msgspec
 
 from tests.sim.planting import AnyCore, Patch, change_input, change_output, message_of, plant
@@ -18,25 +16,17 @@ from treefold.server.core import ServerCore
 from treefold.server.effects import ReadyPart
 from treefold.server.rounds import Round
 from treefold.wire.exchange import Received, Send, Tick
-from treefold.wire.messages import (
-    Code,
-    Leave,
-    Outcome,
-    Pull,
-    Refused,
-    Register,
-    Registered,
-    View,
-)
+from treefold.wire.messages import Leave, Pull, Refused, Register, Registered, View
+from treefold.wire.words import Code, Outcome
 from treefold.worker.core import WorkerCore
-from treefold.worker.declarations import Declarations
+from treefold.worker.declarations import CALLS_MAX, Declarations
 from treefold.worker.effects import Complete, DeclareCalled, LoopCalled
 from treefold.worker.rounds import LocalPart, LocalRound
 
 
 @plant(Theme.MIXED)
 def tables_declared_early_are_never_placed(patch: Patch) -> None:
-    place = SchedulerCore._place_tables
+    place = SchedulerCore.place_tables
     registering: dict[int, bool] = {}
 
     def watch(self: AnyCore, event: object) -> object:
@@ -48,7 +38,7 @@ def tables_declared_early_are_never_placed(patch: Patch) -> None:
             place(self, now_ns)
 
     change_input(patch, SchedulerCore, watch)
-    patch.setattr(SchedulerCore, "_place_tables", lazy)
+    patch.setattr(SchedulerCore, "place_tables", lazy)
 
 
 @plant(Theme.MIXED)
@@ -134,7 +124,7 @@ def a_declaration_waits_for_a_scheduler_that_is_gone(patch: Patch) -> None:
     patch.setattr(WorkerCore, "_check_scheduler", lambda *_: None)
 
 
-@plant(Theme.MIXED)
+@plant(Theme.MIXED, 150)
 def an_own_loader_is_missed_by_its_last_heartbeat(patch: Patch) -> None:
     def suspicious(self: AnyCore, event: object) -> object:
         message = message_of(event)
@@ -146,7 +136,7 @@ def an_own_loader_is_missed_by_its_last_heartbeat(patch: Patch) -> None:
         if self.declared.is_loader and max(rounds, default=0) > last:
             assert isinstance(event, Received)
             failed = msgspec.structs.replace(message, outcome=Outcome.FAILED)
-            return replace(event, message=failed)
+            return msgspec.structs.replace(event, message=failed)
         return event
 
     change_input(patch, SchedulerCore, suspicious)
@@ -163,7 +153,8 @@ def parts_are_used_in_the_order_in_which_they_came(patch: Patch) -> None:
 
 @plant(Theme.FENCED)
 def a_table_announced_again_is_declared_again(patch: Patch) -> None:
-    def pop(self: Declarations, call: int) -> DeclareCalled | LoopCalled | None:
+    def pop(self: Declarations, number: int) -> DeclareCalled | LoopCalled | None:
+        call = number % CALLS_MAX
         event = self._pending.pop(call, None)
         if isinstance(event, DeclareCalled):
             self._tables[call] = event

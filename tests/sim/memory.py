@@ -12,8 +12,10 @@ from enum import Enum, auto
 import msgspec
 
 from tests.sim.world import Violation
+from treefold.wire.chain import UnitCopy
 from treefold.wire.messages import Pulled, Push
 
+TensorMessage = Push | Pulled | UnitCopy
 BUFFERS = 2
 SEGMENT = 7  # what a frame of shared memory says; no core may look at it
 UNWRITTEN = -1
@@ -26,6 +28,7 @@ class Memory:
     value: object
     elements: int
     buffer: "Buffer | None" = None
+    is_retired: bool = False
 
     def copy(self) -> "Memory":
         """The same value in a place of its own."""
@@ -59,8 +62,8 @@ NOTHING = Cargo()
 
 
 def pieces_of(
-    rng: random.Random, message: Push | Pulled, parts: Sequence[Memory], shared: float
-) -> Iterator[tuple[Push | Pulled, Cargo]]:
+    rng: random.Random, message: TensorMessage, parts: Sequence[Memory], shared: float
+) -> Iterator[tuple[TensorMessage, Cargo]]:
     """Cut a run of parts into messages, as a carrier may, each by one lane or the other.
 
     ``shared`` is the chance that a message goes through shared memory.
@@ -178,14 +181,16 @@ class Gradients:
         self._sizes = list(sizes)
         self.flat = self._make()
         self._spare: list[Memory] | None = None
-        self.is_lent = False
+        self.is_lent = self.is_retired = False
 
     def begin_slot(self, is_in_use: bool) -> None:
         """Write to the buffer from now on, or to another one if it is in use."""
-        if self.is_lent and is_in_use:
+        if self.is_retired:
+            self.flat, self._spare = self._make(), None
+        elif self.is_lent and is_in_use:
             new = self._make() if self._spare is None else self._spare
             self.flat, self._spare = new, self.flat
-        self.is_lent = False
+        self.is_lent = self.is_retired = False
         for memory in self.flat:
             memory.value = ("written to by backward", memory.value)
 
@@ -238,6 +243,12 @@ class Payloads:
         held.is_sent = True
         return held.memory
 
+    def keep(self, handle: int) -> None:
+        """Make the payload one of this process's own, which nobody else writes to."""
+        held = self._get(handle)
+        if held.origin is not Origin.OWN:
+            self.held[handle] = _Held(held.memory.copy(), Origin.OWN, held.is_sent)
+
     def pop(self, handle: int) -> Memory:
         """The same, held no longer; own memory is used for something else at once."""
         held = self._get(handle)
@@ -258,13 +269,18 @@ class Payloads:
         self.pop(right)
         self.held[left] = _Held(total, Origin.OWN)
 
+    def retire(self) -> None:
+        """Never write to what is held now."""
+        for held in self.held.values():
+            held.memory.is_retired = True
+
     def _get(self, handle: int) -> _Held:
         if handle not in self.held:
             raise Violation(f"payload {handle} is used, but was released or never there")
         return self.held[handle]
 
     def _reuse(self, held: _Held) -> None:
-        if held.origin is Origin.OWN:
+        if held.origin is Origin.OWN and not held.memory.is_retired:
             held.memory.value = ("used for something else", held.memory.value)
 
 

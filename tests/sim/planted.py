@@ -4,7 +4,6 @@ Most change what goes into or comes out of `handle`. `tests.sim.found` has those
 `tests.sim.planted_parts` those in what is done part by part.
 """
 
-from dataclasses import replace
 from itertools import pairwise
 
 import msgspec
@@ -23,20 +22,13 @@ from treefold.common.tree import FoldSet, Merge, Node
 from treefold.scheduler import balance, leases
 from treefold.scheduler.core import SchedulerCore
 from treefold.scheduler.norms import NormBook
-from treefold.server import core as server_core
+from treefold.server import exchange as server_exchange
 from treefold.server import rounds as server_rounds
 from treefold.server.core import ServerCore
 from treefold.server.effects import PartsRef, ReleasePayload
 from treefold.server.rounds import Held, Round
 from treefold.wire.exchange import Received, Send, Tick
-from treefold.wire.messages import (
-    NormDecision,
-    NormReport,
-    Pull,
-    Push,
-    RoundStatus,
-    View,
-)
+from treefold.wire.messages import NormDecision, NormReport, Pull, Push, RoundStatus, View
 from treefold.worker import rounds as worker_rounds
 from treefold.worker.core import WorkerCore
 from treefold.worker.effects import Effect, FoldPayloads, SlotFinished
@@ -126,7 +118,9 @@ def a_pull_is_answered_with_the_version_before(patch: Patch) -> None:
             if isinstance(effect, Send) and isinstance(effect.payload, PartsRef):
                 ref = effect.payload
                 if ref.version - 1 in self.shards[ref.table, ref.shard].kept:
-                    effects[at] = replace(effect, payload=replace(ref, version=ref.version - 1))
+                    effects[at] = msgspec.structs.replace(
+                        effect, payload=msgspec.structs.replace(ref, version=ref.version - 1)
+                    )
         return effects
 
     change_output(patch, ServerCore, older)
@@ -143,7 +137,9 @@ def a_pull_of_the_next_version_is_answered_at_once(patch: Patch) -> None:
         if shard is None or shard.version < 0:
             return event
         version = min(message.version, shard.version)
-        return replace(event, message=msgspec.structs.replace(message, version=version))
+        return msgspec.structs.replace(
+            event, message=msgspec.structs.replace(message, version=version)
+        )
 
     change_input(patch, ServerCore, impatient)
 
@@ -161,7 +157,7 @@ def duplicates_are_not_released(patch: Patch) -> None:
 
 @plant(Theme.MIXED)
 def round_statuses_name_no_parts(patch: Patch) -> None:
-    patch.setattr(server_core, "STATUS_PARTS_MAX", 0)
+    patch.setattr(server_exchange, "STATUS_PARTS_MAX", 0)
 
 
 @plant(Theme.MIXED)
@@ -253,7 +249,7 @@ def meta_is_taken_from_any_slot(patch: Patch) -> None:
         for table in self.trained():
             local.metas[table.number] = event.metas[table.number]
             for shard in table.place.shards if table.place else []:
-                self.send_meta(table, shard.shard)
+                self.send_meta(table, shard.shard, local)
 
     patch.setattr(Exchange, "finish", eager)
 

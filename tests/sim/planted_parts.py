@@ -7,6 +7,7 @@ from tests.sim.trainer import Trainer
 from treefold.server import answers
 from treefold.server.core import ServerCore
 from treefold.server.effects import ReleaseVersion
+from treefold.server.exchange import Exchange as ServerExchange
 from treefold.server.rounds import Arrived, Held, HyperOf, Round, Shard, Wait
 from treefold.wire.exchange import Peer, Send
 from treefold.wire.messages import Published, Pulled, RoundHyper, RoundMeta
@@ -34,14 +35,14 @@ def the_version_before_is_released_with_the_next_one(patch: Patch) -> None:
 
 @plant(Theme.MIXED)
 def the_version_before_is_released_when_the_next_is_whole(patch: Patch) -> None:
-    release, publish = ServerCore._release_oldest, ServerCore._publish
-    patch.setattr(ServerCore, "_release_oldest", lambda *_: None)
+    release, publish = ServerExchange.release_oldest, ServerExchange._publish
+    patch.setattr(ServerExchange, "release_oldest", lambda *_: None)
 
-    def late(self: ServerCore, now_ns: int, shard: Shard, current: Round) -> None:
+    def late(self: ServerExchange, now_ns: int, shard: Shard, current: Round) -> None:
         release(self, shard, current)
         publish(self, now_ns, shard, current)
 
-    patch.setattr(ServerCore, "_publish", late)
+    patch.setattr(ServerExchange, "_publish", late)
 
 
 @plant(Theme.LAGGING)
@@ -69,14 +70,14 @@ def a_torn_read_is_followed_by_what_is_on_its_way(patch: Patch) -> None:
 
 @plant(Theme.MIXED)
 def parts_that_were_made_are_made_again(patch: Patch) -> None:
-    make = ServerCore._make_parts
+    make = ServerExchange._make_parts
 
-    def twice(self: ServerCore, shard: Shard, current: Round) -> None:
+    def twice(self: ServerExchange, shard: Shard, current: Round) -> None:
         make(self, shard, current)
         if current.number >= 0:
             current.rooted.update(dict.fromkeys(current.made))
 
-    patch.setattr(ServerCore, "_make_parts", twice)
+    patch.setattr(ServerExchange, "_make_parts", twice)
 
 
 @plant(Theme.MIXED)
@@ -93,10 +94,10 @@ def parts_are_stepped_with_what_the_round_before_stepped_with(patch: Patch) -> N
 
 @plant(Theme.MIXED)
 def early_hyper_parameters_have_no_limit_of_the_norm(patch: Patch) -> None:
-    on_hyper = ServerCore._on_hyper
+    on_hyper = ServerExchange.on_hyper
 
     def limitless(
-        self: ServerCore, now_ns: int, peer: Peer, shard: Shard, message: RoundHyper | RoundMeta
+        self: ServerExchange, now_ns: int, peer: Peer, shard: Shard, message: RoundHyper | RoundMeta
     ) -> None:
         current = shard.round
         is_due = current is not None and current.number == message.round
@@ -104,7 +105,7 @@ def early_hyper_parameters_have_no_limit_of_the_norm(patch: Patch) -> None:
             current.hyper = HyperOf(message.groups, 0.0)
         on_hyper(self, now_ns, peer, shard, message)
 
-    patch.setattr(ServerCore, "_on_hyper", limitless)
+    patch.setattr(ServerExchange, "on_hyper", limitless)
 
 
 @plant(Theme.MIXED)
@@ -116,7 +117,7 @@ def early_hyper_parameters_come_from_any_slot(patch: Patch) -> None:
         table = self.tables[event.table]
         local.hypers[event.table] = event
         for shard in table.place.shards if table.place else []:
-            self._send_hyper(table, shard.shard)
+            self._send_hyper(table, shard.shard, local)
 
     patch.setattr(Exchange, "know_hyper", any_slot)
 

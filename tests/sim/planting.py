@@ -17,15 +17,15 @@ Plant = Callable[[Patch], None]
 AnyCore = ServerCore | SchedulerCore | WorkerCore
 Before = Callable[[AnyCore, object], object]
 After = Callable[[AnyCore, object, list[object]], list[object]]
-PLANTED: dict[str, tuple[Plant, Theme]] = {}
-"""Bugs by name, each with the kind of seeds in which it is met most often."""
+PLANTED: dict[str, tuple[Plant, Theme, int]] = {}
+"""Bugs by name, with the kind of seeds in which each is met most often, and the first of them."""
 
 
-def plant(theme: Theme) -> Callable[[Plant], Plant]:
-    """Register a bug under its function's name."""
+def plant(theme: Theme, first: int = 0) -> Callable[[Plant], Plant]:
+    """Register a bug under its function's name; seeds before ``first`` are known not to meet it."""
 
     def register(function: Plant) -> Plant:
-        PLANTED[function.__name__] = function, theme
+        PLANTED[function.__name__] = function, theme, first
         return function
 
     return register

@@ -3,19 +3,24 @@
 Subclasses carry out the effects of one role and check what they see.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from tests.sim.clock import Clock
 from tests.sim.memory import NOTHING, Cargo, Origin, Payloads
 from tests.sim.network import Connection, End, Network
 from tests.sim.world import Violation, World
 from treefold.common.errors import InvariantError, RemoteProtocolError
 from treefold.wire import codec
+from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import Halt, Note, Received, Tick
-from treefold.wire.messages import AnyMessage, Heartbeat, HeartbeatSeen, Pulled, Push
+from treefold.wire.messages import AnyMessage, Pulled, Push
 
+CHECKED_EVERY = 4  # changes of what is held
 STUCK_TICKS_MAX = 3  # ticks at one time after which a core that still asks for one is in a loop
+
+
+TENSOR_MESSAGES = (Push, Pulled, UnitCopy)
 
 
 class Core(Protocol):
@@ -49,6 +54,10 @@ class Process:
         Whether it runs; a dead one never runs again.
     halt : Halt or None
         How it ended, if it ended itself.
+    clock : Clock
+        What its core takes for the time.
+    is_replaced : bool
+        Whether what comes after a crash of this process was seen to.
     """
 
     def __init__(self, name: str, core: Core, network: Network) -> None:
@@ -60,13 +69,18 @@ class Process:
         self.is_alive = True
         self.halt: Halt | None = None
         self.frozen_until_ns = 0
+        self.clock = Clock()
         self.acts: dict[type, Callable[..., Iterable[object] | None]] = {
             Note: self._note,
             Halt: self._halt,
         }
+        self.fuse: int | None = None
+        self.is_replaced = False
         self._armed_ns: int | None = None
+        self._asked_ns: int | None = None
         self._ticks = (0, 0)
-        self._checked = (-1, -1)
+        self._state = (-1, -1)
+        self._changes = 0
 
     def start(self) -> None:
         """Let the core begin."""
@@ -75,6 +89,15 @@ class Process:
     def die(self) -> None:
         """Stop at once, without a word."""
         self.is_alive = False
+
+    def freeze(self, until_ns: int, *, is_clock_stopped: bool) -> None:
+        """Do nothing until then; a machine that is suspended does not count the time either."""
+        since_ns = max(self.frozen_until_ns, self.world.now_ns)
+        if until_ns <= since_ns:
+            return
+        self.frozen_until_ns = until_ns
+        if is_clock_stopped:
+            self.clock.stop(until_ns - since_ns)
 
     # ---- what comes in ---------------------------------------------------------------------------
 
@@ -86,8 +109,9 @@ class Process:
             self.world.at(self.frozen_until_ns, self._receive_later, (peer, header, cargo))
             return
         message = codec.decode(header)
-        check_cargo(message, cargo)
-        handles = tuple(self.payloads.add(part, Origin.FOREIGN) for part in cargo.parts)
+        handles: tuple[int, ...] = ()
+        if cargo.parts:
+            handles = tuple([self.payloads.add(part, Origin.FOREIGN) for part in cargo.parts])
         self.feed(Received(peer, message, handles), header)
 
     def _receive_later(self, argument: object) -> None:
@@ -96,21 +120,47 @@ class Process:
 
     def feed(self, event: object, mark: bytes) -> None:
         """Give the core an event, carry out what it says, and check that all is well."""
-        self.world.see(self.name, mark)
-        if not is_dull(event):
-            self.world.note(self.name, event)
-        events: deque[object] = deque([event])
+        world, handle, acts = self.world, self.core.handle, self.acts
+        if world.is_traced:
+            world.see(self.name, mark)
+        world.recent.append((world.now_ns, self.name, event))
+        now_ns = self.clock.shows(world.now_ns)
+        events = [event]
+        is_busy = False
         try:
-            while events and self.is_alive:
-                for effect in self.core.handle(self.world.now_ns, events.popleft()):
-                    events.extend(self.acts[type(effect)](effect) or ())
-            self.core.check_invariants()
+            for one in events:  # which grows meanwhile
+                for effect in handle(now_ns, one):
+                    is_busy = True
+                    if self.fuse is not None and self._is_burnt():
+                        return
+                    follows = acts[type(effect)](effect)
+                    if follows:
+                        events.extend(follows)
+                if not self.is_alive:
+                    break
+            state = (self.payloads.added, len(self.payloads.held))
+            if self.is_to_be_checked(is_busy, state != self._state):
+                self.core.check_invariants()
         except (InvariantError, LookupError) as error:
             raise Violation(f"{self.name} fails: {error!r}") from error
-        if self.is_alive:
+        if not self.is_alive:
+            return
+        if state != self._state:
+            self._state = state
             self._check_payloads()
+        if is_busy:
             self.check()
-            self._arm()
+        self._arm()
+
+    def _is_burnt(self) -> bool:
+        """Whether the process dies now, in the midst of what its core has decided."""
+        if self.fuse is None:
+            return False
+        self.fuse -= 1
+        if self.fuse < 0:
+            self.network.count("died at work")
+            self.die()
+        return not self.is_alive
 
     def later(self, delay_ns: int, act: Callable[[object], None], argument: object = None) -> None:
         """Let this process do something later: not if it is dead by then, and not while frozen."""
@@ -131,12 +181,16 @@ class Process:
         self, connection: Connection, end: End, message: AnyMessage, cargo: Cargo = NOTHING
     ) -> None:
         """Send a message to one end of a connection."""
-        check_cargo(message, cargo)
-        self.network.count(type(message).__name__)
-        if len(cargo.parts) > 1:
-            self.network.count("run")
-        if cargo.is_shared:
-            self.network.count("shared")
+        kinds, kind = self.network.kinds, type(message).__name__
+        kinds[kind] = kinds.get(kind, 0) + 1
+        if isinstance(message, TENSOR_MESSAGES):
+            check_cargo(message, cargo)
+            if len(cargo.parts) > 1:
+                self.network.count("run")
+            if cargo.is_shared:
+                self.network.count("shared")
+        elif cargo.parts:
+            raise Violation(f"{message} with payloads")
         self.network.send(connection, end, codec.encode(message), cargo)
 
     def _note(self, effect: Note) -> None:
@@ -152,16 +206,27 @@ class Process:
     def check(self) -> None:
         """Check what a role promises after every event."""
 
+    def is_to_be_checked(self, is_busy: bool, is_holding: bool) -> bool:
+        """Whether the core's invariants may be broken by an event, which had effects or none.
+
+        ``is_holding`` says whether it holds other payloads than before.
+        """
+        return is_busy or is_holding
+
     def handles(self) -> int:
         """How many payloads the core says that it holds."""
         return 0
 
+    @property
+    def is_due(self) -> bool:
+        """Whether everything that is held is looked through, which takes a while."""
+        return self._changes % CHECKED_EVERY == 0
+
     def _check_payloads(self) -> None:
-        state = (self.payloads.added, len(self.payloads.held))
-        if state == self._checked:
-            return
-        self._checked = state
-        if self.handles() != len(self.payloads.held):
+        """Compare what is held with what the core knows of, now and then: what leaks stays."""
+        is_due = self.is_due
+        self._changes += 1
+        if is_due and self.handles() != len(self.payloads.held):
             raise Violation(
                 f"{len(self.payloads.held)} payloads are held, {self.handles()} are known"
             )
@@ -169,18 +234,17 @@ class Process:
     def _arm(self) -> None:
         """See to it that the core gets its `Tick` in time."""
         deadline_ns = self.core.next_deadline_ns()
-        if deadline_ns is None:
+        if deadline_ns is None or deadline_ns == self._asked_ns:
             return
         now_ns = self.world.now_ns
-        if deadline_ns <= now_ns:
+        due_ns = self.clock.true_ns(deadline_ns)
+        if due_ns <= now_ns:
             last_ns, count = self._ticks
             self._ticks = (now_ns, count + 1 if last_ns == now_ns else 1)
             if self._ticks[1] > STUCK_TICKS_MAX:
-                raise Violation(
-                    f"{self.name} asks for a deadline {now_ns - deadline_ns} ns ago, again"
-                )
-        if self._armed_ns is None or deadline_ns < self._armed_ns:
-            self._armed_ns = max(deadline_ns, now_ns)
+                raise Violation(f"{self.name} asks for a deadline {now_ns - due_ns} ns ago, again")
+        if self._armed_ns is None or due_ns < self._armed_ns:
+            self._armed_ns, self._asked_ns = max(due_ns, now_ns), deadline_ns
             self.world.at(self._armed_ns, self._on_timer, self._armed_ns)
 
     def _on_timer(self, armed_ns: object) -> None:
@@ -189,28 +253,21 @@ class Process:
         if self.world.now_ns < self.frozen_until_ns:
             self.world.at(self.frozen_until_ns + 1, self._on_timer, armed_ns)  # messages come first
             return
-        self._armed_ns = None
+        self._armed_ns = self._asked_ns = None
         deadline_ns = self.core.next_deadline_ns()
-        if deadline_ns is not None and deadline_ns <= self.world.now_ns:
+        if deadline_ns is not None and deadline_ns <= self.clock.shows(self.world.now_ns):
             self.feed(Tick(), b"tick")
         else:
             self._arm()
 
 
-def check_cargo(message: AnyMessage, cargo: Cargo) -> None:
+def check_cargo(message: Push | Pulled | UnitCopy, cargo: Cargo) -> None:
     """Compare payloads with what their header announces."""
     sizes = [part.elements for part in cargo.parts]
-    frame = message.frame if isinstance(message, Push | Pulled) else None
+    frame = message.frame
     try:
         codec.check_payload(message, [] if cargo.is_shared else [4 * size for size in sizes])
     except RemoteProtocolError as error:
         raise Violation(f"{message}: {error}") from error
     if cargo.is_shared and (frame is None or not frame.segment or sum(sizes) != frame.elements):
         raise Violation(f"{message} with parts of {sizes} elements in shared memory")
-
-
-def is_dull(event: object) -> bool:
-    """Whether an event happens all the time and tells a reader of a story nothing."""
-    if isinstance(event, Received):
-        return isinstance(event.message, Heartbeat | HeartbeatSeen)
-    return isinstance(event, Tick)

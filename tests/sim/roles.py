@@ -1,20 +1,38 @@
 """The scheduler's and the servers' processes."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from tests.sim.answers import Answers
 from tests.sim.checks import Checks
-from tests.sim.memory import NOTHING, Cargo, Shelf, pieces_of
+from tests.sim.disk import Disk
+from tests.sim.files import Holdings, Manifests, ShardFiles
+from tests.sim.memory import NOTHING, Cargo, Memory, Origin, Shelf, pieces_of
 from tests.sim.network import Connection, End, Network
 from tests.sim.process import Process
+from tests.sim.vault import Vault
 from tests.sim.world import Violation
-from treefold.common.spec import Rule
+from treefold.common.spec import Dtype, Rule
+from treefold.scheduler import memory, records
 from treefold.scheduler.core import SchedulerCore
+from treefold.scheduler.effects import (
+    Persist,
+    Rewrite,
+)
+from treefold.scheduler.journal import HEADER, frame
 from treefold.server.core import ServerCore
 from treefold.server.effects import (
+    CloseShard,
+    ComputeDigest,
     ComputeNorm,
+    Connect,
+    CopyUnit,
+    DigestComputed,
+    Disconnect,
     FoldPayloads,
+    LoadUnit,
     MakeParts,
     NormComputed,
     OpenShard,
@@ -23,8 +41,9 @@ from treefold.server.effects import (
     RecordVersion,
     ReleasePayload,
     ReleaseVersion,
+    UnitCopied,
 )
-from treefold.server.rounds import Shard
+from treefold.wire.chain import UnitCopy
 from treefold.wire.codec import decode
 from treefold.wire.exchange import SCHEDULER, PeerLost, Received, Send
 from treefold.wire.messages import (
@@ -32,10 +51,14 @@ from treefold.wire.messages import (
     Published,
     Pull,
     Pulled,
+    Push,
     StatusReply,
     StatusRequest,
+    View,
 )
+from treefold.wire.words import Frame, Phase
 
+JOURNAL = "journal"
 VERSIONS_HELD_MAX = 2
 NORM_ROUNDS_MAX = 6
 
@@ -67,14 +90,70 @@ def connect(client: Process, listener: Process, peer: object, number: int) -> Co
 class SchedulerProcess(Listener):
     """The scheduler."""
 
-    def __init__(self, core: SchedulerCore, network: Network) -> None:
+    def __init__(
+        self, core: SchedulerCore, network: Network, disk: Disk, checks: Checks, vault: Vault
+    ) -> None:
         super().__init__("scheduler", core, network)
         self.scheduler = core
-        self.acts[Send] = self._send
+        self.disk = disk
+        self.checks = checks
+        self.acts |= {
+            Send: self._send,
+            Persist: self._persist,
+            Rewrite: self._rewrite,
+        }
+        self.acts |= Manifests(self, core, vault, checks).acts()
         self._view = 0
+        self._seen = (-1, -1)
+        self.told = 0  # the newest view that anybody was sent
+        self.is_formed = False  # whether anybody was told that the cluster has formed
 
     def _send(self, effect: Send) -> None:
+        self._see_era()  # by now it is written down
+        if isinstance(effect.message, View):
+            self.told = max(self.told, effect.message.number)
+            self.is_formed |= effect.message.phase is not Phase.FORMING
+        if self.disk.read(JOURNAL):
+            self.disk.sync(JOURNAL)
         self.send_to(effect.peer, effect.message)
+
+    def _see_era(self) -> None:
+        era = self.scheduler.view.era
+        if era > max(self.checks.rollbacks, default=0):
+            self.network.count("rolled back")
+            self.checks.roll_back(era)
+
+    def _persist(self, effect: Persist) -> None:
+        self.network.count("journaled")
+        if not self.disk.read(JOURNAL):
+            self.disk.rewrite(JOURNAL, HEADER)
+            self.disk.sync(JOURNAL)
+        self.disk.append(JOURNAL, frame(records.encode(effect.records)))
+
+    def _rewrite(self, effect: Rewrite) -> None:
+        self.network.count("journal rewritten")
+        self.disk.rewrite(JOURNAL, HEADER + frame(records.encode(effect.records)))
+        self.disk.sync(JOURNAL)
+
+    def take_up(self, before: "SchedulerProcess", found: list[records.Record]) -> None:
+        """Go on with what another one wrote down; its connections lead here from now on."""
+        memory.take_up(self.scheduler, found)
+        self._see_era()
+        self._view = self.told = before.told
+        self.is_formed = before.is_formed
+        if self.scheduler.view.number < before.told:
+            number = self.scheduler.view.number
+            raise Violation(f"the journal ends at view {number}, members have {before.told}")
+        for connection in self.network.connections.values():
+            if connection.up.target == self.name:
+                connection.up.receive = self.receive
+
+    def is_to_be_checked(self, is_busy: bool, is_holding: bool) -> bool:
+        """Only views and members can contradict each other."""
+        del is_busy, is_holding
+        state = (self.scheduler.view.number, self.scheduler.roster.changes)
+        is_other, self._seen = state != self._seen, state
+        return is_other
 
     def check(self) -> None:
         """Views grow, and nothing is kept for ever."""
@@ -107,55 +186,18 @@ class Probe(Process):
         self.answers += 1
 
 
-@dataclass(frozen=True, slots=True)
+class Copied(NamedTuple):
+    """The symbol of a unit's state, of its values, and of those in the version before."""
+
+    version: int
+    value: object
+    older: object
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Open:
     first_block: int
     blocks: int
-
-
-@dataclass(slots=True)
-class _Asked:
-    """A pull, and the parts of it that were not sent yet."""
-
-    version: int
-    parts: dict[int, None]
-
-
-class Answers:
-    """What every peer has asked a server for: each part is sent once, before word of the whole.
-
-    A pull that is late may ask for a version that is there, while a newer one waits.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: dict[tuple[object, int, int], _Asked] = {}
-        self._due: dict[tuple[object, int, int], _Asked] = {}
-
-    def ask(self, peer: object, pull: Pull, shard: Shard) -> None:
-        """A pull is taken in."""
-        parts = dict.fromkeys(pull.parts or range(shard.parts_count))
-        asked = self._due if pull.version <= shard.version else self._waiting
-        asked[peer, pull.table, pull.shard] = _Asked(pull.version, parts)
-
-    def send(self, peer: object, pulled: Pulled, parts_count: int) -> None:
-        """A run of parts is sent."""
-        key = (peer, pulled.table, pulled.shard)
-        asked = self._due.get(key) or self._waiting.get(key)
-        if asked is None or pulled.version < asked.version:
-            raise Violation(f"{peer!r} is sent {pulled}, but asked for {asked}")
-        if pulled.version > asked.version:  # what was asked for is not kept any more
-            asked.version, asked.parts = pulled.version, dict.fromkeys(range(parts_count))
-        for part in range(pulled.part, pulled.part + pulled.count):
-            if part not in asked.parts:
-                raise Violation(f"{peer!r} is sent part {part} again: {pulled}")
-            del asked.parts[part]
-
-    def finish(self, peer: object, published: Published) -> None:
-        """Word is sent that a version is whole."""
-        key = (peer, published.table, published.shard)
-        asked = self._due.pop(key, None) or self._waiting.pop(key, None)
-        if asked is None or asked.version != published.version or asked.parts:
-            raise Violation(f"{peer!r} is told {published}, but has not got {asked}")
 
 
 class ServerProcess(Listener):
@@ -170,6 +212,10 @@ class ServerProcess(Listener):
         self._open: dict[tuple[int, int], _Open] = {}
         self._shelves: dict[tuple[int, int], Shelf] = {}
         self._answers = Answers()
+        self._links: dict[int, Connection] = {}
+        self._states: dict[tuple[int, int], dict[int, int]] = {}
+        self._led = (0, 0, 0)
+        self.servers: Callable[[], Mapping[str, Listener]] = dict
         self.acts |= {
             Send: self._send,
             OpenShard: self._open_shard,
@@ -177,18 +223,34 @@ class ServerProcess(Listener):
             ReleasePayload: self._release,
             ComputeNorm: self._norm,
             MakeParts: self._make,
+            ComputeDigest: self._digest,
+            CopyUnit: self._copy,
+            LoadUnit: self._load,
+            CloseShard: self._close_shard,
+            Connect: self._connect,
+            Disconnect: self._disconnect,
             ReleaseVersion: self._release_version,
             RecordVersion: self._record,
         }
+        held = Holdings(self._open, self._shelves, self._states)
+        self.files = ShardFiles(self, core, checks, held)
+        self.acts |= self.files.acts()
 
     def feed(self, event: object, mark: bytes) -> None:
         """Give the core an event; keep who asks for what."""
         if isinstance(event, Received) and isinstance(event.message, Pull):
             pull = event.message
             shard = self.server.shards.get((pull.table, pull.shard))
-            if shard is not None:
+            if shard is not None and shard.chain.is_primary and pull.view >= shard.view:
                 self._answers.ask(event.peer, pull, shard)
         super().feed(event, mark)
+        led = (self.server.view, self.server.membership.incarnation, len(self.server.shards))
+        if led != self._led:
+            self._led = led
+            if self.server.membership.incarnation:
+                self.checks.servers[self.server.membership.incarnation] = None
+            shards = self.server.shards.items()
+            self._answers.keep({key for key, one in shards if one.chain.is_primary})
 
     # ---- effects ---------------------------------------------------------------------------------
 
@@ -198,15 +260,54 @@ class ServerProcess(Listener):
             assert self.scheduler is not None
             self.send(self.scheduler, self.scheduler.up, message)
             return ()
+        if isinstance(effect.peer, int):
+            self._send_along(effect.peer, message, effect.payload)
+            return ()
         if isinstance(effect.payload, PartsRef) and isinstance(message, Pulled):
             is_sent = self._send_parts(effect.peer, message, effect.payload)
         else:
             if isinstance(message, Published):
-                self._shelves[message.table, message.shard].check_whole(message.version)
-                self.checks.on_word(message)
-                self._answers.finish(effect.peer, message)
+                self.checks.on_word(self.server.view, message)
+                if message.is_whole:
+                    self._shelves[message.table, message.shard].check_whole(message.version)
+                    self._answers.finish(effect.peer, message)
             is_sent = self.send_to(effect.peer, message)
         return () if is_sent else (PeerLost(effect.peer),)
+
+    def _send_along(self, server: int, message: AnyMessage, payload: object) -> None:
+        """Send to another server of a chain."""
+        link = self._links[server]
+        if not isinstance(payload, tuple):
+            self.send(link, link.up, message)
+            return
+        assert isinstance(message, Push | UnitCopy)
+        self.network.count("relayed" if isinstance(message, Push) else "copied")
+        parts = [self.payloads.send(handle) for handle in payload]
+        for piece, cargo in pieces_of(self.world.rng, message, parts, 0.0):
+            self.send(link, link.up, piece, cargo.arrived())
+
+    def _connect(self, effect: Connect) -> None:
+        target = self.servers().get(effect.address)
+        if effect.server in self._links:
+            raise Violation(f"a second link to server {effect.server}")
+        if target is None:
+            raise Violation(f"no server at {effect.address}")
+        number = len(self._links) + 1_000 * self.network.opened()
+        self._links[effect.server] = connect(self, target, effect.server, number)
+
+    def _disconnect(self, effect: Disconnect) -> None:
+        self.network.close(self._links.pop(effect.server))
+
+    def die(self) -> None:
+        """Stop at once, without a word."""
+        super().die()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        for link in self._links.values():
+            self.network.close(link)
+        if self.scheduler is not None:
+            self.network.close(self.scheduler)
 
     def _send_parts(self, peer: object, message: Pulled, ref: PartsRef) -> bool:
         """Send parts in as many messages as it pleases. Bytes are safe from now on."""
@@ -230,6 +331,60 @@ class ServerProcess(Listener):
         sizes = [stop - start for start, stop in self.server.shards[key].parts]
         name = f"table {effect.table} shard {effect.shard}"
         self._shelves[key] = Shelf(name, sizes, effect.spec.rule is Rule.CONSTANT)
+        self._states[key] = dict.fromkeys(range(len(sizes)), -1)
+
+    def _close_shard(self, effect: CloseShard) -> None:
+        key = (effect.table, effect.shard)
+        del self._open[key], self._shelves[key], self._states[key]
+
+    def _digest(self, effect: ComputeDigest) -> Iterable[object]:
+        """The versions of all parts stand for what a checksum is made of."""
+        self.network.count("digest")
+        states = self._states[effect.table, effect.shard]
+        if any(version != effect.version for version in states.values()):
+            raise Violation(f"{effect} of parts at {states}")
+        digest = repr(states).encode()[:32]
+        return (DigestComputed(effect.table, effect.shard, effect.version, digest),)
+
+    def _copy(self, effect: CopyUnit) -> Iterable[object]:
+        """What an optimizer keeps of a part is a symbol of the version that it is at."""
+        key, reference = (effect.table, effect.shard), self.checks.reference
+        shard = self.server.shards[key]
+        memories = []
+        for part in effect.parts:
+            start, stop = shard.parts[part]
+            version = self._states[key][part]
+            older = None
+            if effect.older is not None:
+                older = self._shelves[key].get(effect.older, part, 1)[0].value
+            value = Copied(version, reference.version(effect.table, start, version), older)
+            memories.append(Memory(value, stop - start))
+        frame = Frame(Dtype.FLOAT32, sum(memory.elements for memory in memories))
+        handles = tuple(self.payloads.add(memory, Origin.OWN) for memory in memories)
+        has_older = effect.older is not None
+        which = effect.table, effect.shard, effect.member, effect.unit
+        return (UnitCopied(*which, b"", handles, frame, has_older),)
+
+    def _load(self, effect: LoadUnit) -> None:
+        key, reference = (effect.table, effect.shard), self.checks.reference
+        shard, shelf = self.server.shards[key], self._shelves[key]
+        self.network.count("loaded")
+        for part, payload in zip(effect.parts, effect.payloads, strict=True):
+            copied = self.payloads.pop(payload).value
+            assert isinstance(copied, Copied)
+            version, value, older = copied
+            start, _ = shard.parts[part]
+            where = f"part {part} of table {effect.table} shard {effect.shard}"
+            if version != effect.version or (older is not None) != effect.has_older:
+                raise Violation(f"{where} is copied at version {version}, and said to be {effect}")
+            if value != reference.version(effect.table, start, version):
+                raise Violation(f"{where} is copied as {value}")
+            self._states[key][part] = version
+            shelf.put(version, part, value, is_busy=False)
+            if effect.is_older_kept:
+                if older != reference.version(effect.table, start, version - 1):
+                    raise Violation(f"{where} was {older} in the version before {version}")
+                shelf.put(version - 1, part, older, is_busy=False)
 
     def _fold(self, effect: FoldPayloads) -> None:
         self.payloads.fold(effect.left, effect.right)
@@ -255,36 +410,45 @@ class ServerProcess(Listener):
     def _make(self, effect: MakeParts) -> None:
         key = (effect.table, effect.shard)
         shard, shelf, reference = self.server.shards[key], self._shelves[key], self.checks.reference
-        self.checks.on_made(shard, effect, self._values(effect.parts))
+        self.checks.on_made(self.server.view, shard, effect, self._values(effect.parts))
         is_busy = self.world.rng.random() < reference.scenario.busy
         if is_busy:
             self.network.count("busy")
         for ready in effect.parts:
             value = reference.version(effect.table, shard.parts[ready.part][0], effect.version)
             shelf.put(effect.version, ready.part, value, is_busy)
-            if ready.root is not None:
+            if self._states[key][ready.part] != effect.version - 1:
+                raise Violation(f"{effect} steps from version {self._states[key][ready.part]}")
+            self._states[key][ready.part] = effect.version
+            if ready.root is not None and not effect.keeps_roots:
                 self.payloads.pop(ready.root)
+            elif ready.root is not None:
+                self.payloads.keep(ready.root)
 
     def _release_version(self, effect: ReleaseVersion) -> None:
         self._shelves[effect.table, effect.shard].drop(effect.version)
-        self.checks.on_released(effect)
+        self.checks.on_released(self.server.view, effect)
 
     def _record(self, effect: RecordVersion) -> None:
-        self._shelves[effect.table, effect.shard].check_whole(effect.version)
-        self.checks.on_recorded(effect)
+        key = (effect.table, effect.shard)
+        if not self.server.shards[key].chain.is_joining:
+            self._shelves[key].check_whole(effect.version)
+        if effect.is_primary:
+            self.checks.on_recorded(self.server.view, effect)
 
     # ---- checks ----------------------------------------------------------------------------------
 
     def handles(self) -> int:
-        """Payloads in the folds of open rounds; what was made of a part took its root over."""
-        return sum(
-            held.payload is not None
-            for shard in self.server.shards.values()
-            if shard.round is not None
-            for number, part in enumerate(shard.round.folds)
-            if number not in shard.round.made
-            for held in part.fold.nodes.values()
-        )
+        """Payloads in the folds of open rounds, roots that are kept, and copies on their way."""
+        count = 0
+        for shard in self.server.shards.values():
+            rounds = [one for one in (shard.round, shard.last) if one is not None]
+            count += len(shard.round.payloads()) if shard.round is not None else 0
+            count += sum(r.root is not None for one in rounds for r in one.roots.values())
+            copies = shard.chain.copies.values()
+            count += sum(len(one.payloads) for c in copies for one in c.flying.values())
+            count += sum(len(incoming.slices) for incoming in shard.incoming.values())
+        return count
 
     def check(self) -> None:
         """Views grow, and nothing is kept for ever."""

@@ -12,10 +12,11 @@ from tests.sim.scenario import Early, Fault, Kind, Patience, Scenario, loader, p
 from tests.sim.trainer import Script, Trainer
 from tests.sim.world import MS, SECOND, Violation
 from treefold.common.errors import JobFailedError, SpecMismatchError
+from treefold.scheduler import core as scheduler_core
 from treefold.scheduler.core import SchedulerCore
 from treefold.server import lateness
 from treefold.wire.membership import Membership
-from treefold.wire.messages import Outcome, Phase
+from treefold.wire.words import Outcome, Phase
 from treefold.worker.effects import Task
 
 CALM = Scenario(
@@ -86,7 +87,7 @@ def test_healthy_rounds_exchange_nothing_with_the_scheduler_but_heartbeats() -> 
 def test_rounds_that_are_called_late_too_early_are_not_quiet(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lateness, "LATE_AFTER_MS", 1)
+    monkeypatch.setattr(lateness, "_period_ns", lambda _: MS // 10)
     assert control_messages(CALM)["RoundLate"] > 0
 
 
@@ -177,6 +178,45 @@ def test_a_worker_that_takes_its_own_stop_for_silence_of_servers_fails(
     moments = range(600, 1_000, 50)  # not at every one does it wait for servers
     with pytest.raises(Violation, match="while the job goes on"):
         _ = [run(stopped("worker-1", 12 * SECOND, at_ms)) for at_ms in moments]
+
+
+HASTY = replace(
+    CALM,
+    replicas=2,
+    plans=passes(4, [30], 4, 4),
+    compute_ns=20 * MS,
+    patience=replace(CALM.patience, heartbeat_ns=100 * MS, dead_after_ns=300 * MS),
+    faults=(Fault(250 * MS, Kind.FREEZE, "scheduler", 400 * MS),),
+    heal_ns=SECOND,
+)
+
+
+def test_a_scheduler_that_was_stopped_for_a_moment_gives_nobody_up_either() -> None:
+    cluster = run(HASTY)
+    assert "Fenced" not in cluster.network.kinds
+
+
+def test_a_scheduler_that_judges_before_it_has_heard_everybody_gives_them_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler_core, "LATE_MS", 1_000)
+    assert "Fenced" in run(HASTY).network.kinds
+
+
+# ---- clocks that go wrong ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ppm", [1, 200, 50_000])
+def test_what_clocks_show_changes_nothing_but_when_things_happen(ppm: int) -> None:
+    cluster = run(replace(STOPPED, skew_ppm=ppm))
+    assert [worker.outcome for worker in cluster.everybody] == [Outcome.DONE] * 2
+    assert "Fenced" not in cluster.network.kinds
+
+
+def test_a_worker_whose_machine_was_suspended_goes_on() -> None:
+    fault = Fault(750 * MS, Kind.SUSPEND, "worker-1", 12 * SECOND)
+    cluster = run(replace(STOPPED, faults=(fault,), skew_ppm=200))
+    assert [worker.error for worker in cluster.everybody if worker.error is not None] == []
 
 
 # ---- workers that come, go, and stand by ---------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.sim.cluster import simulate
-from tests.sim.scenario import draw
+from tests.sim.drawing import draw
 
 ROOT = Path(__file__).parent.parent.parent
 PATHS = os.pathsep.join([str(ROOT), *sys.path])  # the same cores as here, wherever they are from
@@ -18,8 +18,8 @@ TRACES = """
 import sys
 from treefold.scheduler import leases
 from tests.sim.cluster import simulate
-from tests.sim.scenario import draw
-traces = lambda: " ".join(simulate(draw(seed)).trace for seed in range(10))
+from tests.sim.drawing import draw
+traces = lambda: " ".join(simulate(draw(seed), is_traced=True).trace for seed in range(10))
 careful, lay_out = traces(), leases.lay_out
 leases.lay_out = lambda given: sorted(lay_out(given), key=lambda who: hash(str(who)))
 sys.stdout.write(careful + "\\n" + traces())
@@ -43,18 +43,18 @@ def traces() -> list[list[str]]:
 
 
 def test_two_runs_of_one_seed_leave_one_trace() -> None:
-    first = [simulate(draw(seed)).trace for seed in SEEDS]
-    assert first == [simulate(draw(seed)).trace for seed in SEEDS]
+    first = [simulate(draw(seed), is_traced=True).trace for seed in SEEDS]
+    assert first == [simulate(draw(seed), is_traced=True).trace for seed in SEEDS]
 
 
 def test_two_seeds_leave_two_traces() -> None:
-    assert len({simulate(draw(seed)).trace for seed in SEEDS}) == len(SEEDS)
+    assert len({simulate(draw(seed), is_traced=True).trace for seed in SEEDS}) == len(SEEDS)
 
 
 def test_processes_with_other_hash_seeds_leave_the_trace_of_this_one(
     traces: list[list[str]],
 ) -> None:
-    here = " ".join(simulate(draw(seed)).trace for seed in SEEDS)
+    here = " ".join(simulate(draw(seed), is_traced=True).trace for seed in SEEDS)
     assert [careful for careful, _ in traces] == [here] * len(HASH_SEEDS)
 
 

@@ -6,14 +6,14 @@ It stands for everything above the worker's core: the client, the session, the u
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
-from tests.sim.checks import is_intact
+from tests.sim.checks import is_intact, is_part_intact
 from tests.sim.memory import Gradients, Memory, Origin
 from tests.sim.scenario import Early, Scenario
 from tests.sim.worker import Found, Loaded, WorkerProcess
 from tests.sim.world import Violation
-from treefold.common.errors import TreefoldError
+from treefold.common.errors import RolledBackError, TreefoldError
 from treefold.common.plan import LoopPlan
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 from treefold.worker.effects import (
     Contributed,
     DeclareCalled,
@@ -31,6 +31,8 @@ from treefold.worker.effects import (
 from treefold.worker.pulls import PartRange
 
 STANDING_BY = -1
+WAIT = -2  # in the place of a time: until something comes
+UNUSED_SHARE = 0.1  # of the parts, which no forward needs
 DECLARE_TRIES_MAX = 100
 Call = JoinCalled | DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
 Script = Generator[int | Call, object, None]
@@ -90,7 +92,7 @@ class Trainer:
         self.waits_for: Call | None = None
         self._gradients: dict[int, Gradients] = {}
         self._lent_in = -1
-        self._drain_asked = False
+        self._drain_asked = self._is_waiting = False
         self._script = self._run()
 
     def start(self) -> None:
@@ -124,6 +126,9 @@ class Trainer:
         except StopIteration:
             self.process.die()
             return
+        if wish == WAIT:
+            self._is_waiting = True
+            return
         if isinstance(wish, int):
             self.process.later(wish, self._resume)
             return
@@ -139,6 +144,11 @@ class Trainer:
             yield from self._loader() if self.scenario.loader_rounds else self._passes()
         except Drained:
             outcome, text = Outcome.DRAINED, "asked to stop"
+        except RolledBackError:
+            self.process.network.count("begun anew")
+            yield LeaveCalled(self._number(), Outcome.DRAINED, "begin anew")
+            self.process.begin_anew()
+            return
         except TreefoldError as error:
             self.process.error = error
             outcome, text = Outcome.FAILED, str(error)
@@ -188,10 +198,15 @@ class Trainer:
         newest: dict[int, Found] = {}
         is_torn = False
         while True:
-            answer = yield TaskCalled(self._number(), is_torn)
+            streams = self.process.streams.values()
+            is_torn |= any(stream.is_torn for stream in streams)
+            answer = yield TaskCalled(self._number(), is_torn, self.scenario.is_streaming)
             assert isinstance(answer, Loaded)
             is_torn = False
+            self._forget_void()
             newest |= {one.snapshot.table: one for one in answer.found}
+            if answer.found and not any(one.snapshot.is_streaming for one in answer.found):
+                self.process.streams.clear()
             value = answer.value
             if isinstance(value, LoopEnd) and value.is_draining:
                 raise Drained
@@ -213,6 +228,10 @@ class Trainer:
     def _load(self, found: Found) -> Generator[int, object, bool]:
         """Copy one version, which takes a while, and see afterwards whether it was that version."""
         snapshot, rng = found.snapshot, self.process.world.rng
+        if snapshot.is_streaming:
+            self._check_buffers(found)
+            self.held[snapshot.table] = snapshot.version
+            return True
         half = len(found.memories) // 2
         if self.scenario.copy_ns:
             yield int(self.scenario.copy_ns * self.factor * rng.random())
@@ -223,7 +242,7 @@ class Trainer:
         if not self.is_intact(found):
             self.process.network.count("torn")
             return False
-        self.process.checks.on_snapshot(snapshot, found.parts, values)
+        self.process.checks.on_snapshot(self.process.view, snapshot, found.parts, values)
         if snapshot.version < self.begun:
             raise Violation(f"{snapshot} after round {self.begun} was begun")
         self.held[snapshot.table] = snapshot.version
@@ -239,7 +258,8 @@ class Trainer:
         """One loop body: forward and backward, contributions as they are ready, the step."""
         assert isinstance(task, Task)
         self._check_task(task)
-        is_in_use = self._lent_in == task.round and self.process.payloads.is_lending
+        may_be_lent = self._lent_in == task.round or bool(self.process.streams)
+        is_in_use = may_be_lent and self.process.payloads.is_lending
         for table in self.reference.trained:
             self._gradients_of(table).begin_slot(is_in_use)
         spread = self.process.world.rng.uniform(0.9, 1.1)
@@ -249,6 +269,7 @@ class Trainer:
             for table in self.reference.trained
             for number in range(len(self.process.worker.tables[table].parts))
         ]
+        yield from self._forward()
         self._settle_hyper(task, Early.BACKWARD)
         if self.scenario.is_overlapped:
             yield time_ns // 2
@@ -266,8 +287,65 @@ class Trainer:
         if self._linger(task):
             yield self._linger(task)
         self.tasks += 1
+        if self.is_void:
+            return
         self._post(Reported(self.tasks, 0.5))
         self._post(SlotFinished(task.round, task.slot, metas))
+
+    @property
+    def is_void(self) -> bool:
+        """Whether the loop body does not count, since its version did not come to its end."""
+        return any(stream.is_void for stream in self.process.streams.values())
+
+    def _forget_void(self) -> None:
+        """What was computed with a version that did not come to its end was not done."""
+        for stream in self.process.streams.values():
+            if stream.is_void:
+                self.begun = min(self.begun, stream.version - 1)
+                self.done = {key: None for key in self.done if key[0] != stream.version}
+
+    def _check_buffers(self, found: Found) -> None:
+        """Buffers are here before the body."""
+        table = found.snapshot.table
+        here = self.process.streams[table].parts
+        for number, part in enumerate(found.parts):
+            is_buffer = self.reference.has_buffers(table, part.start, part.stop)
+            if is_buffer and number not in here and not self.is_void:
+                raise Violation(f"{found.snapshot} begins without the buffers in {part}")
+
+    def _forward(self) -> Script:
+        """Wait for parts layer by layer, and read them; some are never needed."""
+        rng = self.process.world.rng
+        for table, stream in list(self.process.streams.items()):
+            for number, part in enumerate(self.process.worker.tables[table].parts):
+                if number in stream.read or rng.random() < UNUSED_SHARE:
+                    continue
+                while number not in stream.parts and not stream.is_void:
+                    yield WAIT
+                if stream.error is not None:
+                    raise stream.error
+                if stream.is_void:
+                    return
+                memory = stream.parts[number]
+                if self.scenario.copy_ns:
+                    yield int(self.scenario.copy_ns * self.factor * rng.random())
+                value = memory.value
+                if not self.is_part_intact(stream.version, memory):
+                    self.process.network.count("torn streams")
+                    stream.is_void = stream.is_torn = True
+                    return
+                self.process.checks.on_part(table, stream.version, part, value)
+                stream.read[number] = None
+
+    def is_part_intact(self, version: int, memory: Memory) -> bool:
+        """Whether what was read of a part was of this version."""
+        return is_part_intact(version, memory)
+
+    def wake(self) -> None:
+        """Something came that the script may wait for."""
+        if self._is_waiting:
+            self._is_waiting = False
+            self.process.later(0, self._resume, None)
 
     def _linger(self, task: Task) -> int:
         """How long a loop body goes on after the step, in nanoseconds."""
@@ -334,6 +412,11 @@ class Trainer:
         self._post(
             Contributed(table, number, len(run), task.round, task.slot, tuple(handles), absent)
         )
+
+    def retire(self) -> None:
+        """Never write again to what was lent so far."""
+        for gradients in self._gradients.values():
+            gradients.is_retired = True
 
     def _gradients_of(self, table: int) -> Gradients:
         known = self._gradients.get(table)

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from treefold.common.fold import Folder, Payload
-from treefold.scheduler.core import SchedulerCore, SchedulerLimits
+from treefold.scheduler.admission import SchedulerLimits
+from treefold.scheduler.core import SchedulerCore
 from treefold.server import effects as of_server
-from treefold.server.core import ServerCore, ServerLimits
+from treefold.server.core import ServerCore
+from treefold.server.limits import ServerLimits
 from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
 from treefold.wire import codec
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Received, Send, Tick
 from treefold.wire.membership import MS, Identity, Membership
-from treefold.wire.messages import Role
+from treefold.wire.words import Role
 from treefold.worker import effects as of_worker
 from treefold.worker.core import WorkerCore
 from treefold.worker.limits import WorkerLimits

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import psutil
 
+from tests.support.netns import Network
 from treefold.common import ledger
 from treefold.common.config import environment_of
 
@@ -142,7 +143,13 @@ class Starter:
         self._thread.start()
 
     def start(
-        self, name: str, command: list[str], values: Mapping[str, str], *, is_forked: bool = True
+        self,
+        name: str,
+        command: list[str],
+        values: Mapping[str, str],
+        *,
+        is_forked: bool = True,
+        place: str = "",
     ) -> Process:
         """Start a process.
 
@@ -156,7 +163,10 @@ class Starter:
             Its environment, beside what every process needs.
         is_forked : bool
             Whether to fork it from the zygote; otherwise a new interpreter is started.
+        place : str
+            The host of a network that it lives on; only for one that is forked.
         """
+        assert is_forked or not place
         process = Process(name, self._news)
         streams = [os.pipe() for _ in range(2)]
         self._fresh += [(reader, process) for reader, _ in streams]
@@ -167,7 +177,7 @@ class Starter:
         self._bell.send(b"\0")
         whole = environment(values)
         if is_forked:
-            request = {"number": number, "command": command, "environment": whole}
+            request = {"number": number, "command": command, "environment": whole, "place": place}
             socket.send_fds(self._link, [json.dumps(request).encode()], writers)
         else:
             process.popen = subprocess.Popen(
@@ -184,6 +194,11 @@ class Starter:
         with self._news:
             self._news.wait_for(lambda: process.pid, PATIENCE_S)
         return process
+
+    def wait(self, happened: Callable[[], bool]) -> bool:
+        """Wait until processes have said or done something; False if that takes too long."""
+        with self._news:
+            return self._news.wait_for(happened, PATIENCE_S)
 
     def left(self) -> list[int]:
         """Processes that were forked, at any depth, and have not ended."""
@@ -268,11 +283,16 @@ class Cluster:
     Attributes
     ----------
     settings : dict
-        Settings of every process, such as ``servers`` and ``slots``.
+        Settings of every process, such as ``servers`` and ``slots``. ``NAME`` in ``bind`` stands
+        for a name of each process's own.
     faults : mapping of str to list of str
-        Faults of `tests.support.faults` to plant, by role: ``server`` and ``scheduler``.
+        Faults of `tests.support.faults` to plant, by role: in every ``server`` and ``scheduler``
+        that the cluster begins with, and in ``all`` processes, whenever they are started.
     is_forked : bool
         Whether to fork the processes from the zygote; otherwise they are new interpreters.
+    network : Network, optional
+        Hosts for the processes to live on, each on its own in the order in which they start. The
+        address of its host is what a role binds, so settings must allow it.
     """
 
     starter: Starter
@@ -282,6 +302,7 @@ class Cluster:
     processes: list[Process] = field(default_factory=list)
     workers: list[Process] = field(default_factory=list)
     address: str = ""
+    network: Network | None = None
 
     def __enter__(self) -> "Cluster":
         self.settings = QUICK | self.settings
@@ -307,17 +328,26 @@ class Cluster:
 
     def worker(self, script: str, *arguments: str, faults: tuple[str, ...] = ()) -> Process:
         """Start a worker that runs a script of ``tests/integration/jobs``."""
-        command = [*(f"fault:{fault}" for fault in faults), str(JOBS / script), *arguments]
+        command = [*self._planted(*faults), str(JOBS / script), *arguments]
         name = f"worker {len(self.workers)}"
         values = environment_of(self.settings | {"scheduler": self.address})
-        process = self.starter.start(name, command, values, is_forked=self.is_forked)
-        self.processes.append(process)
+        process = self._start(name, command, values)
         self.workers.append(process)
         return process
 
-    def server(self, *faults: str) -> Process:
-        """Start one more server."""
-        return self._role("server", list(faults))
+    def server(self, *faults: str, bind: str = "") -> Process:
+        """Start one more server, at an address that was another one's if it is given."""
+        return self._role("server", list(faults), bind)
+
+    def restart_scheduler(self, *, is_awaited: bool = True) -> None:
+        """Start another scheduler, at the same address and with the same journal."""
+        self.scheduler = self._role("scheduler", [], bind=self.address)
+        if is_awaited:
+            self.scheduler.line(r"^(?:\S+ )*((?:tcp|ipc)://\S+)$")
+
+    def until(self, happened: Callable[[], bool], what: str) -> None:
+        """Wait until something is so; looked at whenever anybody says something or ends."""
+        self.scheduler._wait(happened, what)
 
     def end(self, *excused: Process) -> None:
         """Wait until every process has ended by itself with status 0, but for those excused."""
@@ -336,15 +366,26 @@ class Cluster:
         """Everybody's last words."""
         return "\n".join(process.transcript() for process in self.processes)
 
-    def _role(self, role: str, faults: list[str]) -> Process:
-        values = {"bind": "tcp://127.0.0.1:0"} | self.settings
+    def _planted(self, *faults: str) -> list[str]:
+        """The words that plant faults."""
+        return [f"fault:{fault}" for fault in (*self.faults.get("all", []), *faults)]
+
+    def _role(self, role: str, faults: list[str], bind: str = "") -> Process:
+        net, host = self.network, len(self.processes)
+        own = "127.0.0.1" if net is None else net.address(host)
+        values = {"bind": f"tcp://{own}:0"} | self.settings
+        values |= {"bind": bind} if bind else {}
         if role != "scheduler":
             values["scheduler"] = self.address
-        command = [*(f"fault:{fault}" for fault in faults), "-m", "treefold.cli", role]
+        command = [*self._planted(*faults), "-m", "treefold.cli", role]
         count = sum(process.name.startswith(role) for process in self.processes)
-        process = self.starter.start(
-            f"{role} {count}", command, environment_of(values), is_forked=self.is_forked
-        )
+        values["bind"] = str(values["bind"]).replace("NAME", f"{role}-{count}")
+        return self._start(f"{role} {count}", command, environment_of(values))
+
+    def _start(self, name: str, command: list[str], values: Mapping[str, str]) -> Process:
+        host, net = len(self.processes), self.network
+        place = "" if net is None else net.place(host)
+        process = self.starter.start(name, command, values, is_forked=self.is_forked, place=place)
         self.processes.append(process)
         return process
 
@@ -359,13 +400,16 @@ def bits_alone(starter: Starter, folder: Path, script: str, *arguments: str) -> 
     folder : Path
         For its ledger.
     script : str
-        In ``tests/integration/jobs``; then its arguments, before them settings as ``KEY=VALUE``.
+        In ``tests/integration/jobs``; then its arguments, before them settings as ``KEY=VALUE`` and
+        faults as ``fault:NAME``.
     """
-    pairs = [argument.partition("=") for argument in arguments if not argument.startswith("-")]
+    faults = [argument for argument in arguments if argument.startswith("fault:")]
+    pairs = [one.partition("=") for one in arguments if not one.startswith(("-", "fault:"))]
     values: dict[str, object] = {"ledger": str(folder)}
     values.update({key: value for key, _, value in pairs})
     rest = [argument for argument in arguments if argument.startswith("-")]
-    process = starter.start("alone", [str(JOBS / script), *rest], environment_of(values))
+    command = [*faults, str(JOBS / script), *rest]
+    process = starter.start("alone", command, environment_of(values))
     assert process.end() == 0, process.transcript()
     return Bits(process.line(FINAL)[1], ledger.state_digest(str(folder)))
 

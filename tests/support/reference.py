@@ -18,8 +18,10 @@ from treefold.common.layout import Layout
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import Spent
 from treefold.common.spec import BUFFER_GROUP, Hyper, Rule, TableSpec
-from treefold.wire.messages import Outcome
+from treefold.transport.lanes import Lanes, LaneSettings
+from treefold.wire.words import Outcome
 from treefold.worker.effects import SlotMeta
+from treefold.worker.flats import Flats
 from treefold.worker.handed import LoopEnd, PartRun, Snapshot, Task
 from treefold.worker.pulls import PartRange
 from treefold.worker.shell import Values
@@ -192,17 +194,30 @@ class ReferenceJob:
             assert bits(lent.values) == lent.bits, "lent memory was written to"
 
 
+class PoisonedFlats(Flats):
+    """Buffers that show when they are read before they were written."""
+
+    def __init__(self) -> None:
+        super().__init__(Lanes(LaneSettings(is_enabled=False, bytes_max=0)))
+
+    def make(self, elements: int) -> Tensor:
+        """A buffer full of garbage, for good."""
+        return torch.full((elements,), math.nan)
+
+
 class ReferenceClient:
     """One worker of a `ReferenceJob`, with the methods of `treefold.worker.Client`."""
 
     rank = 0
     is_chief = True
+    is_crowded = False
 
     def __init__(self, job: ReferenceJob) -> None:
         self.job = job
         self.size = job.workers
         self.plan: LoopPlan | None = None
         self.spent = Spent()
+        self.flats = PoisonedFlats()
         self.left: tuple[Outcome, str] | None = None
         self.reports: list[tuple[int, float | None]] = []
         self.early: list[tuple[int, int]] = []
@@ -215,8 +230,9 @@ class ReferenceClient:
     def join(self) -> None:
         """The cluster has formed already."""
 
-    def declare(self, spec: TableSpec, initial: Tensor) -> Snapshot:
+    def declare(self, spec: TableSpec, initial: Tensor, record: bytes = b"") -> Snapshot:
         """Make a table, or find the one that is there."""
+        del record
         number = self._declared
         self._declared += 1
         if number == len(self.job.tables):
@@ -241,8 +257,11 @@ class ReferenceClient:
         self._loops += 1
         self.plan = plan
 
-    def next_task(self) -> Task | LoopEnd:
-        """The next slot in the order asked for."""
+    is_void = False
+
+    def next_task(self, is_streaming: bool = False) -> Task | LoopEnd:
+        """The next slot in the order asked for; never before all of its version is here."""
+        del is_streaming
         plan, job = self.plan, self.job
         assert plan is not None
         assert not self._is_in_slot, "the slot before was not finished"
@@ -267,10 +286,6 @@ class ReferenceClient:
 
     def scratch(self, elements: int) -> Tensor:
         """A buffer full of garbage."""
-        return torch.full((elements,), math.nan)
-
-    def gradient_buffer(self, elements: int) -> Tensor:
-        """A buffer full of garbage, for good."""
         return torch.full((elements,), math.nan)
 
     def settle_hyper(self, task: Task, table: int, groups: list[Hyper], norm_max: float) -> None:

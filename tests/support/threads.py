@@ -11,7 +11,7 @@ import msgspec
 from treefold.common.config import Settings
 from treefold.scheduler.shell import SchedulerShell
 from treefold.server.shell import ServerShell
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 from treefold.worker import Client
 
 Result = TypeVar("Result")

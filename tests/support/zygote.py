@@ -4,7 +4,8 @@ Importing torch takes seconds of a processor; a fork takes milliseconds. What co
 process like any other: memory, sockets, signals and exit status of its own. The zygote itself runs
 no thread and opens no socket but its link to the tests, so that a fork inherits nothing.
 
-A request is one JSON message with two descriptors, for standard output and standard error. Answers
+A request is one JSON message with two descriptors, for standard output and standard error. It may
+name a host of `tests.support.netns` for the process to live on. Answers
 are ``started`` with the process id and ``ended`` with the exit status. When the link breaks, every
 child is killed.
 """
@@ -20,6 +21,8 @@ import sys
 import threading
 from importlib import import_module
 from pathlib import Path
+
+from tests.support import netns
 
 MESSAGE_BYTES_MAX = 1 << 17
 PRELOADED = (
@@ -97,6 +100,8 @@ def _become(request: dict[str, object], streams: list[int]) -> int:
     os.environ.update(environment)
     status = 1
     try:
+        if request["place"]:
+            netns.enter(str(request["place"]))
         run(command)
         status = 0
     except SystemExit as ending:
@@ -117,11 +122,13 @@ def run(command: list[str]) -> None:
     Parameters
     ----------
     command : list of str
-        ``["fault:NAME", ...]`` plants a fault of `tests.support.faults` first; then a script's path
-        or a module with ``-m``, and its arguments.
+        ``["fault:NAME", ...]`` plants a fault of `tests.support.faults` first, or with
+        ``fault:MODULE.NAME`` of another module there; then a script's path or a module with ``-m``,
+        and its arguments.
     """
     while command[0].startswith("fault:"):
-        getattr(import_module("tests.support.faults"), command[0].partition(":")[2])()
+        module, _, name = command[0].removeprefix("fault:").rpartition(".")
+        getattr(import_module(f"tests.support.{module or 'faults'}"), name)()
         command = command[1:]
     if command[0] == "-m":
         sys.argv = command[1:]

@@ -9,18 +9,13 @@ from treefold.common.spec import (
     TableSpec,
     TensorSpec,
 )
-from treefold.scheduler.core import Effect, SchedulerCore, SchedulerLimits
+from treefold.scheduler.admission import SchedulerLimits
+from treefold.scheduler.core import SchedulerCore
+from treefold.scheduler.effects import Effect
 from treefold.wire.exchange import Received, Send, Tick
 from treefold.wire.membership import MS
-from treefold.wire.messages import (
-    PROTOCOL_VERSION,
-    DeclarePlan,
-    DeclareTable,
-    Heartbeat,
-    Leases,
-    Register,
-    Role,
-)
+from treefold.wire.messages import DeclarePlan, DeclareTable, Heartbeat, Register
+from treefold.wire.words import PROTOCOL_VERSION, Leases, Role
 
 SECOND = 1_000 * MS
 SERVER, WORKERS = b"server", [b"w0", b"w1", b"w2"]
@@ -78,7 +73,7 @@ class Driver:
 
     def register(self, peer: bytes, role: Role, nonce: int) -> list[Effect]:
         """A process registers."""
-        address = "server" if role is Role.SERVER else ""
+        address = f"server-{nonce}" if role is Role.SERVER else ""
         who = Register(PROTOCOL_VERSION, role, nonce, address, "host", 1, "0")
         return self.say(peer, who)
 

@@ -9,27 +9,15 @@ from treefold.common.spec import (
     TableSpec,
     TensorSpec,
 )
-from treefold.server.core import ServerCore, ServerLimits
+from treefold.server.core import ServerCore
 from treefold.server.effects import (
     Effect,
 )
+from treefold.server.limits import ServerLimits
 from treefold.wire.exchange import SCHEDULER, Received, Send, Tick
 from treefold.wire.membership import MS, Identity, Membership
-from treefold.wire.messages import (
-    AssignTable,
-    Frame,
-    Leases,
-    Phase,
-    Pull,
-    Push,
-    Registered,
-    Role,
-    RoundHyper,
-    RoundMeta,
-    ShardPlace,
-    TablePlace,
-    View,
-)
+from treefold.wire.messages import AssignTable, Pull, Push, Registered, RoundHyper, RoundMeta, View
+from treefold.wire.words import Frame, Leases, Phase, Role, ShardPlace, TablePlace
 
 JOB, ME, WORKER = 77, 3, b"worker"
 SECOND = 1_000 * MS
@@ -137,6 +125,11 @@ def complete(core: ServerCore, round_: int, norm_max: float = 0.0) -> list[Effec
 def sent(effects: list[Effect], kind: type) -> list[object]:
     """Messages of a kind among effects."""
     return [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, kind)]
+
+
+def messages(effects: list[Effect]) -> list[object]:
+    """Everything that is sent."""
+    return [effect.message for effect in effects if isinstance(effect, Send)]
 
 
 def of(effects: list[Effect], *kinds: type) -> list[Effect]:

@@ -26,6 +26,7 @@ from treefold.common.spec import (
     TableSpec,
     TensorSpec,
 )
+from treefold.common.unit_state import UnitState, decode_header, encode_header
 from treefold.server.shard import FoldedPart, ShardState
 from treefold.server.unit import StatePiece
 
@@ -152,6 +153,16 @@ class Cluster:
             for run in runs:
                 shard.step(run, round_.groups, round_.coefficient)
 
+    def move(self) -> None:
+        """Copy every unit to another server's shards, and go on with those."""
+        fresh = [ShardState(self.spec, span) for span in self.spans]
+        for old, new in zip(self.shards, fresh, strict=True):
+            is_whole = self.spec.placement is Placement.TENSORWISE
+            for unit in range(1 if is_whole else len(old.parts)):
+                header, flat = old.export_unit(unit)
+                new.import_unit(unit, UnitState(decode_header(encode_header(header)), flat))
+        self.shards = fresh
+
     def values(self) -> list[Tensor]:
         """The tensors of the newest version."""
         layout = self.shards[0].layout
@@ -230,6 +241,7 @@ class Job:
     shards: int
     initial: list[Tensor]
     rounds: list[Round]
+    moved_after: int | None = None
 
     def run(self) -> tuple[Plain, Cluster]:
         """Run it on both."""
@@ -237,9 +249,13 @@ class Job:
             cluster = Cluster(self.spec, Layout(self.spec).cut(self.shards))
             plain = Plain(self.spec, self.initial)
             cluster.start(self.initial)
-            for round_ in self.rounds:
+            for number, round_ in enumerate(self.rounds):
+                if number == self.moved_after:
+                    cluster.move()
                 plain.step(round_)
                 cluster.step(round_)
+            if self.moved_after == len(self.rounds):
+                cluster.move()
             return plain, cluster
 
     def differences(self) -> list[str]:

@@ -95,6 +95,13 @@ def test_members_of_a_launch_wait_for_each_other_unless_told_how_long() -> None:
     assert told.connect_timeout_s == 2.0
 
 
+def test_a_job_whose_killed_workers_are_started_again_waits_for_them() -> None:
+    assert run.settings_of(load({})).rejoin_grace_s == Settings().rejoin_grace_s
+    sizes = {"servers": 2, "replicas": 2}
+    assert run.settings_of(load(sizes)).rejoin_grace_s == Settings().form_timeout_s
+    assert run.settings_of(load(sizes | {"rejoin_grace_s": 1.0})).rejoin_grace_s == 1.0
+
+
 def test_roles_take_only_settings_that_exist() -> None:
     flags = [*scheduler.FLAGS, *server.FLAGS, *worker.FLAGS, *run.CHOSEN_HERE]
     assert [flag for flag in flags if flag not in KEYS] == []

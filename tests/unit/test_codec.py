@@ -16,12 +16,21 @@ import msgpack
 import msgspec
 import pytest
 
-from treefold.common.errors import DataError, RemoteProtocolError
+from treefold.common.errors import RemoteProtocolError
 from treefold.common.layout import BLOCK_ELEMENTS, PART_BLOCKS_MAX
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.spec import Dtype, OptimizerSpec, Placement, Rule, TableSpec, TensorSpec
+from treefold.wire import chain, words
 from treefold.wire import messages as m
-from treefold.wire.codec import HEADER_BYTES_MAX, check_payload, decode, encode
+from treefold.wire.codec import (
+    BUNDLE_MAX,
+    HEADER_BYTES_MAX,
+    check_payload,
+    decode,
+    decode_all,
+    encode,
+    encode_all,
+)
 
 GOLDEN: dict[str, str] = json.loads(
     (Path(__file__).parent / "golden" / "messages.json").read_text(encoding="utf-8")
@@ -34,22 +43,44 @@ TENSORS = [
 ADAMW = OptimizerSpec("AdamW", [{"lr": 0.001, "betas": [0.9, 0.999], "amsgrad": False}])
 TABLE = TableSpec("model", Rule.OPTIMIZER, Placement.ELEMENTWISE, TENSORS, ADAMW)
 PLAN = LoopPlan(PlanKind.SLOTS, 2, 8, 4, 8, 1797, 512, -3, shuffle=True, seed=11)
-MEMBER = m.Member(m.Role.SERVER, 1, 5, "tcp://10.0.0.2:4001", "node-2", 4242)
-PLACE = m.TablePlace(0, "model", 6, [m.ShardPlace(0, 3, 0, 4, 5), m.ShardPlace(1, 3, 4, 3, 7)])
-LENT = m.Frame(Dtype.FLOAT32, 262_144 + 3, 0.25, 1 << 61, 4096)
+MEMBER = words.Member(words.Role.SERVER, 1, 5, "tcp://10.0.0.2:4001", "node-2", 4242)
+PLACE = words.TablePlace(
+    0,
+    "model",
+    6,
+    [words.ShardPlace(0, 3, 0, 4, 5), words.ShardPlace(1, 3, 4, 3, 7, 4, [5], [9])],
+    words.Source("ckpt", 200),
+)
+LENT = words.Frame(Dtype.FLOAT32, 262_144 + 3, 0.25, 1 << 61, 4096)
 
 EXAMPLES: list[m.AnyMessage] = [
-    m.Register(2, m.Role.WORKER, 123456789, "", "node-1", 4711, "0.1.0", 2),
-    m.Registered(123456789, 99, 6, 0, 500, 2000, 2, 4),
-    m.Refused(12, m.Code.SPEC_MISMATCH, "tensors: 2 entries here, 1 there"),
-    m.Heartbeat(6, 3, 1, 17, 2_500_000, 4096, 0.25, "model shard 0", 1 << 28, 97.5, {"fold": 5}),
-    m.HeartbeatSeen(6, 3),
-    m.DeclareTable(6, 1, TABLE),
+    m.Register(2, words.Role.WORKER, 123456789, "", "node-1", 4711, "0.1.0", 2),
+    m.Registered(123456789, 99, 6, 0, 500, 2000, 2, 4, "ckpt", 200),
+    m.Refused(12, words.Code.SPEC_MISMATCH, "tensors: 2 entries here, 1 there"),
+    m.Heartbeat(
+        6,
+        3,
+        1,
+        17,
+        2_500_000,
+        4096,
+        0.25,
+        "model shard 0",
+        1 << 28,
+        97.5,
+        {"fold": 5},
+        [(0, 16, 1.5)],
+        2,
+    ),
+    m.HeartbeatSeen(6, 3, 3),
+    m.DeclareTable(6, 1, TABLE, b"record"),
     m.DeclarePlan(6, 2, PLAN),
     m.Accepted(1, 0),
-    m.View(3, m.Phase.RUNNING, 6, [MEMBER], [PLACE], m.Leases(9, [6, 6]), m.Leases(-1, [])),
+    m.View(
+        3, words.Phase.RUNNING, 6, [MEMBER], [PLACE], words.Leases(9, [6, 6]), words.Leases(-1, [])
+    ),
     m.AssignTable(0, TABLE),
-    m.Leave(6, m.Outcome.FAILED, "ValueError: größer als erlaubt"),
+    m.Leave(6, words.Outcome.FAILED, "ValueError: größer als erlaubt"),
     m.RoundLate(5, 17, [2, 3, 7]),
     m.Grant(17, [2, 3]),
     m.Flush(17),
@@ -57,20 +88,53 @@ EXAMPLES: list[m.AnyMessage] = [
     m.NormDecision(0, 17, 1.5),
     m.StatusRequest(7),
     m.StatusReply(7, b'{"round":17}'),
-    m.Stop(m.Outcome.DONE, ""),
+    m.Stop(words.Outcome.DONE, ""),
     m.Fenced(6),
+    m.ChainSynced(5, 0, 1, 4, 7),
+    m.ChainDiffers(5, 0, 1, 4, 7),
+    m.LeaveAsked(6),
+    m.DrainRequest(7, "server-1"),
     m.Push(99, 6, 3, 0, 1, 2, 2, 17, 8, 1, 3, [b"\x02", b"\x00"], LENT),
     m.RoundHyper(99, 6, 3, 0, 1, 17, 8, [{"lr": 0.01, "foreach": None}], 1.0),
     m.RoundMeta(99, 6, 3, 0, 1, 17, 8, [{"lr": 0.01, "foreach": None}], 1.0, b"\x80"),
     m.Pull(99, 6, 3, 0, 1, 18, 2, [0, 4]),
-    m.Pulled(0, 1, 0, 1, 18, m.Frame(Dtype.FLOAT16, 3)),
+    m.Pulled(0, 1, 0, 1, 18, words.Frame(Dtype.FLOAT16, 3)),
     m.Published(0, 1, 18, b"\x80", math.inf),
     m.RoundStatus(0, 1, 17, [m.PartMissing(0, [2, 3])], is_meta_missing=True),
+    chain.ChainRound(
+        99, 5, 4, 0, 1, 17, 8, [{"lr": 0.01}], 1.0, 1.5, b"\x80", [0, 2], [(3, 0, 6)], True
+    ),
+    chain.ChainAsk(99, 5, 4, 0, 1),
+    chain.ChainApplied(99, 7, 4, 0, 1, 3, 18, b"digest"),
+    chain.UnitCopy(
+        99,
+        5,
+        4,
+        0,
+        1,
+        2,
+        3,
+        18,
+        17,
+        [chain.KeptVersion(17, b"\x80", 1.5)],
+        True,
+        b"header",
+        3,
+        0,
+        1,
+        words.Frame(Dtype.FLOAT32, 262_144),
+    ),
+    chain.UnitTaken(99, 7, 4, 0, 1, 2, 3, 18),
     m.SegmentOffer(1 << 61, 4711, 12, 1 << 20, b"sixteen bytes..."),
     m.SegmentAnswer(1 << 61, is_mapped=False, text="not on this host"),
+    m.ShardSaved(
+        5, 0, 1, 200, "00000200/t0.model-1-63-5.safetensors", 4096, b"d" * 32, b"", math.inf
+    ),
+    m.SavedSeen(0, 1, 200),
 ]
 BY_NAME = pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
-HEADERS = [encode(message) for message in EXAMPLES]
+BUNDLED: list[m.AnyMessage] = [m.Flush(17), m.Fenced(6)]
+HEADERS = [*(encode(message) for message in EXAMPLES), encode_all(BUNDLED)]
 
 
 def plain(value: object) -> object:
@@ -79,7 +143,7 @@ def plain(value: object) -> object:
         tag = value.__struct_config__.tag
         fields = [plain(getattr(value, name)) for name in value.__struct_fields__]
         return fields if tag is None else [tag, *fields]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, IntEnum):
         return int(value)
@@ -88,19 +152,36 @@ def plain(value: object) -> object:
 
 def test_every_message_has_an_example_and_golden_bytes() -> None:
     known = {kind.__name__ for kind in get_args(m.AnyMessage)}
-    defined = {kind.__name__ for kind in m.Message.__subclasses__()}
-    assert known == defined == set(GOLDEN)
+    defined = {kind.__name__ for kind in words.Message.__subclasses__()}
+    assert known | {"Bundle"} == defined == set(GOLDEN)
     assert known == {type(message).__name__ for message in EXAMPLES}
 
 
 def test_no_two_messages_have_one_tag() -> None:
-    tags = [kind.__struct_config__.tag for kind in get_args(m.AnyMessage)]
+    tags = [str(kind.__struct_config__.tag) for kind in words.Message.__subclasses__()]
     assert sorted(tags) == sorted(set(tags))
 
 
 @BY_NAME
 def test_a_message_has_the_bytes_that_it_always_had(message: m.AnyMessage) -> None:
     assert encode(message).hex() == GOLDEN[type(message).__name__]
+
+
+def test_messages_that_leave_together_have_the_bytes_that_they_always_had() -> None:
+    assert encode_all(BUNDLED).hex() == GOLDEN["Bundle"]
+    assert msgpack.unpackb(encode_all(BUNDLED)) == [50, [plain(message) for message in BUNDLED]]
+    assert list(decode_all(encode_all(BUNDLED))) == BUNDLED
+    assert encode_all(BUNDLED[:1]) == encode(BUNDLED[0])
+    assert list(decode_all(encode(BUNDLED[0]))) == BUNDLED[:1]
+
+
+def test_a_bundle_is_no_single_message_and_holds_no_bundle() -> None:
+    with pytest.raises(RemoteProtocolError, match="2 messages where one is expected"):
+        decode(encode_all(BUNDLED))
+    inner = msgpack.unpackb(encode_all(BUNDLED))
+    for wrong in ([inner], [], [plain(BUNDLED[0])] * (BUNDLE_MAX + 1)):
+        with pytest.raises(RemoteProtocolError, match="not a message"):
+            decode_all(msgpack.packb([50, wrong]))
 
 
 @BY_NAME
@@ -147,7 +228,7 @@ def test_bytes_after_a_message_are_refused(message: m.AnyMessage) -> None:
         decode(encode(message) + b"\x00")
 
 
-PUSH = msgpack.unpackb(HEADERS[20])
+PUSH = msgpack.unpackb(HEADERS[24])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +252,6 @@ PUSH = msgpack.unpackb(HEADERS[20])
         (12, [b""] * 1_025, r"length <= 1024"),
         (13, [9, 3], r"Invalid enum value 9"),
         (13, [1, -1], r">= 0"),
-        (13, [1, (1 << 28) + 1], r"1073741828 bytes, at most 1073741824"),
         (13, [1, 3, "1.0"], r"Expected `float`, got `str`"),
         (13, [1, 3, 1.0, -1], r">= 0"),
         (13, [1, 3, 1.0, 1, -4], r">= 0"),
@@ -185,7 +265,7 @@ def test_a_push_outside_its_limits_is_refused_by_field(
 
 
 def test_text_that_is_not_utf_8_is_refused() -> None:
-    header = encode(m.Stop(m.Outcome.DONE, "abc")).replace(b"abc", b"\xff\xff\xff")
+    header = encode(m.Stop(words.Outcome.DONE, "abc")).replace(b"abc", b"\xff\xff\xff")
     with pytest.raises(RemoteProtocolError, match="utf-8"):
         decode(header)
 
@@ -303,9 +383,9 @@ def test_a_decoder_without_limits_accepts_what_ours_refuses() -> None:
 
 
 FULL = PART_BLOCKS_MAX * BLOCK_ELEMENTS
-WITH_FRAME = m.Pulled(0, 1, 0, 1, 18, m.Frame(Dtype.FLOAT32, 3))
-OF_A_RUN = m.Pulled(0, 1, 0, 2, 18, m.Frame(Dtype.FLOAT32, FULL + 3))
-IN_A_SEGMENT = m.Pulled(0, 1, 0, 2, 18, m.Frame(Dtype.FLOAT32, FULL + 3, 1.0, 9, 0))
+WITH_FRAME = m.Pulled(0, 1, 0, 1, 18, words.Frame(Dtype.FLOAT32, 3))
+OF_A_RUN = m.Pulled(0, 1, 0, 2, 18, words.Frame(Dtype.FLOAT32, FULL + 3))
+IN_A_SEGMENT = m.Pulled(0, 1, 0, 2, 18, words.Frame(Dtype.FLOAT32, FULL + 3, 1.0, 9, 0))
 WITHOUT_FRAME = m.Push(99, 6, 3, 0, 1, 2, 1, 17, 8, 1, 3, [b"\x01"], None)
 
 
@@ -353,22 +433,23 @@ def test_a_payload_of_the_announced_size_is_accepted(
 def test_a_run_that_cannot_have_so_many_elements_is_refused(
     count: int, elements: int, segment: int
 ) -> None:
-    frame = m.Frame(Dtype.FLOAT32, elements, 1.0, segment)
+    frame = words.Frame(Dtype.FLOAT32, elements, 1.0, segment)
     with pytest.raises(RemoteProtocolError, match=f"{elements} elements in {count} parts"):
         check_payload(m.Pulled(0, 1, 0, count, 18, frame), [])
 
 
 def test_a_longest_run_of_full_parts_is_within_the_limit_of_a_payload() -> None:
-    elements = m.RUN_PARTS_MAX * FULL
-    frame = m.Frame(Dtype.FLOAT32, elements)
-    assert frame.nbytes == m.RUN_BYTES_MAX
-    with pytest.raises(DataError, match="at most"):
-        m.Frame(Dtype.FLOAT32, elements + 1)
+    elements = words.RUN_PARTS_MAX * FULL
+    frame = words.Frame(Dtype.FLOAT32, elements)
+    assert frame.nbytes == words.RUN_BYTES_MAX
+    message = m.Pulled(0, 1, 0, words.RUN_PARTS_MAX, 18, words.Frame(Dtype.FLOAT64, elements))
+    with pytest.raises(RemoteProtocolError, match="at most"):
+        check_payload(message, [])
 
 
-def test_only_pushes_and_pulled_parts_announce_a_payload() -> None:
+def test_only_pushes_and_pulled_and_copied_parts_announce_a_payload() -> None:
     described = {kind.__name__ for kind in get_args(m.AnyMessage) if "frame" in fields_of(kind)}
-    assert described == {"Push", "Pulled"}
+    assert described == {"Push", "Pulled", "UnitCopy"}
 
 
 def fields_of(kind: type[msgspec.Struct]) -> tuple[str, ...]:
@@ -377,5 +458,5 @@ def fields_of(kind: type[msgspec.Struct]) -> tuple[str, ...]:
 
 
 def test_tags_of_the_protocol_before_are_not_used_again() -> None:
-    tags = [kind.__struct_config__.tag for kind in get_args(m.AnyMessage)]
+    tags = [str(kind.__struct_config__.tag) for kind in words.Message.__subclasses__()]
     assert not {32, 35} & set(tags)

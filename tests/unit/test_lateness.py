@@ -1,5 +1,6 @@
 """When a server calls a round late: counted from when it is wanted, once for all shards."""
 
+from treefold.common.layout import ShardSpan
 from treefold.common.spec import (
     Dtype,
     OptimizerSpec,
@@ -9,6 +10,7 @@ from treefold.common.spec import (
     TensorSpec,
 )
 from treefold.server import lateness
+from treefold.server.chains import Chain
 from treefold.server.rounds import Held, RoundState, Shard, Wait
 from treefold.wire.membership import MS
 from treefold.wire.messages import Push, RoundMeta
@@ -22,7 +24,9 @@ def make_shard(table: int, rule: Rule = Rule.OPTIMIZER) -> Shard:
     optimizer = OptimizerSpec("SGD", [{"lr": 0.1}]) if rule is Rule.OPTIMIZER else None
     tensor = TensorSpec("w", [4], Dtype.FLOAT32, 0)
     spec = TableSpec(f"t{table}", rule, Placement.ELEMENTWISE, [tensor], optimizer)
-    shard = Shard(table, 0, 1, spec, [(0, 4)], [1], [Dtype.FLOAT32])
+    shard = Shard(
+        table, 0, 1, Chain(1, 1, 1), spec, ShardSpan(0, 1), [(0, 4)], [1], [Dtype.FLOAT32]
+    )
     for now_ns in (1, 1 + PERIOD):
         if shard.round is not None:
             shard.publish(now_ns, shard.round)

@@ -14,7 +14,7 @@ from treefold.common.spec import (
     TableSpec,
     TensorSpec,
 )
-from treefold.wire.messages import FRAME_BYTES_MAX
+from treefold.wire.words import FRAME_BYTES_MAX
 
 SIZES = st.one_of(
     st.integers(0, 200), st.integers(1, 9).map(lambda n: n * BLOCK_ELEMENTS // 2), st.just(700_001)

@@ -1,7 +1,8 @@
 """How a job ends when a worker was given up shortly before: it may only have been busy."""
 
 from tests.unit.scheduler_driver import WORKERS, Driver
-from treefold.wire.messages import Leave, Outcome, Phase, Role, Stop
+from treefold.wire.messages import Leave, Stop
+from treefold.wire.words import Outcome, Phase, Role
 
 DONE = Stop(Outcome.DONE, "the job is done")
 

@@ -18,6 +18,7 @@ from tests.unit.server_driver import (
     holder,
     hyper,
     member,
+    messages,
     meta,
     new_core,
     of,
@@ -33,6 +34,7 @@ from treefold.common.spec import (
     Placement,
 )
 from treefold.server.effects import (
+    CloseShard,
     ComputeNorm,
     FoldPayloads,
     MakeParts,
@@ -46,19 +48,19 @@ from treefold.server.effects import (
     ServerDrainAsked,
     ServerFailed,
 )
+from treefold.server.limits import ServerLimits
 from treefold.wire.exchange import Halt, PeerLost, Received, Send, Tick
 from treefold.wire.membership import MS
 from treefold.wire.messages import (
+    Accepted,
     AssignTable,
-    Code,
+    DrainRequest,
     Fenced,
-    Frame,
     Heartbeat,
     HeartbeatSeen,
     Leave,
     NormDecision,
     NormReport,
-    Outcome,
     Published,
     Pulled,
     Push,
@@ -69,6 +71,8 @@ from treefold.wire.messages import (
     RoundStatus,
     Stop,
 )
+from treefold.wire.words import Code, Frame, Outcome
+from treefold.worker.limits import WorkerLimits
 
 
 @pytest.fixture(autouse=True)
@@ -130,10 +134,16 @@ def test_a_shard_opens_once_spec_and_place_are_there_in_either_order(is_spec_fir
     assert not of(control(core, view(3)), OpenShard)
 
 
-def test_a_server_that_was_given_up_halts_since_its_shards_are_lost() -> None:
-    assert of(control(holder(), Fenced(ME)), Halt) == [
-        Halt(1, "the scheduler gave this server up for dead; its shards are lost")
-    ]
+def test_a_server_that_was_given_up_lets_go_of_its_shards_and_registers_again() -> None:
+    core = holder()
+    effects = control(core, Fenced(ME))
+    assert of(effects, CloseShard) == [CloseShard(0, 0)]
+    (register,) = [m for m in messages(effects) if isinstance(m, Register)]
+    assert register.nonce == 10  # the next one
+    assert core.shards == {}
+    (answer,) = messages(data(core, pull(0)))
+    assert isinstance(answer, Refused)
+    assert answer.code is Code.STALE_VIEW
 
 
 def test_a_server_of_another_job_halts() -> None:
@@ -158,18 +168,31 @@ def test_a_server_that_is_asked_to_stop_says_farewell() -> None:
     assert sent(core.handle(0, ServerDrainAsked()), Leave)
 
 
+def test_a_server_asks_to_be_drained_until_the_scheduler_has_heard_it() -> None:
+    core = holder()
+    assert sent(core.handle(0, ServerDrainAsked()), DrainRequest)
+    assert not sent(core.handle(900 * MS, Tick()), DrainRequest)
+    assert sent(core.handle(1_000 * MS, Tick()), DrainRequest)
+    control(core, Accepted(1, ME), at_ms=1_100)
+    assert not sent(core.handle(3_000 * MS, Tick()), DrainRequest)
+
+
 def test_a_server_that_cannot_do_what_the_job_asks_tells_everybody_why() -> None:
     core = member()
     farewell = sent(core.handle(0, ServerFailed("no such optimizer")), Leave)
     assert farewell == [Leave(ME, Outcome.FAILED, "no such optimizer")]
 
 
-def test_a_server_without_scheduler_and_workers_ends_after_half_a_minute() -> None:
+def test_a_server_without_scheduler_and_workers_ends_after_two_minutes() -> None:
     core = holder()
-    halts = [of(core.handle(ms * MS, Tick()), Halt) for ms in range(500, 31_000, 500)]
+    halts = [of(core.handle(ms * MS, Tick()), Halt) for ms in range(500, 121_000, 500)]
     assert [halt for found in halts for halt in found] == [
-        Halt(1, "neither scheduler nor workers were heard for 30 s")
+        Halt(1, "neither scheduler nor workers were heard for 120 s")
     ]
+
+
+def test_a_server_waits_longer_for_workers_than_they_wait_for_it() -> None:
+    assert ServerLimits(0).orphan_after_ns > WorkerLimits(0, 0).unreachable_ns
 
 
 def test_time_in_which_a_server_was_stopped_is_no_silence_of_others() -> None:
@@ -203,7 +226,7 @@ def test_a_duplicate_is_released_and_changes_nothing() -> None:
     core = at_version(0)
     data(core, push(0, 0), 10)
     assert data(core, push(0, 0), 12) == [ReleasePayload(12)]
-    assert core.duplicates == 1
+    assert core.exchange.duplicates == 1
 
 
 def test_a_push_of_a_round_that_is_over_is_a_duplicate() -> None:
@@ -301,7 +324,7 @@ def test_a_round_records_who_contributed_what() -> None:
     data(core, push(0, 1, sender=6), 11)
     data(core, push(0, 0, part=1, level=1), 12)
     (record,) = of(data(core, meta(0)), RecordVersion)
-    assert record == RecordVersion(0, 0, 1, [(0, 0, 5), (0, 1, 6)])
+    assert record == RecordVersion(0, 0, 1, [(0, 0, 5), (0, 1, 6)], is_primary=True)
 
 
 def test_a_limit_of_the_norm_is_a_question_to_the_scheduler_and_then_a_version() -> None:

@@ -217,7 +217,7 @@ def test_marks_of_a_whole_tensor_that_contradict_each_other_change_nothing() -> 
     shard, round_ = cluster.shards[0], job.rounds[0]
     first, *others = cluster.folded(shard, round_)
     with pytest.raises(DataError, match="'t0' is marked absent in some of its parts"):
-        shard.step([replace(first, absent=b"\1"), *others], round_.groups)
+        shard.step([msgspec.structs.replace(first, absent=b"\1"), *others], round_.groups)
     assert all(map(is_same, cluster.values(), before))
 
 

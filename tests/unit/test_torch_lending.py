@@ -9,6 +9,8 @@ from treefold.common.layout import Layout
 from treefold.common.process import Spent
 from treefold.common.spec import Dtype, OptimizerSpec, Placement, Rule, TableSpec, TensorSpec
 from treefold.torch.pushing import Lending, Pushing, TablePort
+from treefold.transport.lanes import Lanes, LaneSettings
+from treefold.worker.flats import Flats
 from treefold.worker.handed import PartRun, Task
 from treefold.worker.pulls import PartRange
 from treefold.worker.shell import Values
@@ -21,13 +23,11 @@ class Hands:
 
     def __init__(self) -> None:
         self.spent = Spent()
+        self.flats = Flats(Lanes(LaneSettings(is_enabled=False, bytes_max=0)))
         self.values: list[Values] = []
 
     def parts(self, _: int) -> list[PartRange]:
         return [PartRange(0, 0, 0, ELEMENTS, 1)]
-
-    def gradient_buffer(self, elements: int) -> Tensor:
-        return torch.empty(elements)
 
     def scratch(self, elements: int) -> Tensor:
         return torch.empty(elements)

@@ -30,7 +30,7 @@ from treefold.common.errors import (
     UnsupportedError,
 )
 from treefold.torch.leaving import ExitWatch
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 from treefold.worker.handed import LoopEnd
 
 CALLS: list[Callable[[], object]] = [

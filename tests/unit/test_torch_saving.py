@@ -122,6 +122,20 @@ def test_a_file_appears_whole_or_not_at_all(
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_body_that_does_not_count_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with joined(ReferenceJob()) as client:
+        model = bare()
+        ps.DistributedOptimizer(sgd(parameters_of(model)), model)
+        monkeypatch.setattr(client, "is_void", True)
+        ps.save(tmp_path / "model.safetensors")
+        assert list(tmp_path.iterdir()) == []
+        monkeypatch.setattr(client, "is_void", False)
+        ps.save(tmp_path / "model.safetensors")
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_saving_into_no_folder_is_refused(tmp_path: Path) -> None:
     with joined(ReferenceJob()):
         model = bare()

@@ -32,6 +32,8 @@ from tests.support.sessions import (
 from treefold.torch import buffers, loop
 from treefold.torch.randomness import permutation, seed_all, seed_for_compute
 
+pytestmark = pytest.mark.usefixtures("place")  # with models on the host and on an accelerator
+
 OPTIMIZERS = [sgd, adamw, adagrad]
 
 

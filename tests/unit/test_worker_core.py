@@ -1,6 +1,8 @@
 """The worker's decisions: events in, effects out."""
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from tests.unit.worker_driver import (
     ME,
@@ -20,14 +22,10 @@ from treefold.wire.exchange import Send, Tick
 from treefold.wire.membership import MS, Standing
 from treefold.wire.messages import (
     Accepted,
-    Code,
-    DeclarePlan,
     DeclareTable,
     Fenced,
     Heartbeat,
-    HeartbeatSeen,
     Leave,
-    Outcome,
     PartMissing,
     Pull,
     Push,
@@ -36,14 +34,15 @@ from treefold.wire.messages import (
     RoundStatus,
     Stop,
 )
+from treefold.wire.words import Code, Outcome, Phase
 from treefold.worker.effects import (
     Complete,
     Connect,
     DeclareCalled,
+    Disconnect,
     Initial,
     JoinCalled,
     LeaveCalled,
-    LoopCalled,
     LoopEnd,
     ReleasePayload,
     Snapshot,
@@ -105,8 +104,9 @@ def test_tables_are_declared_again_until_the_scheduler_has_heard_it() -> None:
     driver.declare()
     driver.control(Fenced(ME))
     driver.join(incarnation=8)
-    assert sent(driver.wait(600 * MS), DeclareTable)
-    driver.control(Accepted(1, 0))
+    (again,) = sent(driver.wait(600 * MS), DeclareTable)
+    assert isinstance(again, DeclareTable)
+    driver.control(Accepted(again.call, 0))
     assert not sent(driver.wait(600 * MS), DeclareTable)
 
 
@@ -115,8 +115,9 @@ def test_a_table_announced_under_another_name_is_not_handed_over_again() -> None
     driver.declare()
     driver.enter([OTHER])
     driver.control(Fenced(ME))
-    driver.join(incarnation=8)
-    effects = driver.control(Accepted(1, 0))
+    (again,) = sent(driver.join(incarnation=8), DeclareTable)
+    assert isinstance(again, DeclareTable)
+    effects = driver.control(Accepted(again.call, 0))
     assert sent(effects, Pull) == []
     assert not [value for value in completed(driver.pulled(0, 0, 1)) if isinstance(value, Snapshot)]
 
@@ -166,6 +167,16 @@ def test_the_end_of_the_job_reaches_every_call() -> None:
     assert failed(driver.call(TaskCalled)[1]) == [error]
 
 
+def test_servers_that_only_a_view_of_an_ended_job_names_are_not_asked() -> None:
+    driver = Driver()
+    driver.join()
+    call, _ = driver.call(DeclareCalled, table_spec("t0"))
+    driver.control(Accepted(call, 0))
+    last = msgspec.structs.replace(driver.view([]), phase=Phase.ENDED, members=[])
+    assert sent(driver.control(last), Pull) == []
+    assert sent(driver.control(driver.view([])), Pull) != []
+
+
 def test_a_cluster_that_did_not_form_is_an_error_of_its_own() -> None:
     driver = Driver()
     driver.call(JoinCalled)
@@ -201,6 +212,17 @@ def test_a_server_is_connected_to_once() -> None:
         [Connect(SERVER, "address")],
         [],
     ]
+
+
+def test_the_link_to_a_server_is_closed_when_it_is_gone_and_leads_no_shard() -> None:
+    driver = Driver()
+    driver.join()
+    view = driver.control(driver.view([]))
+    assert Connect(SERVER, "address") in view
+    gone = replace(driver.view([]), members=[])
+    assert Disconnect(SERVER) not in driver.control(gone), "its shard is not led by another yet"
+    gone = replace(driver.view([]), members=[], tables=[])
+    assert Disconnect(SERVER) in driver.control(gone)
 
 
 def test_a_declared_table_is_pulled_and_handed_over_in_one_version() -> None:
@@ -414,6 +436,17 @@ def test_time_in_which_a_worker_was_stopped_is_no_silence_of_others() -> None:
     assert not failed(driver.feed(Tick()))
 
 
+def test_a_slot_that_was_held_up_says_little_of_how_long_the_next_one_takes() -> None:
+    driver = Driver()
+    driver.declare()
+    driver.enter([ME, ME])
+    driver.wait(100 * MS)
+    driver.contribute(0, 0)
+    driver.wait(20 * SECOND)
+    driver.contribute(0, 1)
+    assert driver.core.membership.vitals.slot_time_ns == 250 * MS
+
+
 def test_a_worker_says_in_its_heartbeat_what_it_waits_for() -> None:
     driver = Driver()
     driver.declare()
@@ -424,6 +457,10 @@ def test_a_worker_says_in_its_heartbeat_what_it_waits_for() -> None:
     assert beats[-1].waiting == (
         "version 1 of table t0 shard 0 from server-0, which lacks slots 2 of round 0"
     )
+    driver.server(RoundStatus(0, 0, 0, [], is_meta_missing=False))
+    beats = sent(driver.wait(600 * MS), Heartbeat)
+    assert isinstance(beats[-1], Heartbeat)
+    assert beats[-1].waiting.endswith("which has all of round 0 and waits for its chain")
 
 
 def test_a_silent_scheduler_stops_no_training() -> None:
@@ -434,23 +471,3 @@ def test_a_silent_scheduler_stops_no_training() -> None:
         driver.wait(5 * SECOND)
         assert not failed(driver.pulled(0, 0, version))
         driver.call(TaskCalled)
-
-
-def test_a_plan_is_declared_again_until_it_is_accepted() -> None:
-    driver = Driver()
-    driver.declare()
-    call, effects = driver.call(LoopCalled, plan())
-    assert sent(effects, DeclarePlan)
-    assert sent(driver.wait(600 * MS), DeclarePlan)
-    assert Complete(call, None) in driver.control(Accepted(call, 0))
-    driver.control(HeartbeatSeen(ME, 1))
-    assert not sent(driver.wait(600 * MS), DeclarePlan)
-
-
-def test_a_refused_declaration_fails_that_call_and_nothing_else() -> None:
-    driver = Driver()
-    driver.declare()
-    call, _ = driver.call(LoopCalled, plan())
-    effects = driver.control(Refused(call, Code.SPEC_MISMATCH, "slots differ"))
-    assert [str(error) for error in failed(effects)] == ["slots differ"]
-    assert driver.core.failure is None

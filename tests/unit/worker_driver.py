@@ -15,21 +15,8 @@ from treefold.common.spec import (
 )
 from treefold.wire.exchange import SCHEDULER, Received, Send, Tick
 from treefold.wire.membership import MS, Identity, Membership
-from treefold.wire.messages import (
-    Accepted,
-    Frame,
-    Leases,
-    Member,
-    Phase,
-    Published,
-    Pulled,
-    Push,
-    Registered,
-    Role,
-    ShardPlace,
-    TablePlace,
-    View,
-)
+from treefold.wire.messages import Accepted, Published, Pulled, Push, Registered, View
+from treefold.wire.words import Frame, Leases, Member, Phase, Role, ShardPlace, TablePlace
 from treefold.worker.core import WorkerCore
 from treefold.worker.effects import (
     Complete,

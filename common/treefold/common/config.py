@@ -40,6 +40,21 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Whether an address beyond this machine may be bound although nothing is encrypted.
     servers, workers : int
         How many of each form the cluster.
+    replicas : int
+        How many servers hold each shard.
+    journal : str
+        Folder of the scheduler's journal; empty: none, and a scheduler that dies is gone for good.
+    checkpoint : str
+        Folder of checkpoints, or its address as fsspec writes it, which scheduler and servers all
+        reach; empty: none are made.
+    checkpoint_every : int
+        Versions from one checkpoint to the next.
+    checkpoints_kept : int
+        How many checkpoints are kept; older ones are removed.
+    resume : str
+        Folder of checkpoints that the job begins from, with the newest one that is whole.
+    check_every : int
+        Rounds between two comparisons of a shard's copies; 0: never.
     rank : int
         Rank that this member would like to have; it gets the lowest free one if that is taken, or
         -1 is asked for.
@@ -52,7 +67,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dead_after_ms : int
         Silence after which a worker is given up. Harmless when wrong: it comes back.
     server_dead_after_ms : int
-        Silence after which a server is given up, and with it the job.
+        Silence after which a server is given up that holds the only copy of its shards; with
+        several replicas ``dead_after_ms`` counts for servers as well.
     connect_timeout_s : float
         Seconds a member waits for the scheduler's first answer.
     form_timeout_s : float
@@ -65,6 +81,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ``auto``: members on one host exchange tensors in shared memory; ``socket``: nobody does.
     lane_bytes_max : int
         Shared memory that one process may make, in bytes; what is beyond goes through sockets.
+    lane_bytes_per_s : int
+        Cap on the payload bytes that a member sends over each connection, for measurements; 0:
+        none. With one every payload goes through sockets.
     max_restarts : int
         How many times ``treefold run`` starts a dead role again.
     linger : bool
@@ -82,6 +101,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     servers: Positive = 1
     workers: Positive = 1
     rank: Annotated[int, Meta(ge=-1, le=65_535)] = -1
+    replicas: Annotated[int, Meta(ge=1, le=16)] = 1
+    journal: str = ""
+    checkpoint: str = ""
+    checkpoint_every: Positive = 200
+    checkpoints_kept: Positive = 3
+    resume: str = ""
+    check_every: NotNegative = 100
     slots: Annotated[int, Meta(ge=1, le=65_536)] = 8
     seed: Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)] = 0
     heartbeat_ms: Positive = 500
@@ -93,6 +119,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retry_ms: Positive = 1_000
     lane: str = "auto"
     lane_bytes_max: Annotated[int, Meta(ge=0, le=1 << 50)] = 1 << 36
+    lane_bytes_per_s: Annotated[int, Meta(ge=0, le=1 << 50)] = 0
     max_restarts: NotNegative = 0
     linger: bool = False
     ledger: str = ""
@@ -107,6 +134,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "heartbeat_ms"
             )
             raise ConfigError(msg)
+        if self.replicas > self.servers:
+            msg = (
+                f"replicas is {self.replicas} and servers {self.servers}: each copy of a shard "
+                "needs a server of its own, so replicas can be at most servers"
+            )
+            raise ConfigError(msg)
         if self.log_level not in ("debug", "info", "warning", "error"):
             msg = f"log_level is {self.log_level!r}; it is one of debug, info, warning, error"
             raise ConfigError(msg)
@@ -118,6 +151,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if value and not value.startswith(("tcp://", "ipc://", "inproc://")):
                 msg = f"{key} is {value!r}; an address begins with tcp://, ipc:// or inproc://"
                 raise ConfigError(msg)
+
+    @property
+    def is_recoverable(self) -> bool:
+        """Whether the job goes on when a server dies: from its copies, or from a checkpoint."""
+        return self.replicas > 1 or bool(self.checkpoint) or bool(self.resume)
 
 
 KEYS = Settings.__struct_fields__
@@ -178,6 +216,16 @@ def environment_of(values: Mapping[str, object]) -> dict[str, str]:
         PREFIX + key.upper(): str(value).lower() if isinstance(value, bool) else str(value)
         for key, value in values.items()
     }
+
+
+def failpoints() -> tuple[str, str, str]:
+    """What tests want to fail, the folder of what has failed already, and from when on it counts.
+
+    All are usually empty. No settings: `treefold.common.failpoints` says how they are written.
+    """
+    names = ("FAILPOINT", "FAILPOINT_ONCE", "FAILPOINT_FROM")
+    spec, once, start = (os.environ.get(PREFIX + name, "") for name in names)
+    return spec, once, start
 
 
 def _from_environment() -> dict[str, object]:

@@ -15,7 +15,10 @@ Users catch `TreefoldError` or a branch of it. A broken invariant is no such err
       DataError(ValueError)       a tensor is not what its table expects
       UnsupportedError            something torch can do and treefold cannot; says why
       CapacityError               a named limit was reached
+      JournalError                the scheduler's journal is damaged or cannot be written
+      CheckpointError             a file of a checkpoint is not what it should be
       JobFailedError              the job has ended for everybody; says why
+        RolledBackError           it goes on from a checkpoint, and this script has to begin anew
 
     InvariantError(AssertionError)  a bug of ours, with its story; never caught
 """
@@ -73,8 +76,32 @@ class CapacityError(TreefoldError):
     """A limit was reached. The text names the limit, its value and what was wanted."""
 
 
+class JournalError(TreefoldError):
+    """The scheduler's journal is damaged or cannot be written. The text says what to do."""
+
+
+class CheckpointError(TreefoldError):
+    """A file of a checkpoint is missing, damaged or another one's.
+
+    Parameters
+    ----------
+    path : str
+        The file, in the folder of checkpoints.
+    text : str
+        What is wrong with it.
+    """
+
+    def __init__(self, path: str, text: str) -> None:
+        super().__init__(f"{path}: {text}")
+        self.path = path
+
+
 class JobFailedError(TreefoldError):
     """The job ended for everybody; the text says why."""
+
+
+class RolledBackError(JobFailedError):
+    """The job goes on from a checkpoint; this script has to begin anew and could not by itself."""
 
 
 class InvariantError(AssertionError):

@@ -4,6 +4,7 @@ A received frame belongs to the transport and may not be written; a fold that be
 its sum elsewhere. Nothing here knows which nodes meet: that is `treefold.common.tree`.
 """
 
+import mmap
 import sys
 import warnings
 from typing import NamedTuple
@@ -23,7 +24,7 @@ TORCH_DTYPES = {
 }
 
 with warnings.catch_warnings():
-    # torch warns about read-only buffers once per process; `view_frame` guards them by other means.
+    # torch warns about read-only buffers once per process; `read_only` guards them by other means.
     warnings.simplefilter("ignore")
     torch.frombuffer(bytes(Dtype.FLOAT32.itemsize), dtype=torch.float32)
 
@@ -58,10 +59,28 @@ def view_frame(frame: bytes | bytearray | memoryview, dtype: Dtype = Dtype.FLOAT
         name = dtype.name.lower()
         text = f"a payload frame of {nbytes} bytes is not a whole number of {name} values"
         raise DataError(text)
+    return read_only(frame, TORCH_DTYPES[dtype])
+
+
+def read_only(buffer: bytes | bytearray | memoryview | mmap.mmap, dtype: torch.dtype) -> Tensor:
+    """Memory that is not ours to write as a tensor that may only be read.
+
+    Parameters
+    ----------
+    buffer : bytes-like or mmap
+        The tensor keeps it alive.
+    dtype : torch.dtype
+        Of the values.
+
+    Returns
+    -------
+    Tensor, of that dtype [n]
+        An inference tensor, as from `view_frame`.
+    """
     with torch.inference_mode():
-        if nbytes == 0:
-            return torch.empty(0, dtype=TORCH_DTYPES[dtype])
-        return torch.frombuffer(frame, dtype=TORCH_DTYPES[dtype])
+        if memoryview(buffer).nbytes == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(buffer, dtype=dtype)
 
 
 NODE_DTYPES = tuple(TORCH_DTYPES[dtype] for dtype in WIRES)
@@ -109,8 +128,8 @@ class Folder:
         DataError
             If shapes or dtypes differ, or ``out`` is a received frame; nothing is written then.
         """
-        for tensor in (left.tensor, right.tensor, out):
-            if tensor.dtype not in NODE_DTYPES or not _is_like(tensor, out):
+        for tensor in (left.tensor, right.tensor):
+            if out.dtype not in NODE_DTYPES or not _is_like(tensor, out):
                 text = (
                     f"a fold of {tensor.dtype} {list(tensor.shape)} into {out.dtype} "
                     f"{list(out.shape)}: all must be of one wire type and of one shape"

@@ -106,6 +106,11 @@ class Layout:
             tensor += 1
         return found
 
+    def has_buffers(self, start: int, stop: int) -> bool:
+        """Whether elements of a buffer are in ``[start, stop)``."""
+        numbers = [piece.tensor for piece in self.pieces(start, stop)]
+        return any(self.spec.tensors[number].group == BUFFER_GROUP for number in numbers)
+
     def cut(self, shards: int) -> list[ShardSpan]:
         """Cut the table into at most ``shards`` runs of blocks of nearly equal length.
 

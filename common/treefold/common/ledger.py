@@ -83,10 +83,18 @@ class Entry(NamedTuple):
     samples: list[int]
 
 
-def read(folder: str) -> list[Record]:
-    """Every whole record of every file of a ledger; a record cut off by a crash is left out."""
+def read(folder: str, name: str = "*") -> list[Record]:
+    """Every whole record of a ledger; a record cut off by a crash is left out.
+
+    Parameters
+    ----------
+    folder : str
+        Of the ledger.
+    name : str
+        Of the file; by default all of them are read.
+    """
     found: list[Record] = []
-    for path in sorted(Path(folder).glob("*.ledger")):
+    for path in sorted(Path(folder).glob(f"{name}.ledger")):
         found += _records(path.read_bytes())
     return found
 
@@ -130,13 +138,22 @@ def entries(folder: str, table: int = 0, shard: int = 0) -> list[Entry]:
 def state_digest(folder: str) -> str:
     """One digest of every table's last values and optimizer state, wherever they were held.
 
+    A shard that several servers held must have ended the same on all of them.
+
     Raises
     ------
     ValueError
-        There is no such record, a block of a table is missing, or shards ended at different
-        versions.
+        There is no such record, a block of a table is missing, shards ended at different versions,
+        or one shard ended differently on different servers.
     """
-    found = [record for record in read(folder) if isinstance(record, StateRecord)]
+    held: dict[tuple[int, int], StateRecord] = {}
+    for record in read(folder):
+        if isinstance(record, StateRecord):
+            other = held.setdefault((record.table, record.first_block), record)
+            if other != record:
+                msg = f"table {record.table}, block {record.first_block}: servers disagree"
+                raise ValueError(msg)
+    found = list(held.values())
     digest = hashlib.sha256()
     blocks: dict[int, int] = {}
     for record in sorted(found, key=lambda state: (state.table, state.first_block)):

@@ -29,6 +29,16 @@ def keep_freed_memory() -> None:
         library.mallopt(M_TRIM_THRESHOLD, ALLOCATION_BYTES_MAX)
 
 
+def give_back_freed_memory() -> None:
+    """Give the system what the C allocator keeps, after work that took more than what follows it.
+
+    Does nothing where the C library is not glibc.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
 class ProcessFigures:
     """Resident memory and processor share of this process, looked up at most twice a second."""
 

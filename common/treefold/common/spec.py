@@ -35,7 +35,10 @@ class Dtype(IntEnum):
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return {1: 4, 2: 2, 3: 2, 4: 8, 5: 8}[self.value]
+        return _ITEM_BYTES[self]
+
+
+_ITEM_BYTES = {1: 4, 2: 2, 3: 2, 4: 8, 5: 8}
 
 
 class Rule(IntEnum):

@@ -59,10 +59,11 @@ def sibling(node: Node) -> Node:
 
 def canonical(node: Node, active: int) -> Node:
     """The highest node with the same slots: climbs while the sibling covers no active slot."""
+    level, index = node
     top = root_level(active)
-    while node.level < top and not is_valid(sibling(node), active):
-        node = parent(node)
-    return node
+    while level < top and (index ^ 1) << level >= active:
+        level, index = level + 1, index >> 1
+    return node if level == node.level else Node(level, index)
 
 
 def contains(outer: Node, inner: Node) -> bool:
@@ -90,9 +91,9 @@ class FoldSet(Generic[Handle]):
 
     def covers(self, node: Node) -> bool:
         """Whether the slots under ``node`` are all held in one node already."""
-        node = canonical(node, self.active)
-        for level in range(node.level, root_level(self.active) + 1):
-            if Node(level, node.index >> (level - node.level)) in self.nodes:
+        level, index = canonical(node, self.active)
+        for up in range(root_level(self.active) + 1 - level):
+            if (level + up, index >> up) in self.nodes:
                 return True
         return False
 
@@ -111,8 +112,8 @@ class FoldSet(Generic[Handle]):
         covered = [held for held in self.nodes if contains(node, held)]
         dropped = [self.nodes.pop(held) for held in covered]
         merges: list[Merge[Handle]] = []
-        while sibling(node) in self.nodes:
-            other = self.nodes.pop(sibling(node))
+        while (beside := sibling(node)) in self.nodes:
+            other = self.nodes.pop(beside)
             left, right = (other, handle) if node.index & 1 else (handle, other)
             node = canonical(parent(node), self.active)
             merges.append(Merge(left, right, node))

@@ -4,30 +4,32 @@ Cores name payloads by numbers, messages describe them, sockets and segments car
 where the three meet. Belongs to the thread that owns the sockets.
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Hashable, Sequence
 
 import msgspec
 import torch
 import zmq
 
 from treefold.common.errors import RemoteProtocolError
-from treefold.common.fold import TORCH_DTYPES, Payload, view_frame
+from treefold.common.fold import Payload, view_frame
 from treefold.common.layout import split_run
 from treefold.transport.lanes import Lanes, LaneSettings
+from treefold.transport.outbox import Outbox
+from treefold.transport.pacing import Pacer
 from treefold.transport.segments import Segment
-from treefold.transport.sockets import Arrival, Hub
+from treefold.transport.sockets import Arrival
+from treefold.wire.chain import UnitCopy
 from treefold.wire.codec import encode
-from treefold.wire.messages import Frame, Pulled, Push, SegmentAnswer, SegmentOffer
+from treefold.wire.messages import Pulled, Push, SegmentAnswer, SegmentOffer
+from treefold.wire.words import Frame
 
+TensorMessage = Push | Pulled | UnitCopy
 BUFFERS_REMEMBERED_MAX = 64  # with sends, before those whose sends have left are forgotten
-SOCKET_PARTS_MAX = (
-    1  # parts in one message of the socket lane: what has arrived can be used at once
-)
+SOCKET_PARTS_MAX = 4  # parts (MiB) in one message of the socket lane, which comes as a whole
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(msgspec.Struct, frozen=True, gc=False):
     """A payload that is held by a number.
 
     ``owner`` is the buffer that it is a piece of, for payloads of this process; ``segment`` the
@@ -39,15 +41,16 @@ class Held:
     segment: Segment | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Destination:
+class Destination(msgspec.Struct, frozen=True, gc=False):
     """Where a message goes: by which socket, and to whom.
 
-    ``peer`` is a routing identity for a listener, and the socket's own name for a link.
+    ``peer`` is a routing identity for a listener, and the socket's own name for a link. Parts in
+    ``urgent`` leave first where there is a cap.
     """
 
     socket: Hashable
     peer: Hashable
+    urgent: Collection[int] = ()
 
 
 class Carrier:
@@ -55,8 +58,8 @@ class Carrier:
 
     Parameters
     ----------
-    hub : Hub
-        The sockets.
+    outbox : Outbox
+        Sends.
     settings : LaneSettings
         For the shared-memory lane.
 
@@ -66,12 +69,15 @@ class Carrier:
         Segments.
     """
 
-    def __init__(self, hub: Hub, settings: LaneSettings) -> None:
+    def __init__(self, outbox: Outbox, settings: LaneSettings) -> None:
         self.lanes = Lanes(settings)
-        self._hub = hub
+        self._outbox = outbox
         self._sends: dict[Hashable, list[zmq.MessageTracker]] = {}
         self._held: dict[int, Held] = {}
         self._next = 1
+        self._pacer = Pacer(settings.bytes_per_s)
+        self._paced: dict[Hashable, int] = {}
+        self._queued: dict[Hashable, None] = {}
 
     # ---- payloads by number -------------------------------------------------------------------
 
@@ -100,7 +106,7 @@ class Carrier:
 
     # ---- arrivals -----------------------------------------------------------------------------
 
-    def receive(self, arrival: Arrival, message: Push | Pulled) -> tuple[int, ...] | None:
+    def receive(self, arrival: Arrival, message: TensorMessage) -> tuple[int, ...] | None:
         """Hold the payloads of a message, one per part.
 
         Returns
@@ -125,7 +131,10 @@ class Carrier:
         except RemoteProtocolError as error:
             self._answer(arrival, SegmentAnswer(frame.segment, is_mapped=False, text=str(error)))
             return None
-        values = self.lanes.view(frame).view(TORCH_DTYPES[frame.dtype])
+        values = self.lanes.view(frame)
+        self._outbox.traffic.of(arrival.socket, arrival.sender).shared_bytes += frame.nbytes
+        if message.count == 1:
+            return (self.hold(Held(Payload(values, frame.scale), None, segment)),)
         parts = torch.split(values, split_run(message.count, frame.elements))
         return tuple(self.hold(Held(Payload(p, frame.scale), None, segment)) for p in parts)
 
@@ -142,17 +151,21 @@ class Carrier:
     def offer(self, socket: Hashable, peer: Hashable) -> None:
         """Offer a peer all segments that it has not been offered yet."""
         for message in self.lanes.offers(peer):
-            self._hub.send(socket, _identity(peer), encode(message))
+            self._outbox.send(socket, _identity(peer), message)
 
     def _answer(self, arrival: Arrival, answer: SegmentAnswer) -> None:
-        self._hub.send(arrival.socket, _identity(arrival.sender), encode(answer))
+        self._outbox.send(arrival.socket, _identity(arrival.sender), answer)
+
+    def forget(self, peer: Hashable) -> None:
+        """A peer cannot be reached any more."""
+        self.lanes.forget(peer)
 
     # ---- sending ------------------------------------------------------------------------------
 
     def send(
         self,
         to: Destination,
-        message: Push | Pulled,
+        message: TensorMessage,
         payloads: Sequence[Payload],
         buffer: Hashable = None,
     ) -> bool:
@@ -178,62 +191,112 @@ class Carrier:
         at = 0
         while at < len(payloads):
             count, frame = self._next_run(to.peer, message, payloads[at:])
-            part = msgspec.structs.replace(
-                message, part=message.part + at, count=count, frame=frame
-            )
-            if isinstance(message, Push) and isinstance(part, Push) and message.absent:
-                part = msgspec.structs.replace(part, absent=message.absent[at : at + count])
-            trackers = self._send_run(to, part, payloads[at : at + count])
-            if trackers is None:
-                self.lanes.forget(to.peer)
+            first = message.part + at
+            part = msgspec.structs.replace(message, part=first, count=count, frame=frame)
+            if isinstance(part, Push) and part.absent and count < message.count:
+                absent = part.absent[at : at + count]
+                part = msgspec.structs.replace(part, absent=absent)
+            if self._pacer.is_on:
+                self._queue(to, part, payloads[at : at + count], buffer)
+            elif not self._send_now(to, part, payloads[at : at + count], buffer):
                 return False
-            if trackers and buffer is not None:
-                if len(self._sends) > BUFFERS_REMEMBERED_MAX:
-                    for known in list(self._sends):
-                        self.is_busy(known)
-                self._sends.setdefault(buffer, []).extend(trackers)
             at += count
+        self.pump(time.monotonic_ns())
         return True
+
+    def _send_now(
+        self,
+        to: Destination,
+        message: TensorMessage,
+        payloads: Sequence[Payload],
+        buffer: Hashable,
+    ) -> bool:
+        trackers = self._send_run(to, message, payloads)
+        if trackers is None:
+            self.lanes.forget(to.peer)
+            return False
+        if trackers and buffer is not None:
+            if len(self._sends) > BUFFERS_REMEMBERED_MAX:
+                for known in list(self._sends):
+                    self.is_busy(known)
+            self._sends.setdefault(buffer, []).extend(trackers)
+        return True
+
+    # ---- a cap --------------------------------------------------------------------------------
+
+    def _queue(
+        self,
+        to: Destination,
+        message: TensorMessage,
+        payloads: Sequence[Payload],
+        buffer: Hashable,
+    ) -> None:
+        """Send when there is room under the cap; once, while it waits."""
+        key = (to.peer, encode(message))
+        if key in self._queued:
+            return
+        self._queued[key] = None
+        self._paced[buffer] = self._paced.get(buffer, 0) + 1
+
+        def send() -> None:
+            del self._queued[key]
+            self._paced[buffer] -= 1
+            self._send_now(to, message, payloads, buffer)
+
+        round_ = message.round if isinstance(message, Push) else message.version
+        is_late = message.part not in to.urgent
+        nbytes = sum(payload.tensor.nbytes for payload in payloads)
+        place = (is_late, round_, message.table, message.shard, message.part)
+        self._pacer.add(to.peer, place, nbytes, send)
+
+    def pump(self, now_ns: int) -> None:
+        """Send what the cap allows by now."""
+        self._pacer.pump(now_ns)
+
+    def next_deadline_ns(self) -> int | None:
+        """When `pump` has something to do."""
+        return self._pacer.next_deadline_ns()
 
     def is_busy(self, buffer: Hashable) -> bool:
         """Whether something of a buffer is still on its way out of this process."""
+        if self._paced.get(buffer):
+            return True
+        self._paced.pop(buffer, None)
         pending = [tracker for tracker in self._sends.pop(buffer, ()) if not tracker.done]
         if pending:
             self._sends[buffer] = pending
         return bool(pending)
 
     def _next_run(
-        self, peer: Hashable, message: Push | Pulled, payloads: Sequence[Payload]
+        self, peer: Hashable, message: TensorMessage, payloads: Sequence[Payload]
     ) -> tuple[int, Frame]:
         """How many payloads the next message takes, and how it describes them."""
         if message.frame is None:
             raise AssertionError("payloads for a message that has none")
         first = payloads[0]
-        wanted = Frame(message.frame.dtype, first.tensor.numel(), first.scale)
-        placed = self.lanes.locate(peer, wanted, first.tensor)
-        count_max = SOCKET_PARTS_MAX if placed is None else len(payloads)
-        count, elements = 1, first.tensor.numel()
-        end = first.tensor.data_ptr() + first.tensor.nbytes
+        tensor, scale = first
+        segment, offset = self.lanes.locate(peer, tensor) or (0, 0)
+        count_max = len(payloads) if segment else SOCKET_PARTS_MAX
+        count, elements, end = 1, tensor.numel(), tensor.data_ptr() + tensor.nbytes
         for other in payloads[1:count_max]:
-            is_adjacent = placed is None or other.tensor.data_ptr() == end
-            if not is_adjacent or other.scale != first.scale:
+            is_adjacent = not segment or other.tensor.data_ptr() == end
+            if not is_adjacent or other.scale != scale:
                 break
-            count, elements, end = (
-                count + 1,
-                elements + other.tensor.numel(),
-                end + other.tensor.nbytes,
-            )
-        frame = wanted if placed is None else placed
-        return count, msgspec.structs.replace(frame, elements=elements)
+            count += 1
+            elements += other.tensor.numel()
+            end += other.tensor.nbytes
+        return count, Frame(message.frame.dtype, elements, scale, segment, offset)
 
     def _send_run(
-        self, to: Destination, message: Push | Pulled, payloads: Sequence[Payload]
+        self, to: Destination, message: TensorMessage, payloads: Sequence[Payload]
     ) -> list[zmq.MessageTracker] | None:
-        header, identity = encode(message), _identity(to.peer)
+        identity = _identity(to.peer)
         if message.frame is not None and message.frame.segment:
-            return [] if self._hub.send(to.socket, identity, header) else None
+            self._outbox.send(to.socket, identity, message)
+            self._outbox.traffic.to(to.socket, to.peer).shared_bytes += message.frame.nbytes
+            return []
         frames = [payload.tensor.view(torch.uint8).numpy().data for payload in payloads]
-        return self._hub.send_frames(to.socket, identity, header, frames)
+        return self._outbox.send_frames(to.socket, identity, message, frames)
 
 
 def _identity(peer: Hashable) -> bytes | None:

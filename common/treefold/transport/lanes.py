@@ -6,7 +6,7 @@ opened, or is lost, costs speed and nothing else. Belongs to one process; `alloc
 by any thread, everything else by the thread that owns the sockets.
 """
 
-import os
+import logging
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -15,10 +15,12 @@ import torch
 
 from treefold.common.config import Settings
 from treefold.common.errors import CapacityError, RemoteProtocolError
+from treefold.common.fold import TORCH_DTYPES
 from treefold.common.log import logger
 from treefold.transport import segments
 from treefold.transport.segments import Offer, Segment
-from treefold.wire.messages import Frame, SegmentAnswer, SegmentOffer
+from treefold.wire.messages import SegmentAnswer, SegmentOffer
+from treefold.wire.words import Frame
 
 PEER_BYTES_MAX = 1 << 40  # of one peer's segment; what is mapped costs nothing until it is read
 PEER_SEGMENTS_MAX = 4_096  # of all peers together
@@ -26,15 +28,27 @@ PEER_SEGMENTS_MAX = 4_096  # of all peers together
 
 @dataclass(frozen=True, slots=True)
 class LaneSettings:
-    """Whether there is to be a lane, and how much memory this process's segments may take."""
+    """What the settings say of lanes.
+
+    Attributes
+    ----------
+    is_enabled : bool
+        Whether there is to be one of shared memory.
+    bytes_max : int
+        How much memory this process's segments may take.
+    bytes_per_s : int
+        Cap on what goes through each socket, 0 for none.
+    """
 
     is_enabled: bool
     bytes_max: int
+    bytes_per_s: int = 0
 
 
 def lane_settings(settings: Settings) -> LaneSettings:
     """What the settings say of the lane."""
-    return LaneSettings(settings.lane == "auto", settings.lane_bytes_max)
+    rate = settings.lane_bytes_per_s  # what lies in shared memory cannot be paced
+    return LaneSettings(settings.lane == "auto" and not rate, settings.lane_bytes_max, rate)
 
 
 @dataclass(slots=True)
@@ -81,7 +95,7 @@ class Lanes:
                 self._check_room(nbytes)
                 new = segments.create(self.name, nbytes)
             except CapacityError as error:
-                self._say(f"payloads go through sockets: {error}")
+                self._say(logging.WARNING, f"payloads go through sockets: {error}")
                 return None
             self._own[new.number] = new
             self._bytes += nbytes
@@ -118,6 +132,17 @@ class Lanes:
         known.answers |= dict.fromkeys([own.number for own in fresh])
         return [_offer_of(own.offer) for own in fresh]
 
+    def abandon(self, tensor: torch.Tensor) -> None:
+        """Let go of the segment that a payload lies in; whoever has mapped it may read on."""
+        for number, own in list(self._own.items()):
+            if own.offset_of(tensor) is None:
+                continue
+            with self._lock:
+                del self._own[number]
+                self._bytes -= own.nbytes
+            for known in self._peers.values():
+                known.answers.pop(number, None)
+
     def local_peers(self) -> list[Hashable]:
         """Peers that can read our memory, as far as they have said."""
         found = [(peer, known.answers.values()) for peer, known in self._peers.items()]
@@ -127,8 +152,8 @@ class Lanes:
         """A peer is gone."""
         self._peers.pop(peer, None)
 
-    def locate(self, peer: Hashable, frame: Frame, tensor: torch.Tensor) -> Frame | None:
-        """The frame with the place of a payload that this peer can read; None if it cannot."""
+    def locate(self, peer: Hashable, tensor: torch.Tensor) -> tuple[int, int] | None:
+        """Segment and offset of a payload that this peer can read; None if it cannot."""
         known = self._peers.get(peer)
         if known is None:
             return None
@@ -136,7 +161,7 @@ class Lanes:
             own = self._own[number] if is_mapped else None
             offset = None if own is None else own.offset_of(tensor)
             if offset is not None:
-                return Frame(frame.dtype, frame.elements, frame.scale, number, offset)
+                return number, offset
         return None
 
     def on_answer(self, peer: Hashable, answer: SegmentAnswer) -> None:
@@ -147,7 +172,8 @@ class Lanes:
         known.answers[answer.segment] = answer.is_mapped
         if not answer.is_mapped:
             known.is_remote = True
-            self._say(f"payloads go through sockets to a peer that answers: {answer.text}")
+            text = f"payloads go through sockets to a peer that answers: {answer.text}"
+            self._say(logging.INFO, text)  # as it is on any other host
 
     # ---- what we may read ---------------------------------------------------------------------
 
@@ -162,15 +188,33 @@ class Lanes:
     def _attach(self, offer: SegmentOffer) -> None:
         if not self._settings.is_enabled:
             raise CapacityError("the lane is switched off here")
-        if offer.segment in self._mapped:
+        wanted = Offer(offer.segment, offer.pid, offer.descriptor, offer.nbytes, offer.token)
+        known = self._mapped.get(offer.segment)
+        if known is not None:
+            if known.offer != wanted:
+                raise CapacityError("another segment has this number here")
             return
-        self._mapped = {n: s for n, s in self._mapped.items() if _is_alive(s.pid)}
+        self.sweep()
         if len(self._mapped) >= PEER_SEGMENTS_MAX or offer.nbytes > PEER_BYTES_MAX:
             raise CapacityError(
                 f"a segment of {offer.nbytes} bytes beside {len(self._mapped)} others is too much"
             )
-        wanted = Offer(offer.segment, offer.pid, offer.descriptor, offer.nbytes, offer.token)
         self._mapped[offer.segment] = segments.attach(wanted)
+
+    def sweep(self) -> None:
+        """Let go of the memory of peers that are gone; to be called now and then."""
+        gone = [number for number, segment in self._mapped.items() if not segment.is_open()]
+        for number in gone:
+            del self._mapped[number]
+        if gone:
+            self._log.debug("let go of %d segments of peers that are gone", len(gone))
+
+    def close(self) -> None:
+        """Let go of all segments; memory that is still in use lives until it is not."""
+        self._mapped.clear()
+        with self._lock:
+            self._own.clear()
+        self._peers.clear()
 
     def mapped(self, number: int) -> Segment:
         """A peer's segment.
@@ -186,7 +230,7 @@ class Lanes:
         return found
 
     def view(self, frame: Frame) -> torch.Tensor:
-        """The payload that a frame says lies in a peer's segment, uint8 [nbytes], read only.
+        """The payload that a frame says lies in a peer's segment, of its dtype, read only.
 
         Raises
         ------
@@ -198,25 +242,15 @@ class Lanes:
         if end > found.nbytes or frame.offset % frame.dtype.itemsize:
             text = f"a payload at {frame.offset} to {end} of a segment of {found.nbytes} bytes"
             raise RemoteProtocolError(text)
-        with torch.inference_mode():
-            return found.body[frame.offset : end]
+        first = frame.offset // frame.dtype.itemsize
+        return found.values(TORCH_DTYPES[frame.dtype])[first : first + frame.elements]
 
-    def _say(self, text: str) -> None:
+    def _say(self, level: int, text: str) -> None:
         """Once; what follows has the same cause."""
         if not self._is_said:
             self._is_said = True
-            self._log.info(text)
+            self._log.log(level, text)
 
 
 def _offer_of(offer: Offer) -> SegmentOffer:
     return SegmentOffer(offer.segment, offer.pid, offer.descriptor, offer.nbytes, offer.token)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

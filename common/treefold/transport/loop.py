@@ -6,27 +6,25 @@ otherwise ignored.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
+from treefold.common import failpoints
 from treefold.common.errors import RemoteProtocolError
 from treefold.common.log import logger
+from treefold.transport.outbox import Outbox
+from treefold.transport.points import NOWHERE, Points
 from treefold.transport.sockets import Arrival, Hub
 from treefold.wire import codec
-from treefold.wire.exchange import Peer, Received, Tick
-from treefold.wire.messages import (
-    AnyMessage,
-    Code,
-    Pulled,
-    Push,
-    Refused,
-    SegmentAnswer,
-    SegmentOffer,
-)
+from treefold.wire.chain import UnitCopy
+from treefold.wire.exchange import Peer, PeerLost, Received, Tick
+from treefold.wire.messages import AnyMessage, Pulled, Push, Refused, SegmentAnswer, SegmentOffer
+from treefold.wire.words import Code
 
 BATCH_MAX = 64  # messages taken from one socket before the clock is looked at
 REFUSAL_TEXT_MAX = 500
+TensorMessage = Push | Pulled | UnitCopy
+TENSOR_MESSAGES = (Push, Pulled, UnitCopy, SegmentOffer, SegmentAnswer)
 EventT = TypeVar("EventT")
 EffectT = TypeVar("EffectT")
 SeenT = TypeVar("SeenT", contravariant=True)
@@ -46,11 +44,20 @@ class Core(Protocol[SeenT, DoneT]):
 class Tensors(Protocol):
     """Takes in the payloads of arrivals; see `treefold.transport.carrier.Carrier`."""
 
-    def receive(self, arrival: Arrival, message: Push | Pulled) -> tuple[int, ...] | None:
+    def receive(self, arrival: Arrival, message: TensorMessage) -> tuple[int, ...] | None:
         """Hold the payloads of a message; None if it is to be ignored."""
 
     def on_segment(self, arrival: Arrival, message: SegmentOffer | SegmentAnswer) -> None:
         """Deal with an offer of shared memory, or with the answer to ours."""
+
+    def forget(self, peer: Peer) -> None:
+        """A peer cannot be reached any more."""
+
+    def pump(self, now_ns: int) -> None:
+        """Send what may leave by now."""
+
+    def next_deadline_ns(self) -> int | None:
+        """When `pump` has something to do."""
 
 
 class Loop(Generic[EventT, EffectT]):
@@ -60,59 +67,111 @@ class Loop(Generic[EventT, EffectT]):
     ----------
     hub : Hub
         The sockets.
+    outbox : Outbox
+        Sends by them.
     core : Core
         Decides.
     perform : callable
         Carries out one effect; returns events that came of it.
     tensors : Tensors, optional
         Takes in payloads. A role without tensors refuses messages that have some.
+
+    Attributes
+    ----------
+    points : Points
+        Where a test may let the process die.
     """
 
     def __init__(
         self,
         hub: Hub,
-        core: Core[EventT | Received | Tick, EffectT],
+        outbox: Outbox,
+        core: Core[EventT | Received | PeerLost | Tick, EffectT],
         perform: Callable[[EffectT], Iterable[EventT]],
         tensors: Tensors | None = None,
     ) -> None:
         self.hub = hub
+        self._outbox = outbox
         self.core = core
+        self.points: Points = NOWHERE
         self.refused = 0
         self._tensors = tensors
         self._perform = perform
         self._log = logger("transport")
 
-    def turn(self, peer_of: Callable[[Arrival], Peer]) -> None:
+    def turn(self) -> None:
         """Wait for the next arrival or deadline and deal with it."""
-        deadline_ns = self.core.next_deadline_ns()
-        now_ns = time.monotonic_ns()
-        timeout_ns = None if deadline_ns is None else deadline_ns - now_ns
+        self.flush()
+        deadlines_ns = [self.core.next_deadline_ns()]
+        if self._tensors is not None:
+            deadlines_ns.append(self._tensors.next_deadline_ns())
+        deadline_ns = min((one for one in deadlines_ns if one is not None), default=None)
+        timeout_ns = None if deadline_ns is None else deadline_ns - time.monotonic_ns()
         for arrival in self.hub.wait(timeout_ns, BATCH_MAX):
-            received = self._decode(arrival, peer_of(arrival))
-            if received is not None:
+            for received in self._decode(arrival):
                 self.feed(received)
-        deadline_ns = self.core.next_deadline_ns()
+        if self._tensors is not None:
+            self._tensors.pump(time.monotonic_ns())
+        deadline_ns = deadlines_ns[0]
         if deadline_ns is not None and time.monotonic_ns() >= deadline_ns:
             self.feed(Tick())
 
-    def feed(self, event: EventT | Received | Tick) -> None:
+    def feed(self, event: EventT | Received | PeerLost | Tick) -> None:
         """Give the core one event, and those that follow from it, and carry out what it says."""
-        events: deque[EventT | Received | Tick] = deque([event])
-        while events:
-            for effect in self.core.handle(time.monotonic_ns(), events.popleft()):
+        events = [event]
+        for one in events:  # which grows meanwhile
+            if failpoints.armed:
+                events.extend(self._pass_points(one))
+                continue
+            for effect in self.core.handle(time.monotonic_ns(), one):
                 events.extend(self._perform(effect))
 
-    def _decode(self, arrival: Arrival, peer: Peer) -> Received | None:
+    def _pass_points(self, event: EventT | Received | PeerLost | Tick) -> list[EventT]:
+        """Deal with one event as `feed` does, past the points at which a test may end that."""
+        found: list[EventT] = []
+        self.points.on_event(event)
+        effects = self.core.handle(time.monotonic_ns(), event)
+        for number, effect in enumerate(effects):
+            self.points.on_effect(effect)
+            found.extend(self._perform(effect))
+            self.points.on_done(effects, number, self._let_out)
+        return found
+
+    def _let_out(self) -> None:
+        """Let everything that was sent leave; nothing can be sent any more."""
+        self._outbox.flush()
+        self.hub.close()
+
+    def flush(self) -> None:
+        """Send what waits to be sent, and tell the core whom it could not reach."""
+        self._outbox.flush()
+        while self._outbox.lost:
+            lost = self._outbox.lost.pop()
+            if self._tensors is not None:
+                self._tensors.forget(lost)
+            self.feed(PeerLost(lost))
+
+    def _decode(self, arrival: Arrival) -> Iterator[Received]:
+        """The messages of an arrival, each decoded when those before it are dealt with."""
         try:
-            message = codec.decode(arrival.header)
-            codec.check_payload(message, [payload.nbytes for payload in arrival.payloads])
-            return self._received(arrival, peer, message)
+            messages = codec.decode_all(arrival.header)
         except RemoteProtocolError as error:
             self._refuse(arrival, str(error))
-            return None
+            return
+        sizes = [payload.nbytes for payload in arrival.payloads]
+        for message in messages:
+            try:
+                codec.check_payload(message, sizes)
+                received = self._received(arrival, message)
+            except RemoteProtocolError as error:
+                self._refuse(arrival, str(error))
+            else:
+                if received is not None:
+                    yield received
 
-    def _received(self, arrival: Arrival, peer: Peer, message: AnyMessage) -> Received | None:
-        if not isinstance(message, Push | Pulled | SegmentOffer | SegmentAnswer):
+    def _received(self, arrival: Arrival, message: AnyMessage) -> Received | None:
+        peer = arrival.sender
+        if not isinstance(message, TENSOR_MESSAGES):
             return Received(peer, message)
         if self._tensors is None:
             raise RemoteProtocolError(f"{type(message).__name__} to a member without tensors")
@@ -126,5 +185,5 @@ class Loop(Generic[EventT, EffectT]):
         self.refused += 1
         self._log.warning("message refused (%d so far): %s", self.refused, text[:REFUSAL_TEXT_MAX])
         if isinstance(arrival.sender, bytes):
-            header = codec.encode(Refused(0, Code.BAD_MESSAGE, text[:REFUSAL_TEXT_MAX]))
-            self.hub.send(arrival.socket, arrival.sender, header)
+            refusal = Refused(0, Code.BAD_MESSAGE, text[:REFUSAL_TEXT_MAX])
+            self._outbox.send(arrival.socket, arrival.sender, refusal)

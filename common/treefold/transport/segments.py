@@ -8,16 +8,19 @@ container can do, and believes it only if it begins with the token that was agre
 Nothing here knows messages, parts or rounds.
 """
 
+import errno
 import fcntl
 import mmap
 import os
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from treefold.common.errors import CapacityError
+from treefold.common.fold import read_only
 from treefold.common.process import random_number
 
 PAGE = 4_096
@@ -29,6 +32,10 @@ SEALS = (
     0 if sys.platform != "linux" else fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 )
 """A segment cannot change its size: a mapping of it never reaches beyond its end."""
+
+BLOCK_BYTES = 512  # what ``st_blocks`` counts
+OURS_ALONE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of opening a peer's segment that say nothing about the peer."""
 
 _LOCK = threading.Lock()
 
@@ -59,23 +66,57 @@ class Segment:
         The owner's process.
     """
 
-    __slots__ = ("_file", "address", "body", "number", "offer", "pid", "words")
+    __slots__ = (
+        "_file",
+        "_inode",
+        "_typed",
+        "address",
+        "body",
+        "number",
+        "offer",
+        "pid",
+        "words",
+    )
 
-    def __init__(self, offer: Offer, memory: mmap.mmap, file: int | None) -> None:
+    def __init__(
+        self, offer: Offer, memory: mmap.mmap, file: int | None, inode: tuple[int, int]
+    ) -> None:
         self.offer = offer
         self.number = offer.segment
         self.pid = offer.pid
         self._file = file
-        with torch.inference_mode(mode=file is None):  # nobody may write to what is a peer's
+        self._inode = inode
+        if file is None:
+            whole = read_only(memory, torch.uint8)
+        else:
             whole = torch.frombuffer(memory, dtype=torch.uint8)
+        with torch.inference_mode(mode=file is None):  # nobody may write to what is a peer's
             self.words = whole[WORDS_AT : WORDS_AT + 8 * WORDS].view(torch.int64)
             self.body = whole[PAGE:]
         self.address = self.body.data_ptr()
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the body."""
         return self.body.numel()
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """The body as so many values of a type as are in it; a peer's may only be read."""
+        known = self._typed.get(dtype)
+        if known is None:
+            end = self.nbytes - self.nbytes % dtype.itemsize
+            with torch.inference_mode(mode=self._file is None):
+                known = self._typed[dtype] = self.body[:end].view(dtype)
+        return known
+
+    def is_open(self) -> bool:
+        """Whether the owner still has it: not if it died, also when its number is used again."""
+        try:
+            found = Path(_path(self.offer)).stat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._inode
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
         """Where in the body a tensor begins, None if it lies elsewhere."""
@@ -124,7 +165,8 @@ def create(name: str, nbytes: int) -> Segment:
         raise CapacityError(f"cannot reserve {total} bytes of shared memory: {error}") from error
     token = os.urandom(TOKEN_BYTES)
     memory[:TOKEN_BYTES] = token
-    return Segment(Offer(random_number(), os.getpid(), file, nbytes, token), memory, file)
+    offer = Offer(random_number(), os.getpid(), file, nbytes, token)
+    return Segment(offer, memory, file, _inode(os.fstat(file)))
 
 
 def attach(offer: Offer) -> Segment:
@@ -148,14 +190,17 @@ def attach(offer: Offer) -> Segment:
         raise CapacityError(f"{sys.platform} cannot open another process's memory")
     try:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        file = os.open(f"/proc/{offer.pid}/fd/{offer.descriptor}", flags)
+        file = os.open(_path(offer), flags)
     except OSError as error:
+        if error.errno in OURS_ALONE:
+            raise CapacityError(f"cannot open a peer's memory: {error.strerror}") from error
         raise CapacityError(f"not on this host, or not ours to read: {error.strerror}") from error
     try:
         seals = fcntl.fcntl(file, fcntl.F_GET_SEALS)
-        size = os.fstat(file).st_size
-        if seals & SEALS != SEALS or size != PAGE + offer.nbytes:
-            raise CapacityError(f"not a sealed segment of {offer.nbytes} bytes")
+        found = os.fstat(file)
+        size = PAGE + offer.nbytes
+        if seals & SEALS != SEALS or found.st_size != size or found.st_blocks * BLOCK_BYTES < size:
+            raise CapacityError(f"not a sealed segment with memory for {offer.nbytes} bytes")
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         memory = mmap.mmap(file, size, flags, mmap.PROT_READ)
     except OSError as error:
@@ -164,7 +209,7 @@ def attach(offer: Offer) -> Segment:
         os.close(file)
     if memory[:TOKEN_BYTES] != offer.token:
         raise CapacityError("another process's memory has this number here: another host")
-    return Segment(offer, memory, None)
+    return Segment(offer, memory, None, _inode(found))
 
 
 def announce(segment: Segment, buffer: int, version: int) -> None:
@@ -177,6 +222,14 @@ def holds(segment: Segment, version: int) -> bool:
     """Whether everything read so far from the buffer of a version was that version."""
     _barrier()
     return int(segment.words[version % 2]) == version
+
+
+def _path(offer: Offer) -> str:
+    return f"/proc/{offer.pid}/fd/{offer.descriptor}"
+
+
+def _inode(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 def _barrier() -> None:

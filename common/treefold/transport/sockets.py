@@ -8,12 +8,13 @@ import errno
 import os
 import socket
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import msgspec
 import zmq
 
 from treefold.common.errors import ConfigError, LocalProtocolError
+from treefold.transport.traffic import Traffic
 
 CONTROL_FRAME_BYTES_MAX = 64 << 20  # specs and views of very large jobs
 DATA_FRAME_BYTES_MAX = (4 << 20) + (64 << 10)  # the largest payload frame, or a header
@@ -22,15 +23,16 @@ RECEIVE_QUEUE_MAX = 256  # messages per peer that ZeroMQ takes from the kernel a
 FLUSH_MS = 2_000  # how long a closing process waits for its last messages to leave
 HANDSHAKE_MS = 3_000
 RECONNECT_MS = 50
-RECONNECT_MAX_MS = 1_000
+RECONNECT_MAX_MS = 500
+CONNECT_MS = 1_000  # an attempt that is not answered by then is made again, not waited for
+UNACKNOWLEDGED_MAX_MS = 3_000  # what the kernel could not deliver for so long: connect anew
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 30, 10, 3
 Context = zmq.Context[zmq.Socket[bytes]]
 """What sockets live in; roles in one process share one to reach each other over `inproc://`."""
 LOOPBACK_HOSTS = ("localhost", "[::1]", "::1")
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True, gc=False):
     """One message as it came.
 
     ``socket`` is the name of the socket that it came by, ``sender`` the routing identity (listener)
@@ -50,6 +52,11 @@ class Hub:
     ----------
     context : Context, optional
         Shared by processes-in-one (`inproc://`); by default the hub's own.
+
+    Attributes
+    ----------
+    traffic : Traffic
+        What went by these sockets.
     """
 
     def __init__(self, context: Context | None = None) -> None:
@@ -57,8 +64,10 @@ class Hub:
         self._owns_context = context is None
         self._poller = zmq.Poller()
         self._sockets: dict[Hashable, zmq.Socket[bytes]] = {}
+        self._listeners: dict[Hashable, None] = {}
         self._in_flight: dict[Hashable, zmq.MessageTracker] = {}
         self._pid = os.getpid()
+        self.traffic = Traffic()
         self.bell = Bell()
         self._poller.register(self.bell.fileno(), zmq.POLLIN)
 
@@ -101,6 +110,7 @@ class Hub:
             new.close(0)
             raise ConfigError(_bind_text(address, error)) from error
         self._sockets[name] = new
+        self._listeners[name] = None
         return new.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def connect(self, name: Hashable, address: str, frame_bytes_max: int) -> None:
@@ -124,6 +134,7 @@ class Hub:
     def disconnect(self, name: Hashable) -> None:
         """Close a link or listener, if it exists."""
         old = self._sockets.pop(name, None)
+        self._listeners.pop(name, None)
         if old is not None:
             self._poller.unregister(old)
             old.close(0)
@@ -143,7 +154,7 @@ class Hub:
         if self.bell.fileno() in ready:
             self.bell.silence()
         for name, known in list(self._sockets.items()):
-            if known in ready:
+            if known in ready and self._sockets.get(name) is known:
                 yield from self._receive(name, known, batch_max)
 
     def send(self, name: Hashable, identity: bytes | None, header: bytes) -> bool:
@@ -170,6 +181,7 @@ class Hub:
             sock.send_multipart([header] if identity is None else [identity, header], zmq.DONTWAIT)
         except zmq.ZMQError as error:
             return _is_unreachable(error)
+        self.traffic.to(name, name if identity is None else identity).add(len(header), 0)
         return True
 
     def send_frames(
@@ -187,7 +199,8 @@ class Hub:
         Returns
         -------
         list of zmq.MessageTracker, or None
-            One per frame, none if it was skipped; None if the peer cannot be reached.
+            Of the last frame that is not copied, if there is one, and none if the message was
+            skipped; None if the peer cannot be reached.
         """
         sock = self._socket(name)
         if sock is None:
@@ -195,21 +208,26 @@ class Hub:
         key = (name, identity, header)
         if key in self._in_flight and not self._in_flight[key].done:
             return []
+        # Frames leave in order, so that one tracker speaks for all; small ones are copied at once.
+        large = [n for n, frame in enumerate(frames) if frame.nbytes >= sock.copy_threshold]
+        tracked = large[-1] if large else None
         trackers: list[zmq.MessageTracker] = []
         try:
             sock.send_multipart(
                 [header] if identity is None else [identity, header], zmq.DONTWAIT | zmq.SNDMORE
             )
-            for left, frame in zip(range(len(frames) - 1, -1, -1), frames, strict=True):
-                flags = zmq.DONTWAIT | (zmq.SNDMORE if left else 0)
-                tracker = sock.send(frame, flags, copy=False, track=True)
-                if tracker is not None:
+            for number, frame in enumerate(frames):
+                flags = zmq.DONTWAIT | (zmq.SNDMORE if number < len(frames) - 1 else 0)
+                tracker = sock.send(frame, flags, copy=False, track=number == tracked)
+                if number == tracked:
                     trackers.append(tracker)
         except zmq.ZMQError as error:
             _is_unreachable(error)
             return None
         if trackers and not trackers[-1].done:
             self._remember(key, trackers[-1])
+        way = self.traffic.to(name, name if identity is None else identity)
+        way.add(len(header), sum(frame.nbytes for frame in frames))
         return trackers
 
     def close(self) -> None:
@@ -243,6 +261,8 @@ class Hub:
             zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
             zmq.RECONNECT_IVL: RECONNECT_MS,
             zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
+            zmq.CONNECT_TIMEOUT: CONNECT_MS,
+            zmq.TCP_MAXRT: UNACKNOWLEDGED_MAX_MS,
             zmq.TCP_KEEPALIVE: 1,
             zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_IDLE_S,
             zmq.TCP_KEEPALIVE_INTVL: KEEPALIVE_INTERVAL_S,
@@ -256,15 +276,20 @@ class Hub:
     def _receive(
         self, name: Hashable, sock: zmq.Socket[bytes], batch_max: int
     ) -> Iterator[Arrival]:
-        is_router = sock.getsockopt(zmq.TYPE) == zmq.ROUTER
+        is_listener = name in self._listeners
         for _ in range(batch_max):
-            try:
-                frames = sock.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
+            if not int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # cheaper than an exception
                 return
-            sender = frames.pop(0).bytes if is_router else name
-            header = frames[0].bytes if frames else b""
-            yield Arrival(name, sender, header, [memoryview(frame.buffer) for frame in frames[1:]])
+            sender = sock.recv(zmq.DONTWAIT) if is_listener else name
+            header = sock.recv(zmq.DONTWAIT)
+            payloads = []
+            while sock.getsockopt(zmq.RCVMORE):
+                payloads.append(memoryview(sock.recv(zmq.DONTWAIT, copy=False).buffer))
+            nbytes = sum(payload.nbytes for payload in payloads)
+            self.traffic.of(name, sender).add(len(header), nbytes)
+            yield Arrival(name, sender, header, payloads)
+            if self._sockets.get(name) is not sock:  # closed for what it brought
+                return
 
 
 class Bell:

@@ -5,19 +5,36 @@ decode to a message of `treefold.wire.messages` within its limits is a `RemotePr
 nothing of it is used.
 """
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 from treefold.common.errors import DataError, RemoteProtocolError
 from treefold.common.layout import split_run
+from treefold.wire.chain import UnitCopy
 from treefold.wire.messages import AnyMessage, Pulled, Push
+from treefold.wire.words import RUN_BYTES_MAX, Message
 
 HEADER_BYTES_MAX = 64 << 20  # a table of a million tensors; checked before decoding
 DATA_HEADER_BYTES_MAX = 4 << 20
+BUNDLE_MAX = 64  # messages in one header
+
+
+class Bundle(Message, tag=50, frozen=True):
+    """Messages of one sender to one receiver, to be taken in one after the other.
+
+    None of them has payload frames.
+    """
+
+    messages: Annotated[list[AnyMessage], Meta(min_length=1, max_length=BUNDLE_MAX)]
+
+
+Header = AnyMessage | Bundle
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_decoder: Final[msgspec.msgpack.Decoder[AnyMessage]] = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: Final[msgspec.msgpack.Decoder[Header]] = msgspec.msgpack.Decoder(Header)
 
 
 def encode(message: AnyMessage) -> bytes:
@@ -25,8 +42,23 @@ def encode(message: AnyMessage) -> bytes:
     return _encoder.encode(message)
 
 
+def encode_all(messages: list[AnyMessage]) -> bytes:
+    """Header bytes of messages without payload frames, in this order."""
+    return _encoder.encode(messages[0] if len(messages) == 1 else Bundle(messages))
+
+
 def decode(header: bytes | bytearray | memoryview, bytes_max: int = HEADER_BYTES_MAX) -> AnyMessage:
-    """Message of a header.
+    """The one message of a header; otherwise as `decode_all`."""
+    messages = decode_all(header, bytes_max)
+    if len(messages) > 1:
+        raise RemoteProtocolError(f"{len(messages)} messages where one is expected")
+    return messages[0]
+
+
+def decode_all(
+    header: bytes | bytearray | memoryview, bytes_max: int = HEADER_BYTES_MAX
+) -> Sequence[AnyMessage]:
+    """Messages of a header, in order.
 
     Parameters
     ----------
@@ -38,16 +70,17 @@ def decode(header: bytes | bytearray | memoryview, bytes_max: int = HEADER_BYTES
     Raises
     ------
     RemoteProtocolError
-        The bytes are too many, are not MessagePack, or are not a message within its limits.
+        The bytes are too many, are not MessagePack, or are not messages within their limits.
     """
     if len(header) > bytes_max:
         msg = f"header of {len(header)} bytes, at most {bytes_max} are allowed here"
         raise RemoteProtocolError(msg)
     try:
-        return _decoder.decode(header)
+        found = _decoder.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         msg = f"header is not a message: {error}"
         raise RemoteProtocolError(msg) from error
+    return found.messages if isinstance(found, Bundle) else (found,)
 
 
 def check_payload(message: AnyMessage, payload_bytes: list[int]) -> None:
@@ -60,8 +93,11 @@ def check_payload(message: AnyMessage, payload_bytes: list[int]) -> None:
         cannot have as many elements as it says.
     """
     expected: list[int] = []
-    if isinstance(message, Push | Pulled) and message.frame is not None:
+    if isinstance(message, Push | Pulled | UnitCopy) and message.frame is not None:
         frame = message.frame
+        if frame.nbytes > RUN_BYTES_MAX:
+            msg = f"a payload of {frame.nbytes} bytes, at most {RUN_BYTES_MAX} are allowed"
+            raise RemoteProtocolError(msg)
         try:
             sizes = split_run(message.count, frame.elements)
         except DataError as error:

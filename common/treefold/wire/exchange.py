@@ -7,8 +7,9 @@ inside.
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from enum import IntEnum
+
+import msgspec
 
 from treefold.wire.messages import AnyMessage
 
@@ -27,8 +28,7 @@ class Level(IntEnum):
     ERROR = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True, gc=False):
     """A message arrived. ``payloads`` has the handle of each part's payload, if it has any."""
 
     peer: Peer
@@ -36,20 +36,17 @@ class Received:
     payloads: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class PeerLost:
+class PeerLost(msgspec.Struct, frozen=True, gc=False):
     """Messages to this peer can no longer be delivered."""
 
     peer: Peer
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True, gc=False):
     """Time has passed; nothing else happened."""
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True, gc=False):
     """Send a message; the shell resolves ``payload``, a reference or a handle per part."""
 
     peer: Peer
@@ -57,16 +54,14 @@ class Send:
     payload: object | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(msgspec.Struct, frozen=True, gc=False):
     """Tell the operator."""
 
     level: Level
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Halt:
+class Halt(msgspec.Struct, frozen=True, gc=False):
     """The process is to end with this exit status, once what was sent before is out."""
 
     status: int

@@ -9,17 +9,15 @@ from enum import Enum, auto
 
 from treefold.wire.exchange import SCHEDULER, Send
 from treefold.wire.messages import (
-    PROTOCOL_VERSION,
     Fenced,
     Heartbeat,
     HeartbeatSeen,
     Leave,
-    Outcome,
     Register,
     Registered,
-    Role,
     Stop,
 )
+from treefold.wire.words import PROTOCOL_VERSION, Outcome, Role
 
 MS = 1_000_000
 REGISTER_RETRY_MS = 500
@@ -92,6 +90,8 @@ class Vitals:
     rss_bytes: int = 0
     cpu_percent: float = 0.0
     spent_ns: dict[str, int] = field(default_factory=dict)
+    norms: list[tuple[int, int, float]] = field(default_factory=list)
+    saving: int = 0
 
 
 @dataclass(slots=True)
@@ -120,6 +120,8 @@ class Membership:
     job: int = 0
     servers: int = 0
     workers: int = 0
+    checkpoint: str = ""
+    checkpoint_every: int = 0
     heartbeat_ns: int = 500 * MS
     heard_ns: int = 0
     registrations: int = 0
@@ -175,6 +177,8 @@ class Membership:
         self.rank = message.rank
         self.servers = message.servers
         self.workers = message.workers
+        self.checkpoint = message.checkpoint
+        self.checkpoint_every = message.checkpoint_every
         self.heartbeat_ns = message.heartbeat_ms * MS
         self._next_ns = now_ns
         return True
@@ -232,6 +236,8 @@ class Membership:
             v.rss_bytes,
             v.cpu_percent,
             dict(v.spent_ns),
+            v.norms,
+            v.saving,
         )
 
     def _register(self) -> Register:

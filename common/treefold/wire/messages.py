@@ -9,151 +9,46 @@ describes it. The bytes follow as one frame per part, or lie in a segment that s
 share.
 """
 
-from enum import IntEnum
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from treefold.common.errors import DataError
-from treefold.common.plan import SLOTS_MAX, Count, LoopPlan
-from treefold.common.spec import GROUPS_MAX, Dtype, Hyper, Name, TableSpec, Text
-
-PROTOCOL_VERSION = 2
-MEMBERS_MAX = 65_536
-TABLES_MAX = 1_024
-SHARDS_MAX = 1_048_576
-PARTS_MAX = 1_048_576
-STATE_BYTES_MAX = 1 << 20  # LR schedulers and integer buffers of one job
-FRAME_BYTES_MAX = 4 << 20  # one payload frame
-RUN_BYTES_MAX = 1 << 30  # payload of one message, all frames together
-RUN_PARTS_MAX = 1_024  # parts in one message; so many full ones are RUN_BYTES_MAX of float32
-ABSENT_BYTES_MAX = 1 << 17  # one bit per tensor of a part
-
-Slot = Annotated[int, Meta(ge=0, lt=SLOTS_MAX)]
-Slots = Annotated[list[Slot], Meta(max_length=SLOTS_MAX)]
-TableNumber = Annotated[int, Meta(ge=0, lt=TABLES_MAX)]
-ShardNumber = Annotated[int, Meta(ge=0, lt=SHARDS_MAX)]
-PartNumber = Annotated[int, Meta(ge=0, lt=PARTS_MAX)]
-Parts = Annotated[int, Meta(ge=1, le=RUN_PARTS_MAX)]
-Round = Annotated[int, Meta(ge=-1, lt=1 << 62)]
-Active = Annotated[int, Meta(ge=1, le=SLOTS_MAX)]
-Address = Annotated[str, Meta(max_length=1_024)]
-Spent = Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)]
-Marks = Annotated[bytes, Meta(max_length=ABSENT_BYTES_MAX)]
-State = Annotated[bytes, Meta(max_length=STATE_BYTES_MAX)]
-
-INITIAL_ROUND = -1  # the "round" that brings initial values and makes version 0
-
-
-class Role(IntEnum):
-    """What a member is."""
-
-    SCHEDULER = 1
-    SERVER = 2
-    WORKER = 3
-
-
-class Code(IntEnum):
-    """Why a request was refused. Stable numbers; `treefold.common.errors` has a class for each."""
-
-    PROTOCOL_VERSION = 1
-    JOB_MISMATCH = 2
-    SPEC_MISMATCH = 3
-    UNKNOWN_TABLE = 4
-    BAD_PAYLOAD = 5
-    STALE_VIEW = 6
-    FUTURE_ROUND = 7
-    BAD_NODE = 8
-    BAD_SPEC = 9
-    CLUSTER_FULL = 10
-    NOT_MEMBER = 11
-    BAD_MESSAGE = 12
-    NON_FINITE = 13
-
-
-class Outcome(IntEnum):
-    """How a member left, or how a job ended."""
-
-    DONE = 1
-    FAILED = 2
-    DRAINED = 3
-    NOT_FORMED = 4
-
-
-class Phase(IntEnum):
-    """Where the cluster stands."""
-
-    FORMING = 1
-    RUNNING = 2
-    ENDED = 3
-
-
-class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Base of all messages."""
-
-
-class Frame(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Description of a payload: element type and number of elements, all parts of the run together.
-
-    A value is an element times ``scale``, rounded to float32 once. ``segment`` is 0 if the bytes
-    follow, one frame per part; otherwise they begin ``offset`` bytes into that shared segment.
-    """
-
-    dtype: Dtype
-    elements: Annotated[int, Meta(ge=0, le=RUN_BYTES_MAX // 2)]
-    scale: float = 1.0
-    segment: Count = 0
-    offset: Count = 0
-
-    def __post_init__(self) -> None:
-        """Check what concerns several fields at once."""
-        if self.nbytes > RUN_BYTES_MAX:
-            msg = f"a payload of {self.nbytes} bytes, at most {RUN_BYTES_MAX} are allowed"
-            raise DataError(msg)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole payload."""
-        return self.elements * self.dtype.itemsize
-
-
-class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One live member as a view names it. ``address`` is where a server takes pushes and pulls."""
-
-    role: Role
-    rank: Count
-    incarnation: Count
-    address: Address
-    host: Annotated[str, Meta(max_length=256)]
-    pid: Count
-
-
-class ShardPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Who holds a shard. ``view`` is the view that put it there: what a push must name."""
-
-    shard: ShardNumber
-    view: Count
-    first_block: Count
-    blocks: Count
-    server: Count
-
-
-class TablePlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A declared table: its number and name, who uploads its initial values, its shards."""
-
-    table: TableNumber
-    name: Name
-    initializer: Count
-    shards: Annotated[list[ShardPlace], Meta(max_length=SHARDS_MAX)]
-
-
-class Leases(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Which worker (incarnation) computes each slot from a round on. Advice, not ownership."""
-
-    from_round: Round
-    workers: Annotated[list[Count], Meta(max_length=SLOTS_MAX)]
-
+from treefold.common.plan import Count, LoopPlan
+from treefold.common.round_state import RECORD_BYTES_MAX
+from treefold.common.spec import GROUPS_MAX, Hyper, TableSpec, Text
+from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy, UnitTaken
+from treefold.wire.words import (
+    FOLDER_LENGTH_MAX,
+    FRAME_BYTES_MAX,
+    MEMBERS_MAX,
+    PARTS_MAX,
+    RUN_PARTS_MAX,
+    SHARDS_MAX,
+    TABLES_MAX,
+    Active,
+    Address,
+    Code,
+    Frame,
+    Leases,
+    Marks,
+    Member,
+    Message,
+    Norms,
+    Outcome,
+    PartNumber,
+    Parts,
+    Phase,
+    Role,
+    Round,
+    ShardNumber,
+    Slot,
+    Slots,
+    Spent,
+    State,
+    TableNumber,
+    TablePlace,
+)
 
 # ---- member and scheduler --------------------------------------------------------------------
 
@@ -175,7 +70,11 @@ class Register(Message, tag=1, frozen=True):
 
 
 class Registered(Message, tag=2, frozen=True):
-    """The scheduler's answer: who the member is now, and the cluster's settings."""
+    """The scheduler's answer: who the member is now, and the cluster's settings.
+
+    Servers save their shards to the folder ``checkpoint`` at every ``checkpoint_every``-th version;
+    0: never.
+    """
 
     nonce: Count
     job: Count
@@ -185,6 +84,8 @@ class Registered(Message, tag=2, frozen=True):
     dead_after_ms: Count
     servers: Count
     workers: Count
+    checkpoint: Annotated[str, Meta(max_length=FOLDER_LENGTH_MAX)] = ""
+    checkpoint_every: Count = 0
 
 
 class Refused(Message, tag=3, frozen=True):
@@ -200,7 +101,9 @@ class Heartbeat(Message, tag=4, frozen=True):
 
     A worker adds what it measured, a server what it holds. ``round`` is the worker's current round
     or the server's oldest open one; ``waiting`` says in words what the member waits for, empty if
-    for nothing.
+    for nothing. ``norms`` are ``(table, round, norm)`` of the newest norms that a server knows, for
+    a scheduler that was started again. ``saving`` counts shards that a server is writing to a
+    checkpoint, or has written and the scheduler has not said that it knows.
     """
 
     incarnation: Count
@@ -213,22 +116,33 @@ class Heartbeat(Message, tag=4, frozen=True):
     waiting: Text
     rss_bytes: Count
     cpu_percent: float
-    spent_ns: Spent = {}
+    spent_ns: Spent = msgspec.field(default_factory=dict)
+    norms: Norms = msgspec.field(default_factory=list)
+    saving: Count = 0
 
 
 class HeartbeatSeen(Message, tag=5, frozen=True):
-    """The scheduler heard the heartbeat; its newest view has number ``view``."""
+    """The scheduler heard the heartbeat; its newest view has number ``view``.
+
+    ``confirmed`` is that number if the member has that view, and the scheduler has written down
+    that it has; else 0. Then the chains that the view names for the member are the ones that count.
+    """
 
     incarnation: Count
     view: Count
+    confirmed: Count = 0
 
 
 class DeclareTable(Message, tag=6, frozen=True):
-    """A worker declares a table. The first declaration makes it, later ones must be equal."""
+    """A worker declares a table. The first declaration makes it, later ones must be equal.
+
+    ``record`` is a `treefold.common.round_state.ModelRecord`, for checkpoints; the first counts.
+    """
 
     incarnation: Count
     call: Count
     spec: TableSpec
+    record: Annotated[bytes, Meta(max_length=RECORD_BYTES_MAX)] = b""
 
 
 class DeclarePlan(Message, tag=7, frozen=True):
@@ -247,7 +161,11 @@ class Accepted(Message, tag=8, frozen=True):
 
 
 class View(Message, tag=9, frozen=True):
-    """The cluster as it is from now on. Numbers only grow; only the scheduler makes views."""
+    """The cluster as it is from now on. Numbers only grow; only the scheduler makes views.
+
+    ``era`` is the view with which the job last went back to a checkpoint, 0 if it never did: a
+    worker that knows another one has to begin anew.
+    """
 
     number: Count
     phase: Phase
@@ -256,6 +174,7 @@ class View(Message, tag=9, frozen=True):
     tables: Annotated[list[TablePlace], Meta(max_length=TABLES_MAX)]
     leases: Leases
     previous: Leases
+    era: Count = 0
 
 
 class AssignTable(Message, tag=10, frozen=True):
@@ -339,6 +258,70 @@ class Fenced(Message, tag=20, frozen=True):
     """The scheduler to a member it had given up: register again; your old incarnation is over."""
 
     incarnation: Count
+
+
+class ChainSynced(Message, tag=21, frozen=True):
+    """A primary to the scheduler: joining ``member`` holds all of a shard now."""
+
+    incarnation: Count
+    table: TableNumber
+    shard: ShardNumber
+    chain_view: Count
+    member: Count
+
+
+class ChainDiffers(Message, tag=23, frozen=True):
+    """A primary to the scheduler: ``member`` is not in sync, and has to be copied to again."""
+
+    incarnation: Count
+    table: TableNumber
+    shard: ShardNumber
+    chain_view: Count
+    member: Count
+
+
+class ShardSaved(Message, tag=25, frozen=True):
+    """A server to the scheduler: a shard is in a file of a checkpoint. Repeated until answered.
+
+    ``path`` is the file's place in the folder of checkpoints. ``state`` and ``norm`` are those of
+    `Published`; only shard 0 of a table brings the state. With a ``text`` the file could not be
+    written, which is why.
+    """
+
+    incarnation: Count
+    table: TableNumber
+    shard: ShardNumber
+    version: Count
+    path: Annotated[str, Meta(max_length=256)]
+    nbytes: Count
+    sha256: Annotated[bytes, Meta(max_length=32)]
+    state: State
+    norm: float
+    text: Text = ""
+
+
+class SavedSeen(Message, tag=26, frozen=True):
+    """The scheduler knows of a file, or of why there is none."""
+
+    table: TableNumber
+    shard: ShardNumber
+    version: Count
+
+
+class LeaveAsked(Message, tag=24, frozen=True):
+    """The scheduler to a worker that is drained: finish your slot, then leave."""
+
+    incarnation: Count
+
+
+class DrainRequest(Message, tag=22, frozen=True):
+    """Anyone to the scheduler: take a member's work away, then let it leave; by name.
+
+    Answered by `Accepted` with its incarnation, or `Refused`.
+    """
+
+    call: Count
+    member: Annotated[str, Meta(max_length=64)]
 
 
 # ---- worker and server -----------------------------------------------------------------------
@@ -437,10 +420,9 @@ class Pulled(Message, tag=42, frozen=True):
 
 
 class Published(Message, tag=43, frozen=True):
-    """A version of a shard is complete.
+    """A version of a shard ``is_whole``, or has begun: some of its parts are made.
 
-    ``state`` is what `RoundMeta` brought for it, ``norm`` the gradient norm of the round that made
-    it, NaN if none was computed.
+    ``state`` is what `RoundMeta` brought, ``norm`` the round's gradient norm, NaN without limit.
     """
 
     table: TableNumber
@@ -448,6 +430,7 @@ class Published(Message, tag=43, frozen=True):
     version: Count
     state: State
     norm: float
+    is_whole: bool = True
 
 
 class PartMissing(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -496,5 +479,7 @@ AnyMessage = (
     Register | Registered | Refused | Heartbeat | HeartbeatSeen | DeclareTable | DeclarePlan
     | Accepted | View | AssignTable | Leave | RoundLate | Grant | Flush | NormReport
     | NormDecision | StatusRequest | StatusReply | Stop | Fenced | Push | RoundHyper | RoundMeta
-    | Pull | Pulled | Published | RoundStatus | SegmentOffer | SegmentAnswer
+    | Pull | Pulled | Published | RoundStatus | SegmentOffer | SegmentAnswer | ChainSynced
+    | ChainDiffers | LeaveAsked | DrainRequest | ChainRound | ChainAsk | ChainApplied
+    | UnitCopy | UnitTaken | ShardSaved | SavedSeen
 )  # fmt: skip

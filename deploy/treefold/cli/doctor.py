@@ -18,9 +18,10 @@ from pathlib import Path
 from treefold.common.errors import TreefoldError
 
 DESCRIPTION = "Check the installation, and try a push and pull round trip; says what to change."
-NEEDED = ("torch", "numpy", "pyzmq", "msgspec", "psutil", "rich", "safetensors")
+NEEDED = ("torch", "numpy", "pyzmq", "msgspec", "psutil", "rich", "safetensors", "fsspec")
 SUBPACKAGES = (
-    "cli", "common", "launch", "scheduler", "server", "torch", "transport", "wire", "worker",
+    "checkpoint", "cli", "common", "launch", "scheduler", "server", "torch", "transport", "wire",
+    "worker",
 )  # fmt: skip
 PYTHON_MIN = (3, 11)
 FILES_MIN = 1_024  # enough for some hundred workers: a process has a handful per peer

@@ -29,6 +29,8 @@ COMMANDS = {
     "server": "start one server",
     "worker": "start one worker: run a command with the cluster's settings",
     "status": "say who is there, what is where, and what is waited for",
+    "drain": "let others take over a member's work, and the member leave",
+    "checkpoint": "list, inspect, verify or export checkpoints",
     "doctor": "check the installation with a push and pull round trip",
     "config": "show every setting and where its value comes from",
 }

@@ -11,7 +11,7 @@ from treefold.common.config import load
 from treefold.common.errors import DataError
 from treefold.common.optim import describe
 from treefold.common.spec import Dtype, Placement, Rule, TableSpec, TensorSpec
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 from treefold.worker.client import Client
 
 ELEMENTS = 100_000  # more than one block, so that two shards are possible

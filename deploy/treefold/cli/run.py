@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from treefold.checkpoint.store import Store
 from treefold.cli.display import display_on
 from treefold.cli.flags import Parser
 from treefold.cli.main import NOT_STARTED
@@ -104,9 +105,27 @@ def command_of(words: list[str], parser: Parser) -> list[str]:
 
 
 def settings_of(loaded: Loaded) -> Settings:
-    """Settings for the members: as they start together, each may wait as long as the cluster."""
+    """Settings for the members, which start together and, with replicas, are started again.
+
+    So each may wait for the others as long as the cluster may take to form.
+    """
+    settings = _resumed(loaded)
+    waits = ["connect_timeout_s"] + (["rejoin_grace_s"] if settings.is_recoverable else [])
+    longer = {
+        key: max(getattr(settings, key), settings.form_timeout_s)
+        for key in waits
+        if loaded.origins[key] == "default"
+    }
+    return msgspec.structs.replace(settings, **longer)
+
+
+def _resumed(loaded: Loaded) -> Settings:
+    """What the job had that is gone on with: the flags need not say it again."""
     settings = loaded.settings
-    if loaded.origins["connect_timeout_s"] != "default":
+    versions = Store(settings.resume).versions() if settings.resume else []
+    if not versions:
         return settings
-    patience_s = max(settings.connect_timeout_s, settings.form_timeout_s)
-    return msgspec.structs.replace(settings, connect_timeout_s=patience_s)
+    manifest = Store(settings.resume).manifest(versions[0])
+    known = {"slots": manifest.slots, "seed": manifest.seed}
+    taken = {key: value for key, value in known.items() if loaded.origins[key] == "default"}
+    return msgspec.structs.replace(settings, **taken)

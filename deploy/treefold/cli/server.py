@@ -3,7 +3,10 @@
 import gc
 import sys
 
+import msgspec
+
 from treefold.cli.flags import Parser, check_scheduler
+from treefold.common.config import load
 from treefold.common.log import configure
 
 DESCRIPTION = (
@@ -12,7 +15,7 @@ DESCRIPTION = (
 )
 FLAGS = (
     "scheduler", "bind", "advertise", "insecure", "rank", "connect_timeout_s", "lane",
-    "lane_bytes_max", "ledger", "log_level",
+    "lane_bytes_max", "check_every", "ledger", "log_level",
 )  # fmt: skip
 
 
@@ -29,9 +32,14 @@ def main(words: list[str]) -> int:
     int
         0 the job is done, 1 it failed, 3 there is no scheduler or the cluster did not form.
     """
-    _, loaded = Parser("server", DESCRIPTION, FLAGS).read(words)
-    check_scheduler(loaded.settings, "server")
-    configure(loaded.settings.log_level, "server")
+    parser = Parser("server", DESCRIPTION, FLAGS)
+    parser.add_argument("--join", metavar="ADDRESS", help="the same as --scheduler")
+    options, loaded = parser.read(words)
+    settings = loaded.settings
+    if options.join:
+        settings = load(msgspec.to_builtins(settings) | {"scheduler": options.join}).settings
+    check_scheduler(settings, "server")
+    configure(settings.log_level, "server")
     gc.disable()
     from treefold.server.shell import main as run  # noqa: PLC0415 # after the flags are checked
 
@@ -39,7 +47,7 @@ def main(words: list[str]) -> int:
     # would take longer than a small job.
     gc.freeze()
     gc.enable()
-    return run(loaded.settings, announce)
+    return run(settings, announce)
 
 
 def announce(address: str) -> None:

@@ -4,7 +4,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from treefold.launch.link import MemberStatus, Status, TableStatus
+from treefold.launch.link import MemberStatus, ShardStatus, Status, TableStatus
 
 MIB = 1 << 20
 
@@ -46,12 +46,25 @@ def print_status(status: Status, console: Console) -> None:
     console.print(Group(*parts))
 
 
+def _checkpoints(status: Status) -> list[str]:
+    known = status.checkpoint
+    if known is None:
+        return []
+    words = [f"checkpoint of version {known.newest} in {known.folder}"]
+    if known.newest is None:
+        words = [f"no checkpoint in {known.folder} yet"] if known.folder else []
+    if known.source is not None:
+        words.append(f"began from version {known.source.version} in {known.source.folder}")
+    return words + ([f"{known.saving} shards are being saved"] if known.saving else [])
+
+
 def _summary(status: Status) -> str:
     words = [f"{status.phase}, view {status.view}, round {status.round}"]
     if status.plan is not None and status.plan.kind == "slots":
         words[0] += f" of {status.plan.end_round} (epoch {status.plan.epoch})"
     if status.slots:
         words.append(f"{status.slots} slots, {status.rounds_per_second:.1f} rounds/s")
+    words += _checkpoints(status)
     if status.ending is not None:
         words.append(f"{status.ending.outcome}: {status.ending.text}")
     return "; ".join(words)
@@ -82,7 +95,7 @@ def _cells(member: MemberStatus) -> tuple[str, ...]:
     is_worker = member.role == "worker"
     return (
         member.name,
-        member.state,
+        "draining" if member.is_live and member.is_draining else member.state,
         f"{member.host}:{member.pid}",
         f"{member.seen_ms_ago / 1000:.1f} s ago",
         str(member.round),
@@ -105,8 +118,14 @@ def _held(status: Status, member: MemberStatus) -> str:
     return ", ".join(found) if member.is_live else ""
 
 
+def _chain(shard: ShardStatus) -> str:
+    """The servers of a shard: its primary, those in sync, and those that are being copied to."""
+    synced = "+".join([shard.server, *shard.backups])
+    return synced + "".join(f" copying to {name}" for name in shard.joining)
+
+
 def _table(table: TableStatus) -> Text:
     optimizer = f", {table.optimizer}" if table.optimizer else ""
-    shards = [f"{s.shard} on {s.server} ({s.blocks} blocks)" for s in table.shards]
+    shards = [f"{s.shard} on {_chain(s)} ({s.blocks} blocks)" for s in table.shards]
     text = f"table {table.name}: {table.tensors} tensors, {table.elements:,} elements{optimizer}"
     return Text(f"{text}; shards {', '.join(shards) or 'not placed yet'}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from treefold.checkpoint.store import Store
 from treefold.common.config import KEYS, PREFIX, Settings, environment_of
 from treefold.common.errors import ConfigError
 from treefold.launch.core import SCHEDULER
@@ -53,6 +54,8 @@ class Attempt:
         What is to be launched.
     folder : str
         For the sockets of this attempt.
+    is_again : bool
+        Whether there was one before, whose checkpoints it goes on from.
 
     Raises
     ------
@@ -60,10 +63,17 @@ class Attempt:
         The folder's path is too long for sockets.
     """
 
-    def __init__(self, plan: LaunchPlan, folder: str) -> None:
+    def __init__(self, plan: LaunchPlan, folder: str, *, is_again: bool = False) -> None:
         self._plan = plan
         self._folder = folder
         self.scheduler = ""
+        made = plan.settings.checkpoint
+        is_made = is_again and bool(made) and bool(Store(made).versions())
+        self._resume = made if is_made else plan.settings.resume
+        given = plan.settings.journal
+        own = f"{folder}/journal" if plan.settings.is_recoverable else ""
+        # A new job in each attempt: it must not go on from what another one wrote there.
+        self._journal = f"{given}/{'-'.join(Path(folder).parts[-2:])}" if given else own
         if plan.transport == "ipc":
             check_socket_path(f"{folder}/server-{plan.settings.servers}")
             self.scheduler = self._bind(SCHEDULER)
@@ -80,14 +90,20 @@ class Attempt:
         of_member = msgspec.structs.replace(
             self._plan.settings,
             scheduler="" if name == SCHEDULER else self.scheduler,
-            bind=self._bind(name),
+            bind=self._known(name) or self._bind(name),
             advertise="",
             insecure=False,
             linger=False,
+            journal=self._journal if name == SCHEDULER else "",
+            resume=self._resume if name == SCHEDULER else "",
             rank=int(name.partition("-")[2] or -1),
         )
         values = environment_of(msgspec.to_builtins(of_member))
         return prepared(self._plan.environment) | values | {PREFIX + "CONFIG": os.devnull}
+
+    def _known(self, name: str) -> str:
+        """Where a scheduler that is started again is expected, empty before it was anywhere."""
+        return self.scheduler if name == SCHEDULER else ""
 
     def _bind(self, name: str) -> str:
         is_ipc = self._plan.transport == "ipc" and not name.startswith("worker")

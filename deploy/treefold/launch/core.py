@@ -4,6 +4,7 @@ Pure: no process, socket, clock or signal. What it must never do: start a worker
 ended, or end itself while a process is left.
 """
 
+import signal
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -34,7 +35,12 @@ STATUS_PATIENCE_MS = 2_000  # how long a decision waits for the scheduler's view
 VICTIMS_MS = 3_000  # how long workers may take to end when their job has failed
 DRAIN_MS = 5_000  # for workers to finish their slot and leave, then they are killed
 FAREWELL_MS = 4_000  # for the scheduler to let its members go, then it is killed
+SAVING_MAX_MS = 600_000  # the same, if servers write checkpoints, for which it waits itself
 SERVERS_MS = 2_000  # for servers that nobody told to stop
+SHORT_LIFE_MS = 5_000  # a process that dies sooner may never have begun to work
+CRASHED_MAX = 4  # lives in a row without work that end by its own fault, then it is given up
+KILLED_MAX = 50  # the same, if somebody else ends them
+KILLING = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 OK, FAILED, USAGE, NOT_FORMED = 0, 1, 2, 3
 SIGNALLED = 128  # exit codes of a run that was stopped by a signal begin here, as in shells
 SCHEDULER = "scheduler"
@@ -79,12 +85,21 @@ class Role(Enum):
 
 @dataclass(slots=True)
 class Process:
-    """One process of the launch: None as ``code`` while it runs, negative if a signal ended it."""
+    """One process of the launch: None as ``code`` while it runs, negative if a signal ended it.
+
+    ``idle_lives`` counts how often in a row it died soon after its start and before the job had
+    come any further with it as a member: killed by others (True) or by a fault of its own (False).
+    ``is_drained``: it left because it was told to.
+    """
 
     name: str
     role: Role
     is_alive: bool = False
     code: int | None = None
+    started_ns: int = 0
+    first_round: int = 0
+    idle_lives: dict[bool, int] = field(default_factory=dict)
+    is_drained: bool = False
 
     @property
     def has_failed(self) -> bool:
@@ -93,17 +108,26 @@ class Process:
 
     @property
     def is_done(self) -> bool:
-        """Whether it ended well."""
-        return self.code == OK
+        """Whether it ended well, with nothing left to do."""
+        return self.code == OK and not self.is_drained
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchLimits:
-    """How many processes there are, and how often a dead one is started again."""
+    """How many processes there are, and how often a dead one is started again.
+
+    With ``is_safe`` every shard has several servers, or there are checkpoints, and the scheduler
+    has a journal: then whatever dies is started again, as often as it takes, and the job goes on.
+    With ``is_journaled`` that goes for the scheduler at least. With ``is_saving`` servers may have
+    to write a last checkpoint.
+    """
 
     servers: int
     workers: int
     max_restarts: int
+    is_safe: bool = False
+    is_journaled: bool = False
+    is_saving: bool = False
 
 
 @dataclass(slots=True)
@@ -114,6 +138,7 @@ class _Job:
     is_leased: bool = True
     outcome: str = ""
     text: str = ""
+    round: int = 0
 
 
 @dataclass(slots=True)
@@ -161,8 +186,8 @@ class LaunchCore:
         self._out = []
         self.story.add(now_ns, str(event))
         match event:
-            case AddressKnown():
-                self._start(Role.SERVER, Role.WORKER)
+            case AddressKnown():  # of a scheduler that was started again it is known already
+                self._start(now_ns, Role.SERVER, Role.WORKER)
             case ProcessExited(name, code):
                 self._on_exited(now_ns, self.processes[name], code)
             case StatusSeen():
@@ -171,7 +196,7 @@ class LaunchCore:
                 self._on_stop_asked(number)
             case Tick():
                 if self.stage is Stage.NEW:
-                    self._begin(Turn.BEGUN)
+                    self._begin(now_ns, Turn.BEGUN)
         self._on_time(now_ns)
         return self._out
 
@@ -193,7 +218,7 @@ class LaunchCore:
 
     # ---- starting --------------------------------------------------------------------------------
 
-    def _begin(self, turn: Turn) -> None:
+    def _begin(self, now_ns: int, turn: Turn) -> None:
         self._move(turn)
         self._job = _Job()
         self._failures = _Failures()
@@ -204,15 +229,18 @@ class LaunchCore:
             names = [f"{role.name.lower()}-{number}" for number in range(count)]
             self.processes |= {name: Process(name, role) for name in names}
         self._out.append(BeginAttempt())
-        self._start(Role.SCHEDULER)
+        self._start(now_ns, Role.SCHEDULER)
 
-    def _start(self, *roles: Role) -> None:
+    def _start(self, now_ns: int, *roles: Role) -> None:
+        """Start those that never were."""
         if self.stage is Stage.RUNNING:
             for process in self._of(*roles):
-                self._start_one(process)
+                if not process.is_alive and process.code is None:
+                    self._start_one(now_ns, process)
 
-    def _start_one(self, process: Process) -> None:
+    def _start_one(self, now_ns: int, process: Process) -> None:
         process.is_alive, process.code = True, None
+        process.started_ns, process.first_round = now_ns, self._job.round
         self._out.append(StartProcess(process.name))
 
     def _of(self, *roles: Role) -> list[Process]:
@@ -225,15 +253,48 @@ class LaunchCore:
 
     def _on_exited(self, now_ns: int, process: Process, code: int) -> None:
         process.is_alive, process.code = False, code
-        if self.stage is Stage.RUNNING and process.has_failed:
+        if self.stage is not Stage.RUNNING or not process.has_failed:
+            return
+        if self._is_revived(now_ns, process):
+            self._out.append(Say(f"{_told(process)}: started again, and the others go on"))
+            self._start_one(now_ns, process)
+        else:
             self._failures.add(now_ns, process.name)
             self._out.append(AskStatus())
 
+    def _is_revived(self, now_ns: int, process: Process) -> bool:
+        """Whether a process that failed takes up its place again without further ado."""
+        code, is_scheduler = process.code or 0, process.role is Role.SCHEDULER
+        is_replaceable = self.limits.is_safe or (is_scheduler and self.limits.is_journaled)
+        if not is_replaceable or self._job.outcome or code in (USAGE, NOT_FORMED):
+            return False
+        if is_scheduler and code > OK:  # it has ended the job itself
+            return False
+        if process.role is Role.WORKER:
+            is_script = code > OK or not self._job.is_leased
+            if is_script or self._is_any_done():
+                return False
+        is_short = now_ns - process.started_ns < SHORT_LIFE_MS * MS
+        if not is_short:
+            process.idle_lives = {}
+        is_killed = -code in KILLING
+        count = process.idle_lives[is_killed] = process.idle_lives.get(is_killed, 0) + is_short
+        return count <= (KILLED_MAX if is_killed else CRASHED_MAX)
+
     def _on_status(self, seen: StatusSeen) -> None:
         self._job.phase, self._job.is_leased = seen.phase, seen.is_leased
+        self._job.round = max(self._job.round, seen.round)
         self._failures.status_ns = seen.asked_ns
         if seen.outcome:
             self._job.outcome, self._job.text = seen.outcome, seen.text
+        for process in self.processes.values():
+            process.is_drained |= process.name in seen.drained
+            if process.name in seen.members and seen.round > process.first_round:
+                process.idle_lives = {}
+        # The scheduler is no member, and has worked if anybody has.
+        scheduler = self.processes[SCHEDULER]
+        if scheduler.is_alive and seen.round > scheduler.first_round:
+            scheduler.idle_lives = {}
 
     def _on_stop_asked(self, number: int) -> None:
         self._stops += 1
@@ -251,7 +312,7 @@ class LaunchCore:
         if self.stage is Stage.RUNNING:
             self._look_around(now_ns)
         if self.stage is Stage.RESTARTING and not self._alive(*Role):
-            self._begin(Turn.EMPTIED)
+            self._begin(now_ns, Turn.EMPTIED)
         if self.stage is Stage.CLOSING:
             self._go_on_closing(now_ns)
 
@@ -259,7 +320,7 @@ class LaunchCore:
         """Decide about failures that have settled; end a job whose workers have all ended."""
         if self._failures.names:
             if now_ns >= self._due_ns():
-                self._decide()
+                self._decide(now_ns)
         elif all(process.code is not None for process in self._of(Role.WORKER)):
             self._close(OK)
 
@@ -285,7 +346,7 @@ class LaunchCore:
 
     # ---- what a failure means --------------------------------------------------------------------
 
-    def _decide(self) -> None:
+    def _decide(self, now_ns: int) -> None:
         """Say what the failures that have settled come to."""
         failed = [self.processes[name] for name in self._failures.names]
         self._failures = _Failures()
@@ -301,7 +362,7 @@ class LaunchCore:
         else:
             for process in workers:
                 if self.stage is Stage.RUNNING:
-                    self._on_worker_failed(process)
+                    self._on_worker_failed(now_ns, process)
 
     def _is_trained(self) -> bool:
         """Whether the job itself is done, so that no process is needed any more."""
@@ -339,13 +400,13 @@ class LaunchCore:
         else:
             self._give_up(scripts[0].code or FAILED, _named(scripts))
 
-    def _on_worker_failed(self, process: Process) -> None:
+    def _on_worker_failed(self, now_ns: int, process: Process) -> None:
         """One worker ended badly while the job goes on."""
         code = process.code or 0
         if self._can_restart() and not self._is_any_done():
             self.restarts += 1
             self._out.append(Say(f"{_told(process)}: started again ({self._restarts_text()})"))
-            self._start_one(process)
+            self._start_one(now_ns, process)
         elif code > OK:
             self._give_up(code, _told(process))
         elif self._job.phase == "forming":
@@ -379,7 +440,8 @@ class LaunchCore:
 
     def _go_on_closing(self, now_ns: int) -> None:
         """End workers, then the scheduler, which lets servers go, then servers that are left."""
-        patience = {Role.WORKER: DRAIN_MS, Role.SCHEDULER: FAREWELL_MS, Role.SERVER: SERVERS_MS}
+        farewell_ms = SAVING_MAX_MS if self.limits.is_saving else FAREWELL_MS
+        patience = {Role.WORKER: DRAIN_MS, Role.SCHEDULER: farewell_ms, Role.SERVER: SERVERS_MS}
         for role, patience_ms in patience.items():
             if not self._alive(role):
                 self._asked.pop(role, None)

@@ -22,7 +22,9 @@ class StatusSeen:
     """The scheduler answered a request that was sent at ``asked_ns``.
 
     ``is_leased`` is false if each worker is one slot, with its own loader, and cannot be replaced.
-    ``outcome`` and ``text`` say how the job ended; both are empty while it has not.
+    ``outcome`` and ``text`` say how the job ended; both are empty while it has not. ``members`` are
+    the processes of this launch in which live members run, ``drained`` those of members that were
+    told to leave.
     """
 
     asked_ns: int
@@ -30,6 +32,9 @@ class StatusSeen:
     is_leased: bool = True
     outcome: str = ""
     text: str = ""
+    round: int = 0
+    members: frozenset[str] = frozenset()
+    drained: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

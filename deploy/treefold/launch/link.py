@@ -6,7 +6,7 @@ import msgspec
 
 from treefold.common.errors import RemoteProtocolError, UnavailableError
 from treefold.transport.request import Requester
-from treefold.wire.codec import decode, encode
+from treefold.wire.codec import decode_all, encode
 from treefold.wire.messages import StatusReply, StatusRequest
 
 REPEAT_MS = 500  # a question without an answer is asked again after so long
@@ -32,6 +32,7 @@ class MemberStatus(msgspec.Struct, frozen=True):
     waiting: str
     rss_bytes: int
     cpu_percent: float
+    is_draining: bool = False
 
     @property
     def is_live(self) -> bool:
@@ -40,12 +41,14 @@ class MemberStatus(msgspec.Struct, frozen=True):
 
 
 class ShardStatus(msgspec.Struct, frozen=True):
-    """One shard and the server that holds it."""
+    """One shard and the servers that hold it, and those that are being copied to."""
 
     shard: int
     server: str
     first_block: int
     blocks: int
+    backups: list[str] = msgspec.field(default_factory=list)
+    joining: list[str] = msgspec.field(default_factory=list)
 
 
 class TableStatus(msgspec.Struct, frozen=True):
@@ -84,6 +87,22 @@ class Ending(msgspec.Struct, frozen=True):
     text: str
 
 
+class SourceStatus(msgspec.Struct, frozen=True):
+    """What a job began with, or went back to."""
+
+    folder: str
+    version: int
+
+
+class CheckpointStatus(msgspec.Struct, frozen=True):
+    """The checkpoints of a job."""
+
+    folder: str
+    newest: int | None
+    saving: int
+    source: SourceStatus | None
+
+
 class Status(msgspec.Struct, frozen=True):
     """The whole document; ``docs/cli.md`` describes the fields."""
 
@@ -98,6 +117,7 @@ class Status(msgspec.Struct, frozen=True):
     members: list[MemberStatus]
     tables: list[TableStatus]
     ending: Ending | None
+    checkpoint: CheckpointStatus | None = None
 
     def live(self, role: str) -> list[MemberStatus]:
         """Live members of a role, by rank."""
@@ -145,9 +165,9 @@ class StatusLink:
         """
         deadline_ns = time.monotonic_ns() + timeout_ms * 1_000_000
         while (header := self._requester.receive(timeout_ms)) is not None:
-            message = decode(header)
-            if isinstance(message, StatusReply) and message.call == self._call:
-                return self._asked_ns, message.body
+            for message in decode_all(header):
+                if isinstance(message, StatusReply) and message.call == self._call:
+                    return self._asked_ns, message.body
             timeout_ms = max(0, (deadline_ns - time.monotonic_ns()) // 1_000_000)
         return None
 

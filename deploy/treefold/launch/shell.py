@@ -75,7 +75,15 @@ class Launcher:
         self._plan = plan
         self._reporter = reporter
         sizes = plan.settings
-        self._core = LaunchCore(LaunchLimits(sizes.servers, sizes.workers, sizes.max_restarts))
+        limits = LaunchLimits(
+            sizes.servers,
+            sizes.workers,
+            sizes.max_restarts,
+            is_safe=sizes.is_recoverable,
+            is_journaled=bool(sizes.journal),
+            is_saving=bool(sizes.checkpoint),
+        )
+        self._core = LaunchCore(limits)
         self._selector = selectors.DefaultSelector()
         self._guard = Guard()
         self._folder = tempfile.mkdtemp(prefix="treefold-")
@@ -83,6 +91,7 @@ class Launcher:
         self._attempts = 0
         self._attempt: Attempt | None = None
         self._children: dict[str, Child] = {}
+        self._names: dict[int, str] = {}  # of processes that are or were members, by their pids
         self._link: StatusLink | None = None
         self._asked_ns = 0
         self._is_answered = True
@@ -159,7 +168,7 @@ class Launcher:
         self._attempts += 1
         folder = Path(self._folder) / str(self._attempts)
         folder.mkdir()
-        self._attempt = Attempt(self._plan, str(folder))
+        self._attempt = Attempt(self._plan, str(folder), is_again=self._attempts > 1)
         self._is_announced = False
 
     def _start(self, name: str) -> None:
@@ -170,7 +179,7 @@ class Launcher:
         self._children[name] = child
         for stream in child.streams:
             self._selector.register(stream.pipe, selectors.EVENT_READ, stream)
-        if name == SCHEDULER and attempt.scheduler:
+        if name == SCHEDULER and attempt.scheduler and not self._is_announced:
             self._announce(attempt.scheduler)
 
     def _announce(self, address: str) -> None:
@@ -232,11 +241,25 @@ class Launcher:
             sessions = {child.session: name for name, child in self._children.items()}
             pids = [member.pid for member in status.members]
             names = {pid: sessions[session_of(pid)] for pid in pids if session_of(pid) in sessions}
+            self._names |= names
             self._reporter.progress(status, names)
         ending = status.ending
         outcome, text = (ending.outcome, ending.text) if ending else ("", "")
         is_leased = status.plan is None or status.plan.kind == "slots"
-        self._feed(StatusSeen(asked_ns, status.phase, is_leased, outcome, text))
+        live = {m.pid for m in status.members if m.is_live}
+        drained = {m.pid for m in status.members if m.is_draining}
+        self._feed(
+            StatusSeen(
+                asked_ns,
+                status.phase,
+                is_leased,
+                outcome,
+                text,
+                status.round,
+                members=frozenset(self._names[pid] for pid in live & self._names.keys()),
+                drained=frozenset(self._names[pid] for pid in drained & self._names.keys()),
+            )
+        )
 
     def _close_link(self) -> None:
         if self._link is not None:

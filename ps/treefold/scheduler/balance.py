@@ -9,9 +9,11 @@ from treefold.scheduler import leases
 from treefold.scheduler.backup import Backups
 from treefold.scheduler.declared import Declared
 from treefold.scheduler.members import MemberState, Roster
-from treefold.wire.messages import Flush, Grant, Leases, Outcome, Role, RoundLate, View
+from treefold.wire.messages import Flush, Grant, RoundLate, View
+from treefold.wire.words import Leases, Outcome, Phase, Role
 
 LEASE_LEAD_MS = 100  # new leases begin so far ahead that they arrive before their first round
+ROUNDS_APART_MAX = 1  # of workers that all go on: the first to hear of a version is ahead
 UNMEASURED_DECAY = 0.9  # per check: a worker without slots is slowly given the benefit of the doubt
 
 
@@ -57,6 +59,7 @@ class Balance:
     def check(self, now_ns: int, current: list[int]) -> tuple[list[int], int] | None:
         """Better leases and the round that they begin with, None to leave them as they are."""
         self._measure_rate(now_ns)
+        self._measure_lags()
         if self._declared.is_loader or not self._workers():
             return None
         idle = [s for s in self._workers() if s.member.incarnation not in current]
@@ -103,11 +106,36 @@ class Balance:
                 return f"{text}: own loaders must all have the same number of rounds"
         return ""
 
+    def contradiction(self, view: View, phase: Phase) -> str:
+        """What of a view contradicts the rest of what is known, empty if nothing."""
+        live = [state.member.incarnation for state in self._workers()]
+        is_leasing = self._declared.plans and live and not self._declared.is_loader
+        if phase is Phase.RUNNING and is_leasing:
+            holders = [*view.leases.workers, *view.previous.workers]
+            if any(who not in live for who in holders):
+                return "a slot is leased to a worker that is gone"
+            if len(view.leases.workers) != self._declared.slots:
+                return "the leases do not cover the slots"
+        views = [max(place.view, place.chain_view) for t in view.tables for place in t.shards]
+        return "a shard's view lies in the future" if max(views, default=0) > view.number else ""
+
     def _workers(self) -> list[MemberState]:
         return self._roster.live(Role.WORKER)
 
     def _speeds(self) -> dict[int, int]:
-        return leases.speeds({s.member.incarnation: s.slot_time_ns for s in self._workers()})
+        times = {s.member.incarnation: max(s.slot_time_ns, s.lag_ns) for s in self._workers()}
+        return leases.speeds(times)
+
+    def _measure_lags(self) -> None:
+        """Who cannot get a version that others have, a server being out of reach, counts as slow.
+
+        It computes nothing meanwhile, so that no slow slot would show, and answers the scheduler.
+        One that does go on may be many rounds behind here, its heartbeat being older.
+        """
+        newest = self._round_seen[0]
+        for state in self._workers():
+            is_behind = state.beat is not None and 0 < state.beat.round < newest - ROUNDS_APART_MAX
+            state.lag_ns = state.still_ns if is_behind else 0
 
     def _measure_rate(self, now_ns: int) -> None:
         rounds = [state.beat.round for state in self._workers() if state.beat is not None]

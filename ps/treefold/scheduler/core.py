@@ -4,83 +4,66 @@ Pure: no socket, clock, thread or randomness. Only the scheduler makes views, an
 grow. Nothing here is needed in a normal round, so nothing here may be asked for in one.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
+from treefold.checkpoint.manifest import Manifest
 from treefold.common.errors import InvariantError
 from treefold.common.plan import LoopPlan
 from treefold.common.story import Story
-from treefold.scheduler import formation
+from treefold.scheduler import draining, formation
+from treefold.scheduler.admission import SchedulerLimits, refusal_of, registered
 from treefold.scheduler.balance import Balance
+from treefold.scheduler.chains import Chains
+from treefold.scheduler.checkpoints import Checkpoints
 from treefold.scheduler.declared import Declared, TableState
+from treefold.scheduler.effects import (
+    CheckpointChosen,
+    ChooseCheckpoint,
+    Effect,
+    Event,
+    ManifestWritten,
+    Persist,
+    Rewrite,
+    SchedulerStopAsked,
+)
+from treefold.scheduler.endings import Endings
+from treefold.scheduler.farewell import Farewell, Solitude
 from treefold.scheduler.members import Happening, MemberState, Roster
+from treefold.scheduler.memory import RECORDS_MAX, Memory
+from treefold.scheduler.moving import Moves
 from treefold.scheduler.norms import NormBook
+from treefold.scheduler.rollback import Rollback
 from treefold.scheduler.status import status_of
-from treefold.wire.exchange import Halt, Level, Note, Peer, PeerLost, Received, Send, Tick
+from treefold.wire.exchange import Level, Note, Peer, PeerLost, Received, Send, Tick
 from treefold.wire.membership import MS, STALL_MS
 from treefold.wire.messages import (
-    PROTOCOL_VERSION,
     Accepted,
     AssignTable,
-    Code,
+    ChainDiffers,
+    ChainSynced,
     DeclarePlan,
     DeclareTable,
+    DrainRequest,
     Fenced,
     Heartbeat,
     HeartbeatSeen,
-    Leases,
     Leave,
-    Member,
     NormReport,
-    Outcome,
-    Phase,
     Refused,
     Register,
-    Registered,
-    Role,
     RoundLate,
+    SavedSeen,
+    ShardSaved,
     StatusReply,
     StatusRequest,
     Stop,
     View,
 )
+from treefold.wire.words import Code, Leases, Member, Outcome, Phase, Role, Source
 
 VIEW_RETRY_MS = 300  # a member that beats with an old view gets the new one again, at most so often
 LEASE_CHECK_MS = 500
-FAREWELL_MS = 3_000  # after the end, how long members are answered before the scheduler goes
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """The cluster's settings; times in nanoseconds.
-
-    Attributes
-    ----------
-    job : int
-        A random number that tells this job's messages from another's.
-    """
-
-    job: int
-    servers: int
-    workers: int
-    heartbeat_ns: int
-    dead_after_ns: int
-    server_dead_after_ns: int
-    form_timeout_ns: int
-    rejoin_grace_ns: int
-    is_lingering: bool = False
-    is_restarting: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStopAsked:
-    """The operator wants the cluster to end."""
-
-    outcome: Outcome
-    text: str
-
-
-Event = Received | PeerLost | Tick | SchedulerStopAsked
-Effect = Send | Note | Halt
+LATE_MS = 20  # a scheduler that is so late for its own deadline has not heard everybody yet
 
 
 class SchedulerCore:
@@ -98,29 +81,29 @@ class SchedulerCore:
         self.roster = Roster()
         self.declared = Declared()
         self.balance = Balance(self.roster, self.declared)
+        self.chains = Chains(self.roster, self.declared, limits.replicas)
+        self.moves = Moves(self.roster, self.chains)
         self.view = View(0, Phase.FORMING, 0, [], [], Leases(0, []), Leases(0, []))
         self.phase = Phase.FORMING
         self.ending: Stop | None = None
         self.norms = NormBook()
-        self._out: list[Effect] = []
+        self.checkpoints = Checkpoints(self.declared)
+        self.rollback = Rollback(self.roster, self.declared, self.chains, self.checkpoints)
+        self.memory = Memory()
+        self.solitude = Solitude()
+        self.farewell = Farewell(limits.is_lingering)
+        self.endings = Endings(self)
+        self.out: list[Effect] = []
         self._started_ns: int | None = None
         self._lease_check_ns = 0
-        self._alone_since_ns: int | None = None
-        self._alone_grace_ns = 0
-        self._ended_ns = 0
+        self.forming_ns = 0
         self._handled_ns = 0
-        self._is_over_noted = False
         self._is_standby_noted = False
 
     @property
     def tables(self) -> list[TableState]:
         """Declared tables, by number."""
         return self.declared.tables
-
-    @property
-    def round_rate(self) -> float:
-        """Rounds per second, as heartbeats told."""
-        return self.balance.round_rate
 
     @property
     def plans(self) -> dict[int, LoopPlan]:
@@ -131,19 +114,59 @@ class SchedulerCore:
 
     def handle(self, now_ns: int, event: Event) -> list[Effect]:
         """Take in one event and say what is to be done."""
-        self._out = []
+        self.out = []
         if self._started_ns is None:
-            self._started_ns = now_ns
+            self._begin(now_ns)
         self._forgive_stall(now_ns)
         match event:
             case Received(peer, message, _):
                 self._on_message(now_ns, peer, message)
             case SchedulerStopAsked(outcome, text):
-                self._end(now_ns, outcome, text)
+                self.endings.end(now_ns, outcome, text)
+            case ManifestWritten(version, text):
+                self.out += self.checkpoints.on_written(version, text)
+                self.out += self.checkpoints.write(self.limits, self.view.number)
+            case CheckpointChosen():
+                self.endings.on_chosen(now_ns, event)
             case PeerLost() | Tick():
                 pass
         self._on_time(now_ns)
-        return self._out
+        return [*self._written(), *self.out]
+
+    def _begin(self, now_ns: int) -> None:
+        """The clock starts. Whoever was a member before this scheduler did is to be heard first."""
+        self._started_ns = self.forming_ns = now_ns
+        self.farewell.begin(now_ns)
+        for state in self.roster.live():
+            state.seen_ns = now_ns + self._patience_ns(state)
+        if self.phase is Phase.RUNNING and not self.roster.live(Role.WORKER):
+            self.solitude.begin(now_ns, self.limits, is_done=self.roster.is_done)
+        if self.rollback.is_choosing:
+            self.out.append(ChooseCheckpoint())
+        self.out += self.checkpoints.write(self.limits, self.view.number)
+        if self.plans:
+            self._lease_check_ns = now_ns + LEASE_CHECK_MS * MS
+        if self.view.number and self.phase is not Phase.ENDED:  # the last step may be half done
+            self._mend(now_ns, is_changed=True)
+
+    def _written(self) -> list[Effect]:
+        """What has to be written down before anything is sent."""
+        news = self.memory.news(self)
+        if self.memory.count > RECORDS_MAX:
+            return [Rewrite(self.memory.snapshot(self))]
+        return [Persist(news)] if news else []
+
+    def begin_from(self, folder: str, manifest: Manifest) -> None:
+        """Begin with a checkpoint, before any event."""
+        source = Source(folder, manifest.version)
+        tables = [(table.spec, table.record) for table in manifest.tables]
+        self.declared.begin_from(source, tables)
+        self.declared.plans = {plan.index: plan for plan in manifest.plans}
+        self.checkpoints.begin_at(source)
+
+    def take_up_job(self, job: int) -> None:
+        """Go on with a job that another scheduler began."""
+        self.limits = replace(self.limits, job=job)
 
     def next_deadline_ns(self) -> int | None:
         """When a `Tick` is needed at the latest."""
@@ -151,31 +174,20 @@ class SchedulerCore:
         if started is None:
             return None
         if self.phase is Phase.ENDED:
-            return None if self.limits.is_lingering else self._ended_ns + FAREWELL_MS * MS
+            return self.farewell.next_deadline_ns()
         times = [state.seen_ns + self._patience_ns(state) for state in self.roster.live()]
         if self.phase is Phase.FORMING:
-            times.append(started + self.limits.form_timeout_ns)
-        if self._alone_since_ns is not None:
-            times.append(self._alone_since_ns + self._alone_grace_ns)
-        if self.plans:
+            times.append(self.forming_ns + self.limits.form_timeout_ns)
+        times += self.solitude.deadlines_ns()
+        if self.plans and self.phase is Phase.RUNNING:
             times.append(self._lease_check_ns)
         return min(times, default=None)
 
     def check_invariants(self) -> None:
         """Raise `InvariantError` if the state contradicts itself."""
-        live = [state.member.incarnation for state in self.roster.live(Role.WORKER)]
-        is_leasing = self.plans and live and not self.declared.is_loader
-        if self.phase is Phase.RUNNING and is_leasing:
-            holders = [*self.view.leases.workers, *self.view.previous.workers]
-            if any(who not in live for who in holders):
-                raise InvariantError(
-                    "a slot is leased to a worker that is gone", self.story.lines()
-                )
-            if len(self.view.leases.workers) != self.declared.slots:
-                raise InvariantError("the leases do not cover the slots", self.story.lines())
-        for table in self.view.tables:
-            if any(place.view > self.view.number for place in table.shards):
-                raise InvariantError("a shard's view lies in the future", self.story.lines())
+        contradiction = self.balance.contradiction(self.view, self.phase)
+        if contradiction:
+            raise InvariantError(contradiction, self.story.lines())
 
     # ---- messages -----------------------------------------------------------------------------
 
@@ -184,28 +196,42 @@ class SchedulerCore:
             case Register():
                 self._on_register(now_ns, peer, message)
             case StatusRequest(call):
-                self._out.append(Send(peer, StatusReply(call, status_of(self, now_ns))))
+                self.out.append(Send(peer, StatusReply(call, status_of(self, now_ns))))
+            case DrainRequest():
+                self.out.append(Send(peer, draining.begin(self.roster, self.chains, message)))
+                self._mend(now_ns)
             case (
-                Heartbeat() | DeclareTable() | DeclarePlan() | Leave() | RoundLate() | NormReport()
+                Heartbeat()
+                | DeclareTable()
+                | DeclarePlan()
+                | Leave()
+                | RoundLate()
+                | NormReport()
+                | ChainSynced()
+                | ChainDiffers()
+                | ShardSaved()
             ):
                 state = self.roster.by_incarnation.get(message.incarnation)
                 if state is None:
-                    self._out.append(Send(peer, Fenced(message.incarnation)))
+                    self.out.append(Send(peer, Fenced(message.incarnation)))
                     return
                 state.peer = peer  # a connection made again has another routing identity
                 state.is_heard = True
                 if isinstance(message, Leave):
-                    self._on_leave(now_ns, state, message)
+                    self.endings.on_leave(now_ns, state, message)
+                elif isinstance(message, ShardSaved) and state.is_live:
+                    self._on_saved(now_ns, peer, message)
                 elif self.ending is not None:
-                    self._out.append(Send(peer, self.ending))
+                    self.farewell.hear(now_ns, message)
+                    self.out.append(Send(peer, self.ending))
                 elif not state.is_live:
-                    self._out.append(Send(peer, Fenced(message.incarnation)))
+                    self.out.append(Send(peer, Fenced(message.incarnation)))
                 else:
                     state.seen_ns = now_ns
                     self._on_member(now_ns, state, message)
             case _:
                 text = f"the scheduler does not take {type(message).__name__}"
-                self._out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))
+                self.out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))
 
     def _on_member(self, now_ns: int, state: MemberState, message: object) -> None:
         match message:
@@ -219,68 +245,80 @@ class SchedulerCore:
                 self._on_round_late(now_ns, message)
             case NormReport():
                 self._on_norm_report(message)
+            case ChainSynced():
+                if self.chains.on_synced(message, self.view.number + 1):
+                    self._mend(now_ns, is_changed=True)
+            case ChainDiffers():
+                if self.chains.on_differs(message, self.view.number + 1):
+                    self._mend(now_ns, is_changed=True)
+
+    def _on_saved(self, now_ns: int, peer: Peer, message: ShardSaved) -> None:
+        self.farewell.stay(now_ns)
+        self.out += self.checkpoints.on_saved(self.limits, self.view.number, message)
+        self.out.append(Send(peer, SavedSeen(message.table, message.shard, message.version)))
 
     def _on_register(self, now_ns: int, peer: Peer, message: Register) -> None:
-        if message.protocol != PROTOCOL_VERSION:
-            text = (
-                f"this cluster speaks protocol {PROTOCOL_VERSION}, the "
-                f"{message.role.name.lower()} on {message.host} (package {message.package}) "
-                f"speaks {message.protocol}: install the same version"
-            )
-            self._out.append(Send(peer, Refused(0, Code.PROTOCOL_VERSION, text)))
+        refusal = refusal_of(message)
+        if refusal is not None:
+            self.out.append(Send(peer, refusal))
             return
         if self.ending is not None:
-            self._out.append(Send(peer, self.ending))
+            self.out.append(Send(peer, self.ending))
             return
         state = self.roster.by_nonce(message.nonce)
         if state is None or not (state.is_live or state.is_heard):
-            servers = len(self.roster.live(Role.SERVER))
-            if message.role is Role.SERVER and servers >= self.limits.servers:
-                text = f"all {servers} servers of this cluster are there already"
-                self._out.append(Send(peer, Refused(0, Code.CLUSTER_FULL, text)))
-                return
+            self._replace(now_ns, message)
             who = Member(message.role, message.rank, 0, message.address, message.host, message.pid)
             state = self.roster.enroll(who, peer, message.nonce, now_ns)
-            self._note(now_ns, f"{state.name} joined from {message.host} (process {message.pid})")
+            self.note(now_ns, f"{state.name} joined from {message.host} (process {message.pid})")
             self._on_joined(now_ns, state)
         if state.is_live:
             state.peer = peer  # a connection made again has another routing identity
             state.seen_ns = now_ns
-            self._out.append(Send(peer, self._registered(state)))
+            self.out.append(Send(peer, registered(state, self.limits)))
             self._send_view(now_ns, state)
 
-    def _registered(self, state: MemberState) -> Registered:
-        limits = self.limits
-        return Registered(
-            state.nonce,
-            limits.job,
-            state.member.incarnation,
-            state.member.rank,
-            limits.heartbeat_ns // MS,
-            limits.dead_after_ns // MS,
-            limits.servers,
-            limits.workers,
-        )
+    def _replace(self, now_ns: int, message: Register) -> None:
+        """Where one process listens, another one that did is gone; that need not be waited for."""
+        for old in self.roster.live(message.role):
+            if message.role is Role.SERVER and old.member.address == message.address:
+                self.roster.part(old, Happening.SILENCE, None)
+                self.note(now_ns, f"{old.name} is gone: another process has its address now")
+                self.endings.on_gone(now_ns, old, None, "was replaced")
 
     def _on_joined(self, now_ns: int, state: MemberState) -> None:
         if state.member.role is Role.WORKER:
-            self._alone_since_ns = None
+            self.solitude.end()
             if self.declared.is_loader:
                 text = f"{state.name} came while every slot is a worker's own loader: it stands by"
-                self._out.append(Note(Level.WARNING, text))
-        if self.phase is Phase.FORMING and not formation.missing(self.roster, self._wanted()):
-            self.phase = Phase.RUNNING
-            there = f"{self.limits.servers} servers and {self.limits.workers} workers are there"
-            self._note(now_ns, there)
-            self._place_tables(now_ns)  # those that were declared while it formed
+                self.out.append(Note(Level.WARNING, text))
+        self.form(now_ns)
         self._note_standby()
-        self._new_view(now_ns)
+        self.place_tables(now_ns)  # those that were declared while no server was there
+        self.chains.mend(self.view.number + 1)
+        self.new_view(now_ns)
+
+    def form(self, now_ns: int) -> None:
+        """Begin, if everybody is there who is waited for."""
+        wanted = self._wanted()
+        is_waiting = self.rollback.is_choosing or formation.missing(self.roster, wanted)
+        if self.phase is Phase.FORMING and not is_waiting:
+            self.phase = Phase.RUNNING
+            counts = f"{wanted[Role.SERVER]} servers and {wanted[Role.WORKER]} workers"
+            self.note(now_ns, f"{counts} are there")
+            self.place_tables(now_ns)  # those that were declared while it formed
 
     def _on_heartbeat(self, now_ns: int, state: MemberState, beat: Heartbeat) -> None:
-        state.beat = beat
-        if beat.slot_time_ns:
-            state.slot_time_ns = beat.slot_time_ns
-        self._out.append(Send(state.peer, HeartbeatSeen(beat.incarnation, self.view.number)))
+        state.take_beat(now_ns, beat)
+        confirmed = beat.view if beat.view == self.view.number else 0
+        if confirmed and self.chains.confirm(beat.incarnation, beat.view):
+            self._mend(now_ns)
+        seen = HeartbeatSeen(beat.incarnation, self.view.number, confirmed)
+        self.out.append(Send(state.peer, seen))
+        farewell = draining.farewell(state, self.chains)
+        if farewell is not None:
+            self.out.append(Send(state.peer, farewell))
+        self.norms.learn(beat.norms)
         if state.member.role is Role.SERVER and beat.tables < len(self.tables):
             self._send_tables(state)
         if beat.view < self.view.number and now_ns - state.view_sent_ns >= VIEW_RETRY_MS * MS:
@@ -291,33 +329,43 @@ class SchedulerCore:
     def _on_table(self, now_ns: int, state: MemberState, message: DeclareTable) -> None:
         reply = self.declared.table(state.name, message)
         if isinstance(reply, Accepted):
-            self._place_tables(now_ns)
-        self._out.append(Send(state.peer, reply))
+            self.place_tables(now_ns)
+        self.out.append(Send(state.peer, reply))
 
-    def _place_tables(self, now_ns: int) -> None:
+    def place_tables(self, now_ns: int) -> None:
+        """Say where tables lie that lie nowhere yet."""
         if self.phase is not Phase.RUNNING:
             return
         servers = self.roster.live(Role.SERVER)
         who = [state.member.incarnation for state in self.roster.live(Role.WORKER)]
-        number = self.view.number + 1
-        if self.declared.place(number, [s.member.incarnation for s in servers], who):
+        number, able = self.view.number + 1, [s.member.incarnation for s in servers]
+        if able and self.declared.place(number, able, who, self.limits.replicas):
             for state in servers:
                 self._send_tables(state)
-            self._new_view(now_ns)
+            self._mend(now_ns, is_changed=True)
+
+    def _mend(self, now_ns: int, *, is_changed: bool = False) -> None:
+        """Let chains take their steps; whoever is told of a shard knows its table's spec."""
+        is_stepping = self.chains.mend(self.view.number + 1)
+        if self.chains.lost:
+            self.endings.on_lost(now_ns, self.chains.lost_text())
+        elif is_stepping or is_changed:
+            self.new_view(now_ns)
 
     def _send_tables(self, state: MemberState) -> None:
         for number, table in enumerate(self.tables):
-            self._out.append(Send(state.peer, AssignTable(number, table.spec)))
+            self.out.append(Send(state.peer, AssignTable(number, table.spec)))
 
     def _on_plan(self, now_ns: int, state: MemberState, message: DeclarePlan) -> None:
         is_first = not self.plans
         reply = self.declared.plan(state.name, message, self.limits.workers)
-        self._out.append(Send(state.peer, reply))
+        self.out.append(Send(state.peer, reply))
         if not is_first or not self.plans:
             return
         self._lease_check_ns = now_ns + LEASE_CHECK_MS * MS
         self._note_standby()
-        self._new_view(now_ns)
+        self.new_view(now_ns)
+        self.out += self.checkpoints.write(self.limits, self.view.number)
 
     def _note_standby(self) -> None:
         """Say once that there are more workers than slots."""
@@ -325,11 +373,11 @@ class SchedulerCore:
         if 0 < slots < workers and not self._is_standby_noted:
             self._is_standby_noted = True
             idle = f"{workers - slots} stand by and take backup tasks"
-            self._out.append(Note(Level.WARNING, f"{workers} workers for {slots} slots: {idle}"))
+            self.out.append(Note(Level.WARNING, f"{workers} workers for {slots} slots: {idle}"))
 
     # ---- views and leases ---------------------------------------------------------------------
 
-    def _new_view(self, now_ns: int, wanted: list[int] | None = None, from_round: int = 0) -> None:
+    def new_view(self, now_ns: int, wanted: list[int] | None = None, from_round: int = 0) -> None:
         """Make the next view and tell everybody; without ``wanted``, only mend the leases."""
         workers = self.roster.live(Role.WORKER)
         current = self.view.leases
@@ -344,7 +392,8 @@ class SchedulerCore:
         chief = self._chief(workers)
         places = self.declared.places
         members = [state.member for state in self.roster.live()]
-        self.view = View(self.view.number + 1, self.phase, chief, members, places, leased, previous)
+        number, era = self.view.number + 1, self.view.era
+        self.view = View(number, self.phase, chief, members, places, leased, previous, era)
         self.story.add(now_ns, f"view {self.view.number}: leases {wanted} from round {from_round}")
         for state in self.roster.live():
             self._send_view(now_ns, state)
@@ -359,106 +408,49 @@ class SchedulerCore:
     def _check_leases(self, now_ns: int) -> None:
         self._lease_check_ns = now_ns + LEASE_CHECK_MS * MS
         better = self.balance.check(now_ns, self.view.leases.workers)
-        if better is not None:
-            self._new_view(now_ns, *better)
+        is_moving = self.moves.begin(now_ns, self.view.number + 1)
+        if better is not None or is_moving:
+            self.new_view(now_ns, *(better or ()))
 
     def _send_view(self, now_ns: int, state: MemberState) -> None:
         state.view_sent_ns = now_ns
-        self._out.append(Send(state.peer, self.view))
+        self.out.append(Send(state.peer, self.view))
 
     # ---- rounds that need help ----------------------------------------------------------------
 
     def _on_round_late(self, now_ns: int, late: RoundLate) -> None:
         lacking = self.balance.unfinished(late, self.view.leases.workers)
         if lacking:
-            self._end(now_ns, Outcome.FAILED, lacking)
+            self.endings.end(now_ns, Outcome.FAILED, lacking)
         for state, message in self.balance.help(now_ns, late, self.view):
-            self._out.append(Send(state.peer, message))
+            self.out.append(Send(state.peer, message))
 
     def _on_norm_report(self, report: NormReport) -> None:
         place = self.tables[report.table].place if report.table < len(self.tables) else None
-        if place is None:
-            return
-        decision = self.norms.add(report, len(place.shards))
-        if decision is None:
-            return
-        for who in {shard.server: None for shard in place.shards}:
-            state = self.roster.by_incarnation[who]
-            self._out.append(Send(state.peer, decision))
-
-    # ---- endings ------------------------------------------------------------------------------
-
-    def _on_leave(self, now_ns: int, state: MemberState, message: Leave) -> None:
-        was_live = state.is_live
-        state.move(Happening.FAREWELL)
-        state.outcome = message.outcome
-        if was_live:
-            text = f"{state.name} left: {message.outcome.name.lower()} {message.text}"
-            self._note(now_ns, text.rstrip())
-            self._on_gone(now_ns, state, message.outcome, message.text)
-        elif message.outcome is Outcome.DONE and not self.roster.live(Role.WORKER):
-            self._end(now_ns, Outcome.DONE, "the job is done")
-        self._out.append(Send(state.peer, self.ending or Stop(message.outcome, "you have left")))
-
-    def _on_gone(self, now_ns: int, state: MemberState, outcome: Outcome | None, text: str) -> None:
-        """A member is gone: it said farewell with ``outcome``, or fell silent (None)."""
-        if self.phase is Phase.ENDED:
-            return
-        if state.member.role is Role.SERVER:
-            how = "fell silent" if outcome is None else f"left ({text})"
-            held = self.declared.shards_of(state.member.incarnation)
-            if held:
-                text = f"{state.name} {how} and its {held} shards with it"
-                self._end(now_ns, Outcome.FAILED, text)
-                return
-        elif not self.roster.live(Role.WORKER):
-            self._on_last_worker(now_ns, state, outcome, text)
-            return
-        elif self.declared.is_loader and outcome is not Outcome.DONE:
-            who = f"{state.name}, one slot with its own loader,"
-            self._end(now_ns, Outcome.FAILED, f"{who} is gone: {text or 'fell silent'}")
-            return
-        self._place_tables(now_ns)
-        self._new_view(now_ns)
-
-    def _on_last_worker(
-        self, now_ns: int, state: MemberState, outcome: Outcome | None, text: str
-    ) -> None:
-        is_done, patience_ns = self.roster.is_done, self.limits.dead_after_ns
-        if is_done and not self.roster.is_awaited(now_ns, 2 * patience_ns):
-            self._end(now_ns, Outcome.DONE, "the job is done")
-        elif outcome is Outcome.FAILED and not self.limits.is_restarting and not is_done:
-            self._end(now_ns, Outcome.FAILED, f"{state.name} failed and no worker is left: {text}")
-        else:
-            self._alone_since_ns = now_ns
-            self._alone_grace_ns = patience_ns if is_done else self.limits.rejoin_grace_ns
-            self._new_view(now_ns)
-
-    def _end(self, now_ns: int, outcome: Outcome, text: str) -> None:
-        if self.phase is Phase.ENDED:
-            return
-        self.phase = Phase.ENDED
-        self.ending = Stop(outcome, text)
-        self._ended_ns = now_ns
-        self._note(now_ns, f"the job has ended: {outcome.name.lower()}, {text}")
-        self._new_view(now_ns)
-        for state in self.roster.live():
-            self._out.append(Send(state.peer, self.ending))
+        decision = None if place is None else self.norms.add(report, len(place.shards))
+        if place is not None and decision is not None:
+            for who in {shard.server: None for shard in place.shards}:
+                self.out.append(Send(self.roster.by_incarnation[who].peer, decision))
 
     # ---- time ---------------------------------------------------------------------------------
 
     def _forgive_stall(self, now_ns: int) -> None:
-        """A scheduler that was stopped itself heard nobody, which is no silence of theirs."""
-        slept_ns = now_ns - self._handled_ns
-        self._handled_ns = now_ns
-        due_ns = self.next_deadline_ns() if slept_ns > STALL_MS * MS else None
-        if due_ns is not None and now_ns - due_ns > STALL_MS * MS:
-            for state in self.roster.live():
-                state.seen_ns = now_ns
+        """A scheduler that was stopped itself heard nobody, which is no silence of theirs.
+
+        What they said meanwhile may wait behind the message that is handled now.
+        """
+        slept_ns, self._handled_ns = now_ns - self._handled_ns, now_ns
+        due_ns = self.next_deadline_ns() if slept_ns > LATE_MS * MS else None
+        late_ns = 0 if due_ns is None else now_ns - due_ns
+        for state in self.roster.live() if late_ns > LATE_MS * MS else []:
+            left_ns = self._patience_ns(state) - self.limits.heartbeat_ns
+            waits_ns = max(0, left_ns) if late_ns <= STALL_MS * MS else 0
+            state.seen_ns = max(state.seen_ns, now_ns - waits_ns)
 
     def _patience_ns(self, state: MemberState) -> int:
-        is_server = state.member.role is Role.SERVER
-        return self.limits.server_dead_after_ns if is_server else self.limits.dead_after_ns
+        """How long a member may be silent: for ever so long if nobody could take its place."""
+        is_alone = state.member.role is Role.SERVER and self.limits.replicas == 1
+        return self.limits.server_dead_after_ns if is_alone else self.limits.dead_after_ns
 
     def _on_time(self, now_ns: int) -> None:
         if self.phase is Phase.ENDED:
@@ -466,35 +458,36 @@ class SchedulerCore:
             return
         for state in self.roster.live():
             silent_ns = now_ns - state.seen_ns
+            if not state.is_live:
+                continue  # somebody else's end was that of all
             if silent_ns >= self._patience_ns(state) and self.ending is None:
-                state.move(Happening.SILENCE)
+                self.roster.part(state, Happening.SILENCE, None)
                 text = f"{state.name} has been silent for {silent_ns / 1e9:.1f} s"
-                self._note(now_ns, f"{text} and is given up")
-                self._on_gone(now_ns, state, None, "")
-        started = self._started_ns or 0
-        if self.phase is Phase.FORMING and now_ns - started >= self.limits.form_timeout_ns:
-            text = formation.missing_text(self.roster, self._wanted(), now_ns - started)
-            self._end(now_ns, Outcome.NOT_FORMED, text)
-        alone = self._alone_since_ns
-        if alone is not None and now_ns - alone >= self._alone_grace_ns:
-            text = f"no worker is left and none came back within {(now_ns - alone) / 1e9:.0f} s"
-            is_done = self.roster.is_done
-            outcome = Outcome.DONE if is_done else Outcome.FAILED
-            self._end(now_ns, outcome, "the job is done" if is_done else text)
+                self.note(now_ns, f"{text} and is given up")
+                self.endings.on_gone(now_ns, state, None, "")
+        waited_ns = now_ns - self.forming_ns
+        if self.phase is Phase.FORMING and waited_ns >= self.limits.form_timeout_ns:
+            text = formation.missing_text(self.roster, self._wanted(), waited_ns)
+            trained = (Outcome.DONE, "the job is done")
+            how = trained if self.rollback.was_done else (Outcome.NOT_FORMED, text)
+            self.endings.end(now_ns, *how)
+        given_up = self.solitude.given_up(now_ns, is_done=self.roster.is_done)
+        if given_up is not None:
+            self.endings.end(now_ns, *given_up)
         if self.plans and now_ns >= self._lease_check_ns and self.phase is Phase.RUNNING:
             self._check_leases(now_ns)
 
     def _on_ended(self, now_ns: int) -> None:
-        if self._is_over_noted or self.ending is None or self.limits.is_lingering:
-            return
-        if now_ns - self._ended_ns >= FAREWELL_MS * MS or not self.roster.live():
-            self._is_over_noted = True
-            status = {Outcome.FAILED: 1, Outcome.NOT_FORMED: 3}.get(self.ending.outcome, 0)
-            self._out.append(Halt(status, self.ending.text))
+        is_busy = bool(self.roster.live()) or self.checkpoints.is_writing
+        if self.ending is not None:
+            self.out += self.farewell.end(now_ns, self.ending, is_busy=is_busy)
 
     def _wanted(self) -> dict[Role, int]:
-        return {Role.SERVER: self.limits.servers, Role.WORKER: self.limits.workers}
+        # After a way back one worker is enough to begin: the others join as they come.
+        workers = 1 if self.rollback.count else self.limits.workers
+        return {Role.SERVER: self.limits.servers, Role.WORKER: workers}
 
-    def _note(self, now_ns: int, text: str) -> None:
+    def note(self, now_ns: int, text: str) -> None:
+        """Tell the operator, and remember it for errors."""
         self.story.add(now_ns, text)
-        self._out.append(Note(Level.INFO, text))
+        self.out.append(Note(Level.INFO, text))

@@ -8,27 +8,24 @@ from dataclasses import dataclass, field
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.spec import Rule, TableSpec, differences
 from treefold.scheduler import placement
-from treefold.wire.messages import (
-    TABLES_MAX,
-    Accepted,
-    Code,
-    DeclarePlan,
-    DeclareTable,
-    Refused,
-    ShardPlace,
-    TablePlace,
-)
+from treefold.wire.messages import Accepted, DeclarePlan, DeclareTable, Refused
+from treefold.wire.words import TABLES_MAX, Code, ShardPlace, Source, TablePlace
 
 PLANS_KEPT_MAX = 4096  # passes over the data whose plan is remembered for late joiners
 
 
 @dataclass(slots=True)
 class TableState:
-    """A declared table, who declared it, and where it lies."""
+    """A declared table, who declared it, where it lies, and what the model has beside it.
+
+    With a ``source`` it begins with what is there, and nobody initializes it.
+    """
 
     spec: TableSpec
     declared_by: list[int] = field(default_factory=list)
     place: TablePlace | None = None
+    record: bytes = b""
+    source: Source | None = None
 
 
 class Declared:
@@ -40,11 +37,14 @@ class Declared:
         By number.
     plans : dict of int to LoopPlan
         By index; the oldest are forgotten.
+    changes : int
+        How often anything new was declared.
     """
 
     def __init__(self) -> None:
         self.tables: list[TableState] = []
         self.plans: dict[int, LoopPlan] = {}
+        self.changes = 0
 
     @property
     def slots(self) -> int:
@@ -66,22 +66,23 @@ class Declared:
         """Where the tables lie, as far as they are placed."""
         return [table.place for table in self.tables if table.place is not None]
 
-    def shards_of(self, server: int) -> int:
-        """How many shards a server holds."""
-        return sum(shard.server == server for place in self.places for shard in place.shards)
-
     def table(self, name: str, message: DeclareTable) -> Accepted | Refused:
         """A worker, called ``name`` in messages, declares a table."""
         spec = message.spec
         known = [n for n, table in enumerate(self.tables) if table.spec.name == spec.name]
-        if not known and self.plans and spec.rule is Rule.OPTIMIZER:
+        is_resumed = any(table.source is not None for table in self.tables)
+        if not known and self.plans and spec.rule is Rule.OPTIMIZER and not is_resumed:
             text = f"table {spec.name!r} is declared after training began; declare all before"
             return Refused(message.call, Code.BAD_SPEC, text)
+        if not known and is_resumed and spec.rule is Rule.OPTIMIZER:
+            names = ", ".join(repr(table.spec.name) for table in self.tables)
+            text = f"the checkpoint that the job began from has no table {spec.name!r}, but {names}"
+            return Refused(message.call, Code.SPEC_MISMATCH, text)
         if not known and len(self.tables) == TABLES_MAX:
             text = f"a job has at most {TABLES_MAX} tables (TABLES_MAX)"
             return Refused(message.call, Code.BAD_SPEC, text)
         if not known:
-            self.tables.append(TableState(spec))
+            self.tables.append(TableState(spec, record=message.record))
         number = known[0] if known else len(self.tables) - 1
         table = self.tables[number]
         if table.spec != spec:
@@ -93,6 +94,7 @@ class Declared:
             return Refused(message.call, Code.SPEC_MISMATCH, text)
         if message.incarnation not in table.declared_by:
             table.declared_by.append(message.incarnation)
+            self.changes += 1
         return Accepted(message.call, number)
 
     def plan(self, name: str, message: DeclarePlan, workers: int) -> Accepted | Refused:
@@ -114,13 +116,30 @@ class Declared:
                 f"with own loaders each worker is one slot: {workers} workers, {plan.slots} slots"
             )
         else:
+            self.changes += plan.index not in self.plans
             self.plans.setdefault(plan.index, plan)
             while len(self.plans) > PLANS_KEPT_MAX:
                 del self.plans[min(self.plans)]
             return Accepted(message.call, plan.index)
         return Refused(message.call, Code.SPEC_MISMATCH, text)
 
-    def place(self, view: int, servers: list[int], workers: list[int]) -> bool:
+    def begin_from(self, source: Source, tables: list[tuple[TableSpec, bytes]]) -> None:
+        """Tables begin with a checkpoint; known ones are placed anew."""
+        if not self.tables:
+            self.tables = [TableState(spec, record=record) for spec, record in tables]
+        names = [spec.name for spec, _ in tables]
+        for table in self.tables:
+            table.source = source if table.spec.name in names else None
+        self.changes += 1
+
+    def forget_places(self) -> None:
+        """No table lies anywhere, and every worker has to declare again."""
+        for table in self.tables:
+            table.place = None
+            table.declared_by = []
+        self.changes += 1
+
+    def place(self, view: int, servers: list[int], workers: list[int], replicas: int = 1) -> bool:
         """Place every table that is not, and see to it that each has a live initializer.
 
         Parameters
@@ -129,6 +148,8 @@ class Declared:
             Number of the view that will say so.
         servers, workers : list of int
             Live ones, by rank.
+        replicas : int
+            How many servers are to hold each shard.
 
         Returns
         -------
@@ -138,29 +159,35 @@ class Declared:
         load = dict.fromkeys(servers, 0)
         for place in self.places:
             for shard in place.shards:
-                load[shard.server] = load.get(shard.server, 0) + shard.blocks
+                for who in (shard.server, *shard.backups, *shard.joining):
+                    if who in load:
+                        load[who] += shard.blocks
         is_changed = False
         for number, table in enumerate(self.tables):
             initializer = _initializer(table, workers)
             if table.place is not None and table.place.initializer == initializer:
                 continue
-            shards = table.place.shards if table.place else _shards(table.spec, load, view)
-            table.place = TablePlace(number, table.spec.name, initializer, shards)
+            shards = (
+                table.place.shards if table.place else _shards(table.spec, load, view, replicas)
+            )
+            table.place = TablePlace(number, table.spec.name, initializer, shards, table.source)
             is_changed = True
         return is_changed
 
 
 def _initializer(table: TableState, workers: list[int]) -> int:
+    if table.source is not None:
+        return 0
     able = [who for who in workers if who in table.declared_by]
     if table.place is not None and table.place.initializer in able:
         return table.place.initializer
     return able[0] if able else 0
 
 
-def _shards(spec: TableSpec, load: dict[int, int], view: int) -> list[ShardPlace]:
+def _shards(spec: TableSpec, load: dict[int, int], view: int, replicas: int) -> list[ShardPlace]:
     spans = placement.cut(spec, len(load))
-    owners = placement.place([span.blocks for span in spans], load)
+    chains = placement.place([span.blocks for span in spans], load, min(replicas, len(load)))
     return [
-        ShardPlace(number, view, span.first_block, span.blocks, owner)
-        for number, (span, owner) in enumerate(zip(spans, owners, strict=True))
+        ShardPlace(number, view, span.first_block, span.blocks, chain[0], view, chain[1:])
+        for number, (span, chain) in enumerate(zip(spans, chains, strict=True))
     ]

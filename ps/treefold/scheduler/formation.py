@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from treefold.scheduler.members import Roster
-from treefold.wire.messages import Role
+from treefold.wire.words import Role
 
 
 def missing(roster: Roster, wanted: Mapping[Role, int]) -> dict[Role, int]:

@@ -5,7 +5,8 @@ from enum import Enum, auto
 
 from treefold.common.errors import InvariantError
 from treefold.wire.exchange import Peer
-from treefold.wire.messages import Heartbeat, Member, Outcome, Role
+from treefold.wire.messages import Heartbeat
+from treefold.wire.words import Member, Outcome, Role
 
 
 class Life(Enum):
@@ -47,6 +48,12 @@ class MemberState:
         Whether it ever named its incarnation, so that it is known to have got it.
     slot_time_ns : int
         Predicted time per slot, 0 while unknown.
+    moved_ns : int
+        When it was first heard to be in the round that it is in.
+    still_ns : int
+        For how long its heartbeats have named that round.
+    lag_ns : int
+        How long it has been in one round while others went on without it.
     """
 
     member: Member
@@ -58,6 +65,9 @@ class MemberState:
     beat: Heartbeat | None = None
     is_heard: bool = False
     slot_time_ns: int = 0
+    moved_ns: int = 0
+    still_ns: int = 0
+    lag_ns: int = 0
     view_sent_ns: int = 0
     tables: int = 0
 
@@ -71,6 +81,15 @@ class MemberState:
         """Such as ``worker-3``."""
         return f"{self.member.role.name.lower()}-{self.member.rank}"
 
+    def take_beat(self, now_ns: int, beat: Heartbeat) -> None:
+        """Take in a heartbeat."""
+        if self.beat is None or beat.round != self.beat.round:
+            self.moved_ns, self.lag_ns = now_ns, 0
+        self.still_ns = now_ns - self.moved_ns
+        self.beat = beat
+        if beat.slot_time_ns:
+            self.slot_time_ns = beat.slot_time_ns
+
     def move(self, happening: Happening) -> None:
         """Apply one happening; one that the table lacks is a bug."""
         after = TRANSITIONS.get((self.life, happening))
@@ -80,11 +99,19 @@ class MemberState:
 
 
 class Roster:
-    """All members that ever were, by incarnation."""
+    """All members that ever were, by incarnation.
+
+    Attributes
+    ----------
+    changes : int
+        How often anybody came or went.
+    """
 
     def __init__(self) -> None:
         self.by_incarnation: dict[int, MemberState] = {}
+        self.changes = 0
         self._next = 1
+        self._live: dict[Role | None, list[MemberState]] = {}
 
     def enroll(self, member: Member, peer: Peer, nonce: int, now_ns: int) -> MemberState:
         """Give a process its incarnation, higher than any before, and its rank.
@@ -98,7 +125,34 @@ class Roster:
         state = MemberState(known, peer, nonce, now_ns)
         self.by_incarnation[self._next] = state
         self._next += 1
+        self._change()
         return state
+
+    def part(self, state: MemberState, happening: Happening, outcome: Outcome | None) -> None:
+        """A member is gone: it left with an outcome, or fell silent (None)."""
+        state.move(happening)
+        state.outcome = outcome
+        self._change()
+
+    def restore_parted(self, incarnation: int, outcome: Outcome | None) -> None:
+        """Take up that a member is gone."""
+        state = self.by_incarnation.get(incarnation)
+        if state is not None:
+            state.life = Life.DEAD if outcome is None else Life.LEFT
+            state.outcome = outcome
+            self._live.clear()
+
+    def restore(self, member: Member, nonce: int) -> None:
+        """Take up a member that another scheduler has enrolled; it has not been heard since."""
+        state = MemberState(member, None, nonce, 0)
+        self.by_incarnation[member.incarnation] = state
+        self._next = max(self._next, member.incarnation + 1)
+        self._live.clear()
+
+    def forget(self, incarnation: int) -> None:
+        """A member that is gone for long is not told of any more."""
+        del self.by_incarnation[incarnation]
+        self._live.clear()
 
     def by_nonce(self, nonce: int) -> MemberState | None:
         """The member that registered with this nonce, the last if it had to be enrolled again."""
@@ -125,9 +179,14 @@ class Roster:
 
     def live(self, role: Role | None = None) -> list[MemberState]:
         """Live members (of one role), by rank."""
-        found = [
-            state
-            for state in self.by_incarnation.values()
-            if state.is_live and (role is None or state.member.role is role)
-        ]
-        return sorted(found, key=lambda state: (state.member.role, state.member.rank))
+        found = self._live.get(role)
+        if found is None:
+            states = self.by_incarnation.values()
+            found = [s for s in states if s.is_live and role in (None, s.member.role)]
+            found.sort(key=lambda state: (state.member.role, state.member.rank))
+            self._live[role] = found
+        return list(found)
+
+    def _change(self) -> None:
+        self.changes += 1
+        self._live.clear()

@@ -39,6 +39,14 @@ class NormBook:
         self._forget(report.table, report.round - ROUNDS_KEPT)
         return self._decisions[key]
 
+    def learn(self, known: list[tuple[int, int, float]]) -> None:
+        """Take over decisions ``(table, round, norm)`` that another scheduler has made."""
+        for table, round_, norm in known:
+            newest = max((r for t, r in self._decisions if t == table), default=-1)
+            if round_ > newest:
+                self._decisions[table, round_] = NormDecision(table, round_, norm)
+                self._forget(table, round_ - ROUNDS_KEPT)
+
     def _forget(self, table: int, before: int) -> None:
         for old in [key for key in self._decisions if key[0] == table and key[1] <= before]:
             del self._decisions[old]

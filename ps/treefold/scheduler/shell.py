@@ -1,26 +1,46 @@
 """The scheduler process: one socket around `treefold.scheduler.core`. Decides nothing."""
 
 import signal
+import time
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 
+import msgspec
+
+from treefold.checkpoint.manifest import Manifest
+from treefold.checkpoint.store import Store
+from treefold.common.background import Background
 from treefold.common.config import Settings
+from treefold.common.errors import ConfigError
+from treefold.common.failpoints import arm, failpoint
 from treefold.common.log import logger
 from treefold.common.process import random_number
-from treefold.scheduler.core import (
+from treefold.scheduler import memory, records
+from treefold.scheduler.admission import SchedulerLimits
+from treefold.scheduler.core import SchedulerCore
+from treefold.scheduler.effects import (
+    CheckpointChosen,
+    ChooseCheckpoint,
     Effect,
     Event,
-    SchedulerCore,
-    SchedulerLimits,
+    ManifestWritten,
+    Persist,
+    Rewrite,
     SchedulerStopAsked,
+    WriteManifest,
 )
+from treefold.scheduler.journal import Journal
+from treefold.scheduler.points import POINTS
 from treefold.transport.loop import Loop
-from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Arrival, Context, Hub, advertised
-from treefold.wire.codec import encode
-from treefold.wire.exchange import Halt, Note, Peer, PeerLost, Send
+from treefold.transport.outbox import Outbox
+from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context, Hub, advertised
+from treefold.wire.exchange import Halt, Note, PeerLost, Send
 from treefold.wire.membership import MS
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 
 LISTENER = "listener"
+CLOSING_MAX_S = 10.0  # for old checkpoints to be removed
 
 
 class SchedulerShell:
@@ -36,6 +56,7 @@ class SchedulerShell:
 
     def __init__(self, settings: Settings, context: Context | None = None) -> None:
         self._hub = Hub(context)
+        self._outbox = Outbox(self._hub)
         bound = self._hub.listen(
             LISTENER,
             settings.bind,
@@ -43,11 +64,21 @@ class SchedulerShell:
             frame_bytes_max=CONTROL_FRAME_BYTES_MAX,
         )
         self.address = advertised(bound, settings.advertise)
+        self._log = logger("scheduler")
+        self._settings = settings
         self._core = SchedulerCore(limits_of(settings))
-        self._loop: Loop[Event, Effect] = Loop(self._hub, self._core, self._perform)
+        self._background: Background[Event] = Background(
+            "treefold-checkpoints", self._hub.bell.ring
+        )
+        self._journal = Journal(Path(settings.journal)) if settings.journal else None
+        if self._journal is not None:
+            self._take_up(self._journal)
+        if not (self._journal and self._journal.payloads):
+            self._begin(settings)
+        self._loop: Loop[Event, Effect] = Loop(self._hub, self._outbox, self._core, self._perform)
+        self._loop.points = POINTS
         self._halt: Halt | None = None
         self._stop: SchedulerStopAsked | None = None
-        self._log = logger("scheduler")
 
     @property
     def ending(self) -> str:
@@ -58,11 +89,17 @@ class SchedulerShell:
         """Serve until the job has ended; returns the exit status."""
         self._loop.feed(PeerLost(None))  # starts the core's clock
         while self._halt is None:
-            self._loop.turn(_peer_of)
+            self._loop.turn()
             if self._stop is not None:
                 stop, self._stop = self._stop, None
                 self._loop.feed(stop)
+            for event in self._background.events():
+                self._loop.feed(event)
+        self._loop.flush()
+        self._background.close(CLOSING_MAX_S)
         self._hub.close()
+        if self._journal is not None:
+            self._journal.close()
         return self._halt.status
 
     def stop(self, outcome: Outcome, text: str) -> None:
@@ -70,16 +107,98 @@ class SchedulerShell:
         self._stop = SchedulerStopAsked(outcome, text)
         self._hub.bell.ring()
 
+    def _take_up(self, journal: Journal) -> None:
+        """Go on where another scheduler stopped, if it wrote anything down."""
+        if journal.torn:
+            self._log.warning("%s", journal.torn)
+        if journal.payloads:
+            found = [record for one in journal.payloads for record in records.decode(one)]
+            memory.take_up(self._core, found)
+            failpoint("scheduler.journal_read")
+            view = self._core.view.number
+            self._log.info("goes on with view %d, from %s", view, journal.path)
+
     def _perform(self, effect: Effect) -> list[Event]:
         match effect:
             case Send(peer, message, _):
                 if isinstance(peer, bytes):
-                    self._hub.send(LISTENER, peer, encode(message))
+                    self._outbox.send(LISTENER, peer, message)
+            case Persist(found):
+                if self._journal is not None:
+                    self._journal.append(records.encode(found))
+                    self._journal.sync()
+            case Rewrite(found):
+                if self._journal is not None:
+                    self._journal.rewrite([records.encode(found)])
+            case WriteManifest(manifest):
+                self._background.do(lambda: self._write(manifest))
+            case ChooseCheckpoint():
+                self._background.do(self._choose)
             case Note(level, text):
                 self._log.log(level, text)
             case Halt():
                 self._halt = self._halt or effect  # what came in the same batch changes nothing
         return []
+
+    def _begin(self, settings: Settings) -> None:
+        """Begin a job, with the newest checkpoint that is whole if it is to go on from one."""
+        made = settings.checkpoint
+        if made and made != settings.resume and Store(made).versions():
+            msg = f"there are checkpoints in {made}: go on from them with --resume {made}"
+            raise ConfigError(f"{msg}, or choose another folder")
+        if settings.resume:
+            self._resume(settings)
+
+    def _resume(self, settings: Settings) -> None:
+        store = Store(settings.resume)
+        manifest = store.newest_whole(self._log.warning)
+        if manifest is None:
+            raise ConfigError(f"there is no checkpoint in {settings.resume} to go on from")
+        for key, value in (("slots", manifest.slots), ("seed", manifest.seed)):
+            if getattr(settings, key) != value:
+                msg = f"the checkpoint is of a job with {key}={value}, not {getattr(settings, key)}"
+                raise ConfigError(f"{msg}: pass --{key} {value}")
+        self._prepare(settings.resume, manifest)
+        self._core.begin_from(settings.resume, manifest)
+        self._log.info("goes on from version %d in %s", manifest.version, settings.resume)
+
+    def _prepare(self, folder: str, manifest: Manifest) -> None:
+        """What lies beyond the version that the job goes on from is made anew."""
+        made = self._settings.checkpoint
+        kept = manifest.version if folder == made else -1
+        for name in Store(made).set_aside(kept) if made else []:
+            self._log.warning("%s is set aside: the job goes on from before it", name)
+
+    def _write(self, manifest: Manifest) -> Event:
+        """Write a manifest, and remove checkpoints that are one too many."""
+        store, version = Store(self._settings.checkpoint), manifest.version
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())  # nothing is decided by it
+        package = metadata.version("treefold")
+        try:
+            if version not in store.versions():  # or it is there, and nobody was told
+                store.commit(msgspec.structs.replace(manifest, created=now, package=package))
+        except Exception as error:  # filesystems of other packages raise what they like
+            return ManifestWritten(version, f"{type(error).__name__}: {error}")
+        try:
+            store.prune(self._settings.checkpoints_kept)
+        except Exception as error:  # as above; the new one counts all the same
+            self._log.warning("old checkpoints are not removed: %r", error)
+        return ManifestWritten(version, "")
+
+    def _choose(self) -> Event:
+        """The newest checkpoint that is whole."""
+        for folder in (self._settings.checkpoint, self._settings.resume):
+            if not folder:
+                continue
+            try:
+                manifest = Store(folder).newest_whole(self._log.warning)
+            except Exception as error:  # as above
+                self._log.warning("%s cannot be read: %r", folder, error)
+                continue
+            if manifest is not None:
+                self._prepare(folder, manifest)
+                return CheckpointChosen(folder, manifest)
+        return CheckpointChosen("", None)
 
 
 def limits_of(settings: Settings) -> SchedulerLimits:
@@ -95,6 +214,11 @@ def limits_of(settings: Settings) -> SchedulerLimits:
         rejoin_grace_ns=int(settings.rejoin_grace_s * 1000) * MS,
         is_lingering=settings.linger,
         is_restarting=settings.max_restarts > 0,
+        replicas=settings.replicas,
+        checkpoint=settings.checkpoint,
+        checkpoint_every=settings.checkpoint_every if settings.checkpoint else 0,
+        slots=settings.slots,
+        seed=settings.seed,
     )
 
 
@@ -113,6 +237,7 @@ def main(settings: Settings, announce: Callable[[str], None]) -> int:
     int
         Exit status.
     """
+    arm("scheduler")
     shell = SchedulerShell(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop_once(shell))
@@ -128,7 +253,3 @@ def _stop_once(shell: SchedulerShell) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     shell.stop(Outcome.DRAINED, "the scheduler was asked to stop")
-
-
-def _peer_of(arrival: Arrival) -> Peer:
-    return arrival.sender

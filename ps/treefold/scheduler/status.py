@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from treefold.wire.messages import Role
+from treefold.wire.words import Role
 
 if TYPE_CHECKING:
     from treefold.scheduler.core import SchedulerCore
@@ -24,16 +24,30 @@ def status_of(core: SchedulerCore, now_ns: int) -> bytes:
         "round": max(
             (s.beat.round for s in states if s.beat and s.member.role is Role.WORKER), default=0
         ),
-        "rounds_per_second": round(core.round_rate, 3),
+        "rounds_per_second": round(core.balance.round_rate, 3),
         "slots": len(core.view.leases.workers),
         "plan": _plan(core),
         "members": [_member(core, state, now_ns) for state in states],
         "tables": [_table(core, number) for number in range(len(core.tables))],
+        "checkpoint": _checkpoint(core),
         "ending": None
         if core.ending is None
         else {"outcome": core.ending.outcome.name.lower(), "text": core.ending.text},
     }
     return msgspec.json.encode(document)
+
+
+def _checkpoint(core: SchedulerCore) -> dict[str, object] | None:
+    source, known = core.checkpoints.source, core.checkpoints.newest
+    if not core.limits.checkpoint and source is None:
+        return None
+    beats = [state.beat for state in core.roster.live(Role.SERVER)]
+    return {
+        "folder": core.limits.checkpoint,
+        "newest": known if known >= 0 else None,
+        "saving": sum(beat.saving for beat in beats if beat is not None),
+        "source": None if source is None else {"folder": source.folder, "version": source.version},
+    }
 
 
 def _plan(core: SchedulerCore) -> dict[str, object] | None:
@@ -63,6 +77,7 @@ def _member(core: SchedulerCore, state: MemberState, now_ns: int) -> dict[str, o
         "pid": state.member.pid,
         "address": state.member.address,
         "seen_ms_ago": (now_ns - state.seen_ns) // 1_000_000,
+        "is_draining": who in core.chains.draining,
         "slots": [slot for slot, holder in enumerate(core.view.leases.workers) if holder == who],
         "round": beat.round if beat else 0,
         "slot_time_ms": round(state.slot_time_ns / 1e6, 3),
@@ -89,6 +104,8 @@ def _table(core: SchedulerCore, number: int) -> dict[str, object]:
             {
                 "shard": place.shard,
                 "server": names.get(place.server, str(place.server)),
+                "backups": [names.get(who, str(who)) for who in place.backups],
+                "joining": [names.get(who, str(who)) for who in place.joining],
                 "first_block": place.first_block,
                 "blocks": place.blocks,
             }

@@ -1,4 +1,6 @@
-"""What a server sends to those who pull: parts as they are made, and word that a version is whole.
+"""What a server sends to those who pull: parts as they are made, and word of a version.
+
+The word comes twice: when the version has begun, and when it is whole.
 
 Part of `treefold.server.core` in a file of its own; just as pure.
 """
@@ -9,7 +11,8 @@ from treefold.common.spec import Dtype
 from treefold.server.effects import PartsRef
 from treefold.server.rounds import Round, Shard, Wait
 from treefold.wire.exchange import Peer, Send
-from treefold.wire.messages import RUN_PARTS_MAX, Published, Pulled
+from treefold.wire.messages import Published, Pulled
+from treefold.wire.words import RUN_PARTS_MAX
 
 
 def wait(peer: Peer, shard: Shard, new: Wait) -> list[Send]:
@@ -18,13 +21,21 @@ def wait(peer: Peer, shard: Shard, new: Wait) -> list[Send]:
     current = shard.round
     if current is None or new.version != current.number + 1:
         return []
-    return _take(peer, shard, new, [part for part in new.parts if part in current.made])
+    sends = _take(peer, shard, new, [part for part in new.parts if part in current.made])
+    return [_begun(peer, shard, current), *sends] if current.is_told else sends
 
 
 def made(shard: Shard, current: Round) -> list[Send]:
     """Parts that were made since the last call, for those who wait for them."""
     fresh, current.fresh = current.fresh, []
     sends: list[Send] = []
+    if current.is_begun and not current.is_told and not current.is_complete:
+        current.is_told = True
+        sends += [
+            _begun(peer, shard, current)
+            for peer, waiting in shard.waits.items()
+            if waiting.version == current.number + 1
+        ]
     for peer, waiting in shard.waits.items():
         if fresh and waiting.version == current.number + 1:
             wanted = [part for part in fresh if part in waiting.parts]
@@ -65,6 +76,14 @@ def _parts(peer: Peer, shard: Shard, version: int, parts: list[int]) -> list[Sen
         )
         for first, count in runs_of(parts, shard.wires)
     ]
+
+
+def _begun(peer: Peer, shard: Shard, current: Round) -> Send:
+    state = current.meta.state if current.meta is not None else b""
+    version = current.number + 1
+    return Send(
+        peer, Published(shard.table, shard.number, version, state, current.norm, is_whole=False)
+    )
 
 
 def _whole(peer: Peer, shard: Shard, version: int) -> Send:

@@ -5,6 +5,7 @@ put one after the other.
 """
 
 import hashlib
+import zlib
 
 import torch
 from torch import Tensor
@@ -12,6 +13,27 @@ from torch import Tensor
 from treefold.common import layout as layouts
 from treefold.server.shard import ShardState
 from treefold.server.unit import StatePiece
+
+
+def checksum(state: ShardState) -> bytes:
+    """A checksum of a shard, to compare copies that went through the same rounds.
+
+    Parameters
+    ----------
+    state : ShardState
+        The shard; not changed.
+
+    Returns
+    -------
+    bytes
+        CRC-32 of all values and of everything that the optimizer keeps, 4 bytes.
+    """
+    found = 0
+    for tensor in state.tensors():
+        found = zlib.crc32(_bytes_of(tensor), found)
+    for key, value in state.counters():
+        found = zlib.crc32(f"{key}={value!r} ".encode(), found)
+    return found.to_bytes(4, "little")
 
 
 def block_digests(state: ShardState) -> list[bytes]:
@@ -56,6 +78,11 @@ def _state_bytes(piece: StatePiece, start: int, stop: int) -> bytes:
         elif start == 0:  # such as Adafactor's row sums, which belong to the tensor as a whole
             found += [f" {key}: ".encode(), _raw(value)]
     return b"".join(found)
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    """The memory of a tensor, not copied if it lies in one piece."""
+    return values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _raw(values: Tensor) -> bytes:

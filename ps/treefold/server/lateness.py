@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from treefold.common.spec import Rule
 from treefold.server.rounds import Shard
 from treefold.wire.membership import MS
-from treefold.wire.messages import INITIAL_ROUND
+from treefold.wire.words import INITIAL_ROUND
 
 LATE_AFTER_MS = 100  # a round is never called late before, so that tiny rounds cause no chatter
 

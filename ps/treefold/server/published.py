@@ -31,6 +31,11 @@ class Published:
         The shard's parts.
     is_constant : bool
         Whether there is one version only.
+
+    Attributes
+    ----------
+    urgent : list of int
+        Parts that a loop body needs before it begins.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Published:
     ) -> None:
         self._carrier = carrier
         self._layout = layout
+        self.urgent = [n for n, part in enumerate(parts) if layout.has_buffers(*part)]
         self._parts = parts
         self._elements = elements = max(0, parts[-1][1] - parts[0][0])
         count = 1 if is_constant else BUFFERS
@@ -53,36 +59,46 @@ class Published:
             self._segment.words.fill_(-1)
             flat = self._segment.body.view(torch.float32)
         self._buffers = [flat[n * elements : (n + 1) * elements] for n in range(count)]
-        self._versions: dict[int, torch.Tensor] = {}
+        self._views = [self._cut(buffer) for buffer in self._buffers]
+        self._versions: dict[int, list[torch.Tensor]] = {}
 
     def __contains__(self, version: int) -> bool:
         """Whether a version, or some of its parts, are here."""
         return version in self._versions
 
-    def buffer(self, version: int) -> torch.Tensor:
-        """The buffer of a version, begun if there is none yet; float32 [elements]."""
-        known = self._versions.get(version)
-        if known is not None:
-            return known
-        number = version % len(self._buffers)
-        found = self._buffers[number]
-        if self._carrier.is_busy(found.data_ptr()):
-            found = torch.empty(self._elements)
-        elif self._segment is not None:
-            announce(self._segment, number, version)
-        self._versions[version] = found
-        return found
+    def key(self, version: int) -> int:
+        """Names the buffer that a version is in, for `Carrier.send`."""
+        return self._parts_of(version)[0].data_ptr()
 
     def part(self, version: int, number: int) -> torch.Tensor:
         """Where a part of a version is kept, of the part's wire type [part].
 
         Narrow parts lie one after the other at the beginning of the buffer, others where float32
-        would have them.
+        would have them. The version is begun if there is nothing of it yet.
         """
-        start, stop = self._parts[number]
+        return self._parts_of(version)[number]
+
+    def _parts_of(self, version: int) -> list[torch.Tensor]:
+        known = self._versions.get(version)
+        if known is not None:
+            return known
+        number = version % len(self._buffers)
+        found = self._views[number]
+        if self._carrier.is_busy(found[0].data_ptr()):
+            found = self._cut(torch.empty(self._elements))
+        elif self._segment is not None:
+            announce(self._segment, number, version)
+        self._versions[version] = found
+        return found
+
+    def _cut(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The parts in a buffer."""
         first = self._parts[0][0]
-        wire = TORCH_DTYPES[self._layout.wire((start, stop))]
-        return self.buffer(version).view(wire)[start - first : stop - first]
+        found = []
+        for start, stop in self._parts:
+            wire = TORCH_DTYPES[self._layout.wire((start, stop))]
+            found.append(buffer.view(wire)[start - first : stop - first])
+        return found
 
     def drop(self, version: int) -> None:
         """A version is not asked for any more."""

@@ -5,21 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import msgspec
+
+from treefold.common.layout import ShardSpan
 from treefold.common.spec import Dtype, Hyper, Placement, Rule, TableSpec
 from treefold.common.tree import FoldSet, Node, is_valid, span
+from treefold.server.chains import Chain
 from treefold.server.effects import Effect, FoldPayloads, ReadyPart, ReleasePayload
 from treefold.wire.exchange import Peer
-from treefold.wire.messages import (
-    INITIAL_ROUND,
-    Code,
-    Frame,
-    PartMissing,
-    Push,
-    Refused,
-    RoundHyper,
-    RoundMeta,
-    RoundStatus,
-)
+from treefold.wire.messages import PartMissing, Push, Refused, RoundHyper, RoundMeta, RoundStatus
+from treefold.wire.words import INITIAL_ROUND, Code, Frame
 
 PAUSE_FACTOR = 4  # what takes longer than so many usual rounds says nothing of the next one
 
@@ -40,16 +35,14 @@ class HyperOf:
     norm_max: float
 
 
-@dataclass(slots=True)
-class Held:
+class Held(msgspec.Struct, gc=False):
     """What a node holds: a payload, None if no tensor has a gradient, and which have none."""
 
     payload: int | None
     absent: int
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(msgspec.Struct, frozen=True, gc=False):
     """A push and the payloads that came with it."""
 
     push: Push
@@ -94,8 +87,20 @@ class Round:
         Parts of which the next version exists.
     fresh : list of int
         Those of them that nobody who waits has been sent.
+    is_told : bool
+        Whether those who wait have heard that the next version has begun.
     norm : float
         The global gradient norm, once it is known and if it is limited.
+    is_closed : bool
+        Whether the other members of the chain were told that the round is complete.
+    is_checked : bool
+        Whether copies of the version that it makes are compared.
+    wanted : list of int or None
+        Parts without which the round is not complete; None: all of them.
+    roots : dict of int to ReadyPart
+        What parts were made of, kept for members that lack it.
+    contributed : list of (level, index, sender) or None
+        What the primary says of the contributions in part 0.
     """
 
     number: int
@@ -112,6 +117,12 @@ class Round:
     fresh: list[int] = field(default_factory=list)
     norm: float = math.nan
     is_norm_known: bool = False
+    is_told: bool = False
+    is_closed: bool = False
+    is_checked: bool = False
+    wanted: list[int] | None = None
+    roots: dict[int, ReadyPart] = field(default_factory=dict)
+    contributed: list[tuple[int, int, int]] | None = None
 
     def __post_init__(self) -> None:
         """Initial values need nothing from slot 0."""
@@ -162,7 +173,34 @@ class Round:
     def is_complete(self) -> bool:
         """Whether every part is made, and what the next round starts from is known."""
         has_meta = self.meta is not None or self.number == INITIAL_ROUND
-        return self.active > 0 and len(self.made) == len(self.pieces) and has_meta
+        if self.active == 0 or not has_meta:
+            return False
+        if self.wanted is None:
+            return len(self.made) == len(self.pieces)
+        return all(part in self.made for part in self.wanted)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether what goes with the next version is known, and some of its parts are there."""
+        is_limited = self.hyper is not None and self.hyper.norm_max > 0
+        return self.meta is not None and bool(self.made) and not is_limited
+
+    def reopen(self) -> None:
+        """Another server leads the round from now on."""
+        self.is_closed = False
+        self.sums = []
+        if self.state is RoundState.MEASURING and not self.is_norm_known:
+            self.state = RoundState.OPEN
+
+    def payloads(self) -> list[int]:
+        """Payloads of parts that nothing was made of yet."""
+        held = [
+            held.payload
+            for number, part in enumerate(self.folds)
+            if number not in self.made
+            for held in part.fold.nodes.values()
+        ]
+        return [payload for payload in held if payload is not None]
 
     def ready(self) -> list[ReadyPart]:
         """Parts that are rooted and not made, in the order in which they lie."""
@@ -171,7 +209,10 @@ class Round:
 
     def contributors(self) -> list[tuple[int, int, int]]:
         """``(level, index, sender)`` of every contribution in part 0."""
-        return [(node.level, node.index, sender) for node, sender in self.folds[0].senders.items()]
+        if self.contributed is not None:
+            return self.contributed
+        senders = self.folds[0].senders if self.folds else {}
+        return [(node.level, node.index, sender) for node, sender in senders.items()]
 
     def missing(self) -> list[int]:
         """Slots that some part, or the meta, still lacks."""
@@ -187,6 +228,14 @@ class Wait:
 
     version: int
     parts: dict[int, None]
+
+
+@dataclass(slots=True)
+class Incoming:
+    """Slices of a unit at a version that are here."""
+
+    version: int
+    slices: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,12 +261,30 @@ class Shard:
         Tensors (pieces of them) in each part.
     wires : list of Dtype
         What each part travels as.
+    span : ShardSpan
+        Its blocks.
+    chain : Chain
+        Who else holds the shard.
+    is_settled : bool
+        Whether the newest version is known to be held by the whole chain.
+    digest : (int, bytes)
+        The version that was last summed up, and its checksum.
+    stuck_ns : int or None
+        Since when nothing but the rest of the chain, or the scheduler, is waited for.
+    last : Round or None
+        The round before the one that is collected, while other members may lack its roots.
+    incoming : dict of int to Incoming
+        Units that are being copied to this server.
+    contributors : list of (level, index, sender)
+        Of the newest version.
     """
 
     table: int
     number: int
     view: int
+    chain: Chain
     spec: TableSpec
+    span: ShardSpan
     parts: Sequence[tuple[int, int]]
     pieces: list[int]
     wires: list[Dtype]
@@ -229,10 +296,16 @@ class Shard:
     round_time_ns: int = 0
     late_ns: int | None = None
     norm_retry_ns: int | None = None
+    is_settled: bool = True
+    digest: tuple[int, bytes] = (INITIAL_ROUND, b"")
+    stuck_ns: int | None = None
+    last: Round | None = None
+    incoming: dict[int, Incoming] = field(default_factory=dict)
+    contributors: list[tuple[int, int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """A shard begins by collecting its initial values."""
-        self.round = Round(self.version, (self.table, self.number), self.pieces)
+        self.round = self._next_round()
 
     @property
     def parts_count(self) -> int:
@@ -244,9 +317,46 @@ class Shard:
         """Whether the optimizer steps all parts at once."""
         return self.spec.placement is Placement.TENSORWISE and self.spec.rule is Rule.OPTIMIZER
 
-    def frame(self, part: int, count: int) -> Frame:
-        """Description of the payload of a run of parts, of one wire type."""
-        return Frame(self.wires[part], self.parts[part + count - 1][1] - self.parts[part][0])
+    @property
+    def units_count(self) -> int:
+        """Number of units: what the optimizer steps at once."""
+        return 1 if self.is_whole else self.parts_count
+
+    def can_tell(self, version: int) -> bool:
+        """Whether workers may be answered who ask for a version."""
+        return self.is_settled or (version < self.version and version in self.kept)
+
+    def unit_of(self, part: int) -> int:
+        """The unit that a part belongs to."""
+        return 0 if self.is_whole else part
+
+    def parts_of(self, unit: int) -> range:
+        """The parts of a unit."""
+        return range(self.parts_count) if self.is_whole else range(unit, unit + 1)
+
+    def is_loaded(self, part: int) -> bool:
+        """Whether a part's values are here; they may be missing while the shard is copied here."""
+        return self.chain.units is None or self.unit_of(part) in self.chain.units
+
+    def frame(self, part: int, count: int, round_: int = 0) -> Frame:
+        """Description of the payload of a run of parts, which are of one wire type."""
+        wire = Dtype.FLOAT32 if round_ == INITIAL_ROUND else self.wires[part]
+        return Frame(wire, self.parts[part + count - 1][1] - self.parts[part][0])
+
+    def restart(self) -> None:
+        """Know nothing again."""
+        self.version = INITIAL_ROUND
+        self.kept.clear()
+        self.last = None
+        self.round = self._next_round()
+        self.contributors = []
+        self.chain.units, self.chain.is_started = {}, False
+
+    def begin_at(self, version: int, kept: dict[int, Kept]) -> None:
+        """Take part from a version on that others have made."""
+        self.version = version
+        self.kept = kept
+        self.round = self._next_round()
 
     def publish(self, now_ns: int, done: Round) -> None:
         """Every part of the next version is made: move on to the round that begins with it."""
@@ -262,8 +372,13 @@ class Shard:
             )
         self.published_ns = now_ns
         self.late_ns = self.norm_retry_ns = None
-        closed = self.spec.rule is Rule.CONSTANT
-        self.round = None if closed else Round(self.version, (self.table, self.number), self.pieces)
+        self.contributors = done.contributors()
+        self.round = self._next_round()
+
+    def _next_round(self) -> Round | None:
+        if self.spec.rule is Rule.CONSTANT and self.version > INITIAL_ROUND:
+            return None
+        return Round(self.version, (self.table, self.number), self.pieces)
 
     def refusal_of(self, push: Push) -> Refused | None:
         """Why a push cannot be meant for this shard, None if it can."""
@@ -334,7 +449,7 @@ class Shard:
     def status(self, parts_max: int) -> RoundStatus:
         """What this shard lacks, for a worker to send again."""
         current = self.round
-        if current is None:
+        if current is None or not self.chain.is_started:  # who is being restored lacks nothing
             return RoundStatus(self.table, self.number, self.version, [], is_meta_missing=False)
         if current.active == 0:
             missing = [PartMissing(part, []) for part in range(min(parts_max, self.parts_count))]
@@ -343,6 +458,17 @@ class Shard:
             missing = [PartMissing(n, slots) for n, slots in lacking if slots][:parts_max]
         lacks_meta = current.meta is None and current.number != INITIAL_ROUND
         return RoundStatus(self.table, self.number, current.number, missing, lacks_meta)
+
+    def lacking(self, parts_max: int) -> RoundStatus:
+        """What this shard lacks of what its primary has, for that to send again."""
+        current = self.round
+        if current is None:
+            return RoundStatus(self.table, self.number, self.version, [], is_meta_missing=False)
+        wanted = range(self.parts_count) if current.wanted is None else current.wanted
+        parts = [part for part in wanted if part not in current.made][:parts_max]
+        missing = [PartMissing(part, []) for part in parts]
+        lacks_word = not current.is_norm_known
+        return RoundStatus(self.table, self.number, current.number, missing, lacks_word)
 
     def waiting_for(self) -> str:
         """What this shard waits for, in words; empty if for nothing."""

@@ -3,9 +3,9 @@
 No I/O here, and no knowledge of rounds, nodes or members.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -13,14 +13,14 @@ from treefold.common.errors import DataError
 from treefold.common.layout import Layout, ShardSpan
 from treefold.common.optim import placement_of
 from treefold.common.spec import Hyper, Placement, Rule, TableSpec
+from treefold.common.unit_state import UnitState, pack, unpack
 from treefold.server.optimizers import TorchHyper, check_optimizer, prepare_hyper, rebased_view
 from treefold.server.unit import Extent, StatePiece, Unit
 
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grads_with_norm_
 
 
-@dataclass(frozen=True, slots=True)
-class FoldedPart:
+class FoldedPart(msgspec.Struct, frozen=True, gc=False):
     """The root of one part's fold.
 
     Attributes
@@ -215,6 +215,74 @@ class ShardState:
             Views of the living state: copy what is to be kept.
         """
         return [piece for unit in self._units for piece in unit.state_pieces()]
+
+    # ---- units --------------------------------------------------------------------------------
+
+    def units(self) -> list[tuple[int, int]]:
+        """Elements ``[start, stop)`` of each unit: what the optimizer steps at once."""
+        return [(self._start, self._stop)] if self._is_one_unit else list(self.parts)
+
+    def unit_of(self, part: int) -> int:
+        """The unit that a part belongs to."""
+        return 0 if self._is_one_unit else part
+
+    @property
+    def _is_one_unit(self) -> bool:
+        return self._is_whole and bool(self._units)
+
+    def export_unit(self, unit: int) -> UnitState:
+        """A copy of the values of a unit and of everything that its optimizer keeps.
+
+        Parameters
+        ----------
+        unit : int
+            What the optimizer steps at once: a part by its number, or with tensorwise placement the
+            whole shard, which is unit 0.
+
+        Raises
+        ------
+        UnsupportedError
+            The optimizer keeps something that cannot be copied.
+        """
+        if self._units:
+            return self._units[unit].export_state()
+        return pack(self.parts[unit][0], self._of(unit), [])
+
+    def import_unit(self, unit: int, state: UnitState) -> None:
+        """Take over what another server exported of this unit; nothing was stepped here before.
+
+        Raises
+        ------
+        DataError
+            It is not the state of this unit; nothing is changed then.
+        """
+        if self._units:
+            self._units[unit].import_state(state)
+            return
+        start, stop = self.parts[unit]
+        values, states = unpack(state)
+        if (state.header.start, state.header.stop, states) != (start, stop, []):
+            raise DataError(self._text(f"a state that is not of constants [{start}, {stop})"))
+        self._of(unit).copy_(values)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of values and optimizer state, not copied, in an order of their own."""
+        yield self._master
+        for _, value in self._kept():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                yield value
+
+    def counters(self) -> Iterator[tuple[str, object]]:
+        """What else the optimizer keeps, by name."""
+        for key, value in self._kept():
+            if not isinstance(value, Tensor):
+                yield key, value
+            elif value.dim() == 0:
+                yield key, value.item()
+
+    def _kept(self) -> Iterator[tuple[str, object]]:
+        for unit in self._units:
+            yield from unit.kept()
 
     # ---- insides ------------------------------------------------------------------------------
 

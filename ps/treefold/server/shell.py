@@ -9,21 +9,37 @@ from importlib import metadata
 
 import torch
 
+from treefold.common import layout as layouts
 from treefold.common.config import Settings
 from treefold.common.errors import DataError, UnsupportedError
+from treefold.common.failpoints import arm
 from treefold.common.fold import Folder, Payload
 from treefold.common.ledger import StateRecord, VersionRecord, Writer
 from treefold.common.log import logger
 from treefold.common.optim import spare_compiler
-from treefold.common.process import ProcessFigures, Spent, keep_freed_memory, random_number
-from treefold.common.spec import Rule
-from treefold.server.core import ServerCore, ServerLimits
-from treefold.server.digest import block_digests
+from treefold.common.process import (
+    ProcessFigures,
+    Spent,
+    give_back_freed_memory,
+    keep_freed_memory,
+    random_number,
+)
+from treefold.common.spec import Dtype, Rule
+from treefold.common.unit_state import UnitState, decode_header, encode_header, flat_elements
+from treefold.server.core import ServerCore
+from treefold.server.digest import block_digests, checksum
 from treefold.server.effects import (
+    CloseShard,
+    ComputeDigest,
     ComputeNorm,
+    Connect,
+    CopyUnit,
+    DigestComputed,
+    Disconnect,
     Effect,
     Event,
     FoldPayloads,
+    LoadUnit,
     MakeParts,
     NormComputed,
     OpenShard,
@@ -32,27 +48,36 @@ from treefold.server.effects import (
     RecordVersion,
     ReleasePayload,
     ReleaseVersion,
+    RestoreShard,
+    SaveShard,
     ServerDrainAsked,
     ServerFailed,
+    ShardRestored,
+    ShardStored,
+    UnitCopied,
 )
+from treefold.server.limits import ServerLimits
+from treefold.server.points import POINTS
 from treefold.server.published import Published
+from treefold.server.saving import Restored, ShardFiles
 from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
 from treefold.transport.carrier import Carrier, Destination, Held
 from treefold.transport.lanes import lane_settings
 from treefold.transport.loop import Loop
+from treefold.transport.outbox import Outbox
 from treefold.transport.pool import BufferPool
 from treefold.transport.sockets import (
     CONTROL_FRAME_BYTES_MAX,
     DATA_FRAME_BYTES_MAX,
-    Arrival,
     Context,
     Hub,
     advertised,
 )
-from treefold.wire.codec import encode
+from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Peer, PeerLost, Send
 from treefold.wire.membership import MS, Identity, Membership
-from treefold.wire.messages import Pulled, Role
+from treefold.wire.messages import AnyMessage, Pulled, Push
+from treefold.wire.words import Frame, Role
 
 LISTENER = "listener"
 
@@ -72,6 +97,7 @@ class ServerShell:
         self._settings = settings
         spare_compiler()
         self._hub = Hub(context)
+        self._outbox = Outbox(self._hub)
         bound = self._hub.listen(
             LISTENER,
             settings.bind,
@@ -89,20 +115,27 @@ class ServerShell:
             metadata.version("treefold"),
             settings.rank,
         )
-        limits = ServerLimits(int(settings.connect_timeout_s * 1000) * MS)
+        limits = ServerLimits(
+            int(settings.connect_timeout_s * 1000) * MS, check_every=settings.check_every
+        )
         self._core = ServerCore(Membership(identity), limits)
-        self._carrier = Carrier(self._hub, lane_settings(settings))
-        self._loop: Loop[Event, Effect] = Loop(self._hub, self._core, self._perform, self._carrier)
+        self._carrier = Carrier(self._outbox, lane_settings(settings))
+        self._loop: Loop[Event, Effect] = Loop(
+            self._hub, self._outbox, self._core, self._perform, self._carrier
+        )
+        self._loop.points = POINTS
         self._pool = BufferPool()
+        self._widened: list[torch.Tensor] = []
         self._folder = Folder()
         self._states: dict[tuple[int, int], ShardState] = {}
+        self._files = ShardFiles(self._hub.bell.ring)
         self._published: dict[tuple[int, int], Published] = {}
         self._halt: Halt | None = None
         self._figures = ProcessFigures()
         self._spent = Spent()
         self._log = logger("server")
         self._ledger: Writer | None = None
-        self._is_drain_asked = False
+        self._is_drain_asked = self._is_named = False
 
     @property
     def ending(self) -> str:
@@ -112,12 +145,19 @@ class ServerShell:
     def run(self) -> int:
         """Serve until the job ends; returns the exit status."""
         while self._halt is None:
-            self._loop.turn(_peer_of)
-            vitals = self._core.membership.vitals
+            self._loop.turn()
+            membership = self._core.membership
+            if membership.is_member and not self._is_named:
+                self._is_named = True
+                arm("server", f"server-{membership.rank}")
+            vitals = membership.vitals
             if self._figures.sample(time.monotonic_ns()):
                 vitals.rss_bytes = self._figures.rss_bytes
                 vitals.cpu_percent = self._figures.cpu_percent
                 vitals.spent_ns = self._spent.ns
+                self._carrier.lanes.sweep()
+            for done in self._files.done():
+                self._on_file(done)
             if self._is_drain_asked:
                 self._is_drain_asked = False
                 self._loop.feed(ServerDrainAsked())
@@ -125,6 +165,9 @@ class ServerShell:
             if not self._halt.status:
                 self._record_states(self._ledger)
             self._ledger.close()
+        self._loop.flush()
+        self._files.end()
+        self._carrier.lanes.close()
         self._hub.close()
         return self._halt.status
 
@@ -140,12 +183,29 @@ class ServerShell:
             case Send():
                 return self._send(effect)
             case FoldPayloads(left, right):
+                self._outbox.flush()  # nobody is to wait for what is ready while this is at work
                 with self._spent.on("fold"):
                     self._fold(left, right)
             case ReleasePayload(payload):
                 self._release(payload)
-            case OpenShard() | ComputeNorm() | MakeParts():
+            case (
+                OpenShard()
+                | ComputeNorm()
+                | MakeParts()
+                | ComputeDigest()
+                | CopyUnit()
+                | LoadUnit()
+            ):
+                self._outbox.flush()
                 return self._guarded(effect)
+            case CloseShard(table, shard):
+                del self._states[table, shard]
+                self._files.close((table, shard))
+                del self._published[table, shard]
+            case SaveShard() | RestoreShard():
+                return [*self._files.begin(effect, self._states[effect.table, effect.shard])]
+            case Connect() | Disconnect():
+                self._link(effect)
             case ReleaseVersion(table, shard, version):
                 self._published[table, shard].drop(version)
             case RecordVersion():
@@ -156,15 +216,37 @@ class ServerShell:
                 self._halt = self._halt or effect  # what came in the same batch changes nothing
         return []
 
+    def _link(self, effect: Connect | Disconnect) -> None:
+        if isinstance(effect, Connect):
+            self._hub.connect(effect.server, effect.address, DATA_FRAME_BYTES_MAX)
+        else:
+            self._hub.disconnect(effect.server)
+        self._carrier.lanes.forget(effect.server)
+
+    def _on_file(self, done: ShardStored | Restored) -> None:
+        """A file is written or read."""
+        event = done.event if isinstance(done, Restored) else done
+        if isinstance(done, Restored) and isinstance(event, ShardRestored):
+            key = event.table, event.shard
+            if self._states.get(key) is not done.state:
+                return  # it was closed meanwhile
+            published = self._published[key]
+            for part in range(len(done.state.parts)):
+                done.state.copy_part(part, published.part(event.version, part))
+        self._loop.feed(event)
+
     def _send(self, effect: Send) -> list[Event]:
         if effect.peer == SCHEDULER:
-            self._hub.send(SCHEDULER, None, encode(effect.message))
+            self._outbox.send(SCHEDULER, None, effect.message)
             return []
         if isinstance(effect.payload, PartsRef) and isinstance(effect.message, Pulled):
             is_sent = self._send_parts(effect.peer, effect.message, effect.payload)
-        else:
-            is_sent = self._hub.send(LISTENER, _identity(effect.peer), encode(effect.message))
-        return [] if is_sent else [PeerLost(effect.peer)]
+            return [] if is_sent else [PeerLost(effect.peer)]
+        if isinstance(effect.peer, int):
+            self._send_along(effect.peer, effect.message, effect.payload)
+            return []
+        self._outbox.send(LISTENER, _identity(effect.peer), effect.message)
+        return []
 
     def _send_parts(self, peer: Peer, message: Pulled, ref: PartsRef) -> bool:
         published = self._published[ref.table, ref.shard]
@@ -172,8 +254,17 @@ class ServerShell:
             return True  # the step that should have made it failed, and with it the job
         numbers = range(ref.part, ref.part + ref.count)
         payloads = [Payload(published.part(ref.version, number)) for number in numbers]
-        buffer = published.buffer(ref.version).data_ptr()
-        return self._carrier.send(Destination(LISTENER, peer), message, payloads, buffer)
+        buffer = published.key(ref.version)
+        to = Destination(LISTENER, peer, published.urgent)
+        return self._carrier.send(to, message, payloads, buffer)
+
+    def _send_along(self, server: int, message: AnyMessage, payload: object) -> None:
+        """Send to another server of a chain; what does not arrive is asked for again."""
+        if isinstance(message, Push | UnitCopy) and isinstance(payload, tuple):
+            payloads = [self._carrier.held(number).payload for number in payload]
+            self._carrier.send(Destination(server, server), message, payloads)
+        else:
+            self._outbox.send(server, None, message)
 
     def _fold(self, left: int, right: int) -> None:
         one, other = self._carrier.held(left), self._carrier.held(right)
@@ -190,13 +281,22 @@ class ServerShell:
         if owner is not None:
             self._pool.give(owner)
 
-    def _guarded(self, effect: OpenShard | ComputeNorm | MakeParts) -> list[Event]:
+    def _guarded(
+        self, effect: OpenShard | ComputeNorm | MakeParts | ComputeDigest | CopyUnit | LoadUnit
+    ) -> list[Event]:
         """Tensor work that may find that what the job asks for cannot be done."""
         try:
             if isinstance(effect, OpenShard):
                 self._open(effect)
             elif isinstance(effect, ComputeNorm):
                 return [self._norm(effect)]
+            elif isinstance(effect, CopyUnit):
+                return [self._copy(effect)]
+            elif isinstance(effect, ComputeDigest):
+                digest = checksum(self._states[effect.table, effect.shard])
+                return [DigestComputed(effect.table, effect.shard, effect.version, digest)]
+            elif isinstance(effect, LoadUnit):
+                self._load(effect)
             else:
                 self._make(effect)
         except (DataError, UnsupportedError) as error:
@@ -220,49 +320,109 @@ class ServerShell:
         sums = self._states[effect.table, effect.shard].block_sums(folded)
         return NormComputed(effect.table, effect.shard, effect.round, sums)
 
-    def _folded(self, ready: ReadyPart) -> FoldedPart:
-        """A root's values, in memory of our own."""
+    def _folded(self, ready: ReadyPart, *, is_kept: bool = False) -> FoldedPart:
+        """A root's values in float32, in our own memory; a root that ``is_kept`` stays as it is."""
         if ready.root is None:
             return FoldedPart(ready.part, None, ready.absent)
         held = self._carrier.held(ready.root)
         tensor, scale = held.payload
-        if held.owner is None or tensor.dtype != torch.float32:
-            out = self._pool.take(tensor.numel())
+        if held.owner is None:
+            own = self._pool.take(tensor.numel(), tensor.dtype)
             if tensor.dtype == torch.float32:
-                torch.mul(tensor, scale, out=out)
+                torch.mul(tensor, scale, out=own)
             else:
-                out.copy_(tensor)  # narrow nodes are scaled before they are rounded, by the worker
-            if held.owner is not None:
-                self._pool.give(held.owner)
-            held = Held(Payload(out), out)
+                own.copy_(tensor)  # narrow nodes are scaled before they are rounded, by the worker
+            held = Held(Payload(own), own)
             self._carrier.put(ready.root, held)
-        return FoldedPart(ready.part, held.payload.tensor, ready.absent)
+        tensor = held.payload.tensor
+        if tensor.dtype != torch.float32:
+            wide = self._pool.take(tensor.numel())
+            wide.copy_(tensor)
+            tensor = wide
+            if is_kept:
+                self._widened.append(wide)
+            else:
+                if held.owner is not None:
+                    self._pool.give(held.owner)
+                self._carrier.put(ready.root, Held(Payload(wide), wide))
+        return FoldedPart(ready.part, tensor, ready.absent)
 
     def _make(self, effect: MakeParts) -> None:
         key = effect.table, effect.shard
         state, published = self._states[key], self._published[key]
+        is_kept = effect.keeps_roots
+        with self._spent.on("checkpoint"):
+            self._files.keep(key, [state.unit_of(ready.part) for ready in effect.parts])
         with self._spent.on("optimizer"):
-            folded = [self._folded(ready) for ready in effect.parts]
             if effect.groups is None:
-                for part in folded:
-                    if part.gradient is not None:
-                        state.initialize(part.part, part.gradient)
+                self._initialize(state, effect.parts)
             else:
+                folded = [self._folded(ready, is_kept=is_kept) for ready in effect.parts]
                 limit = effect.norm_max
                 coefficient = clip_coefficient(limit, effect.norm) if limit > 0 else 1.0
                 state.step(folded, effect.groups, coefficient)
         with self._spent.on("publish"):
             for ready in effect.parts:
                 state.copy_part(ready.part, published.part(effect.version, ready.part))
-                if ready.root is not None:
+                if ready.root is not None and not is_kept:
                     self._release(ready.root)
+        while self._widened:
+            self._pool.give(self._widened.pop())
+
+    def _copy(self, effect: CopyUnit) -> UnitCopied:
+        """The state of a unit, as slices of one buffer."""
+        key = effect.table, effect.shard
+        header, flat = self._states[key].export_unit(effect.unit)
+        if effect.older is not None:
+            published = self._published[key]
+            older = [published.part(effect.older, part).float() for part in effect.parts]
+            flat = torch.cat([flat, *older])
+        slices = torch.split(flat, layouts.PART_BLOCKS_MAX * layouts.BLOCK_ELEMENTS)
+        payloads = tuple(self._carrier.hold(Held(Payload(one), None)) for one in slices)
+        return UnitCopied(
+            effect.table,
+            effect.shard,
+            effect.member,
+            effect.unit,
+            encode_header(header),
+            payloads,
+            Frame(Dtype.FLOAT32, flat.numel()),
+            effect.older is not None,
+        )
+
+    def _load(self, effect: LoadUnit) -> None:
+        """Take over a unit that another server has copied here."""
+        key = effect.table, effect.shard
+        held = [self._carrier.drop(payload) for payload in effect.payloads]
+        flat = torch.cat([one.payload.tensor for one in held])
+        header = decode_header(effect.header)
+        state, published = self._states[key], self._published[key]
+        own, older = flat[: flat_elements(header)], flat[flat_elements(header) :]
+        state.import_unit(effect.unit, UnitState(header, own))
+        at = 0
+        for part in effect.parts:
+            state.copy_part(part, published.part(effect.version, part))
+            if effect.is_older_kept:
+                start, stop = state.parts[part]
+                published.part(effect.version - 1, part).copy_(older[at : at + stop - start])
+                at += stop - start
+
+    def _initialize(self, state: ShardState, parts: list[ReadyPart]) -> None:
+        for ready in parts:
+            if ready.root is not None:
+                tensor, scale = self._carrier.held(ready.root).payload
+                state.initialize(ready.part, tensor if scale == 1.0 else tensor * scale)
 
     def _record(self, effect: RecordVersion) -> None:
+        if effect.version == 0:  # the initial values came at once, gradients will come in turn
+            give_back_freed_memory()
         if not self._settings.ledger:
             return
         if self._ledger is None:
             name = f"server-{self._core.membership.incarnation}"
             self._ledger = Writer(self._settings.ledger, name)
+        if not effect.is_primary or (effect.version > 0 and not effect.contributors):
+            return  # what came as a copy was recorded by whoever made it
         self._ledger.add(
             VersionRecord(effect.table, effect.shard, effect.version, effect.contributors)
         )
@@ -270,6 +430,8 @@ class ServerShell:
     def _record_states(self, ledger: Writer) -> None:
         """What this server holds at the end of the job."""
         for (table, shard), state in self._states.items():
+            if self._core.shards[table, shard].chain.is_joining:
+                continue  # not all of it is here
             version = self._core.shards[table, shard].version
             first = self._core.places[table, shard].first_block
             ledger.add(StateRecord(table, shard, version, first, block_digests(state)))
@@ -292,6 +454,7 @@ def main(settings: Settings, announce: Callable[[str], None]) -> int:
     """
     torch.set_num_threads(1)
     keep_freed_memory()
+    arm("server")
     shell = ServerShell(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _drain_once(shell))
@@ -307,10 +470,6 @@ def _drain_once(shell: ServerShell) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     shell.drain()
-
-
-def _peer_of(arrival: Arrival) -> Peer:
-    return arrival.sender
 
 
 def _identity(peer: Peer) -> bytes:

@@ -10,7 +10,7 @@ included. None of these cuts changes a bit.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from treefold.common import layout as layouts
 from treefold.common.errors import DataError
 from treefold.common.layout import Layout, Piece
 from treefold.common.spec import BUFFER_GROUP, Placement, TableSpec
+from treefold.common.unit_state import UnitState, pack, unpack
 from treefold.server.optimizers import (
     TorchHyper,
     make,
@@ -210,6 +211,68 @@ class Unit:
             found += [_state_piece(state, piece, run, self._is_whole) for piece in pieces]
         return found
 
+    def export_state(self) -> UnitState:
+        """A copy of the values and of everything that the optimizer keeps.
+
+        Raises
+        ------
+        UnsupportedError
+            The optimizer keeps something that cannot be copied.
+        """
+        states = [(run.start, run.stop, self._state_of(run)) for run in self._runs]
+        return pack(self.extent.start, self._values, states)
+
+    def import_state(self, state: UnitState) -> None:
+        """Take over what another server's unit of the same stretch exported, before any step.
+
+        Raises
+        ------
+        DataError
+            It does not fit this stretch of this table; nothing is changed then.
+        """
+        values, states = unpack(state)
+        wanted = self.extent.start, self.extent.stop
+        if (state.header.start, state.header.stop) != wanted:
+            text = f"a state of [{state.header.start}, {state.header.stop}) for {list(wanted)}"
+            raise DataError(self._text(text))
+        borders = sorted({at for start, stop, _ in states for at in (start, stop)})
+        cut = {(run.start, run.stop) for run in self._runs}
+        if not self._is_whole:
+            cut = {bounds for run in self._runs for bounds in _cut_bounds(run, borders)}
+        found = {(start, stop): one for start, stop, one in states}
+        if set(found) != cut or len(found) != len(states):
+            raise DataError(self._text(f"a state of runs {sorted(found)}, not of {sorted(cut)}"))
+        for (start, stop), one in found.items():
+            self._check_state(start, stop, one)
+        if not self._is_whole:
+            self._runs = [piece for run in self._runs for piece in self._cut(run, borders)]
+        self._values.copy_(values)
+        for run in self._runs:
+            if run.parameter is not None and self._optimizer is not None:
+                self._optimizer.state.pop(run.parameter, None)
+                if found[run.start, run.stop]:
+                    self._optimizer.state[run.parameter] = found[run.start, run.stop]
+
+    def kept(self) -> Iterator[tuple[str, object]]:
+        """Everything that the optimizer keeps, run by run and by name; not a copy."""
+        for run in self._runs:
+            state = self._state_of(run)
+            yield from ((key, state[key]) for key in sorted(state))
+
+    def _state_of(self, run: _Run) -> dict[str, object]:
+        if run.parameter is None or self._optimizer is None:
+            return {}
+        return dict(self._optimizer.state.get(run.parameter, {}))
+
+    def _check_state(self, start: int, stop: int, state: dict[str, object]) -> None:
+        """Tensors of an elementwise optimizer have one element per element of their run."""
+        for key, value in state.items():
+            if self._is_whole or not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if value.shape != (stop - start,):
+                text = f"{key!r} of shape {list(value.shape)} for [{start}, {stop})"
+                raise DataError(self._text(text))
+
     # ---- runs ---------------------------------------------------------------------------------
 
     def _text(self, what: str) -> str:
@@ -298,10 +361,9 @@ class Unit:
             run.is_absent = at >= 0 and run.start < ranges[at][1]
 
     def _cut(self, run: _Run, borders: list[int]) -> list[_Run]:
-        inner = borders[bisect_right(borders, run.start) : bisect_left(borders, run.stop)]
-        if not inner:
+        bounds = _cut_bounds(run, borders)
+        if len(bounds) == 1:
             return [run]
-        bounds = pairwise([run.start, *inner, run.stop])
         cuts = [self._run(run.group, start, stop) for start, stop in bounds]
         if run.parameter is not None and self._optimizer is not None:
             values = [cut.values for cut in cuts]
@@ -309,6 +371,11 @@ class Unit:
             for cut, parameter in zip(cuts, parameters, strict=True):
                 cut.parameter = parameter
         return cuts
+
+
+def _cut_bounds(run: _Run, borders: list[int]) -> list[tuple[int, int]]:
+    inner = borders[bisect_right(borders, run.start) : bisect_left(borders, run.stop)]
+    return list(pairwise([run.start, *inner, run.stop]))
 
 
 def _touched(gradient: Tensor, coefficient: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from treefold.common.errors import TreefoldError
 from treefold.common.spec import Hyper
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 from treefold.worker import (
     Client,
     Dtype,

@@ -69,13 +69,15 @@ class Nets(nn.Module):
 class Trouble:
     """What this worker does in a loop body that has nothing to do with training."""
 
-    def __init__(self, chosen: argparse.Namespace) -> None:
+    def __init__(self, chosen: argparse.Namespace, model: Nets) -> None:
         self._chosen = chosen
         self._hold_round, _, self._hold_where = chosen.hold.partition(":")
         self._gate_round, _, self._gate_path = chosen.gate.partition(":")
+        if self._hold_where == "middle":
+            model.nets[1].register_full_backward_pre_hook(lambda *_: self.at("middle"))
 
     def at(self, where: str) -> None:
-        """Come to one place of the loop body: ``begin``, ``backward`` (done) or ``step`` (done)."""
+        """Come to one place of the body: ``begin``, ``middle`` of backward or its end, ``step``."""
         if where == "begin":
             self._wait()
             if str(ps.round()) == self._chosen.fail:
@@ -111,15 +113,16 @@ def train(chosen: argparse.Namespace) -> None:
         ps.DistributedOptimizer(torch.optim.LBFGS(model.parameters()), model)
     first, second, third = (net.parameters() for net in model.nets)
     trained = [
-        ps.DistributedOptimizer(torch.optim.AdamW(first, lr=chosen.lr), model.nets[0]),
-        ps.DistributedOptimizer(
-            torch.optim.SGD(second, lr=0.05, momentum=0.9, nesterov=True), model.nets[1]
-        ),
-        ps.DistributedOptimizer(torch.optim.Adagrad(third, lr=0.02), model.tail),
+        ps.DistributedOptimizer(inner, part, overlap=True)  # on any number of processors
+        for inner, part in (
+            (torch.optim.AdamW(first, lr=chosen.lr), model.nets[0]),
+            (torch.optim.SGD(second, lr=0.05, momentum=0.9, nesterov=True), model.nets[1]),
+            (torch.optim.Adagrad(third, lr=0.02), model.tail),
+        )
     ]
     decay = torch.optim.lr_scheduler.ExponentialLR(trained[0], 0.97)
     loss_of = nn.CrossEntropyLoss()
-    trouble = Trouble(chosen)
+    trouble = Trouble(chosen, model)
     say("ready")
     for epoch in range(chosen.epochs):
         for inputs, targets in ps.batches(dataset, batch_size=chosen.batch_size, epoch=epoch):

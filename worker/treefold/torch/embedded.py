@@ -5,12 +5,15 @@ import threading
 import msgspec
 
 from treefold.common.config import Settings
+from treefold.common.log import logger
 from treefold.common.process import random_number
 from treefold.scheduler.shell import SchedulerShell
 from treefold.server.shell import ServerShell
 from treefold.transport.sockets import Context
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 from treefold.worker.client import Client
+
+ENDING_MAX_S = 10.0  # a thread that still computes when the interpreter ends would abort it
 
 
 def connect_embedded(settings: Settings) -> Client:
@@ -29,16 +32,52 @@ def connect_embedded(settings: Settings) -> Client:
     context: Context = Context()
     name = f"inproc://treefold-{random_number():x}"
     alone = msgspec.structs.replace(
-        settings, servers=1, workers=1, advertise="", linger=False, max_restarts=0
+        settings,
+        servers=1,
+        workers=1,
+        replicas=1,
+        journal="",
+        advertise="",
+        linger=False,
+        max_restarts=0,
     )
     scheduler = SchedulerShell(msgspec.structs.replace(alone, bind=f"{name}-scheduler"), context)
     inside = msgspec.structs.replace(alone, scheduler=scheduler.address, bind=f"{name}-server")
     server = ServerShell(inside, context)
-    threading.Thread(target=scheduler.run, name="treefold-scheduler", daemon=True).start()
-    threading.Thread(
-        target=_serve, args=(server, scheduler), name="treefold-server", daemon=True
-    ).start()
-    return Client(inside, context)
+    other = threading.Thread(target=scheduler.run, name="treefold-scheduler", daemon=True)
+    other.start()
+    client = EmbeddedClient(inside, context)
+
+    def serve() -> None:
+        _serve(server, scheduler)
+        other.join()
+        client.wait_closed()
+        context.term()
+
+    client.cluster = threading.Thread(target=serve, name="treefold-server", daemon=True)
+    client.cluster.start()
+    return client
+
+
+class EmbeddedClient(Client):
+    """A client whose cluster lives in this process, and ends with it.
+
+    Attributes
+    ----------
+    cluster : Thread
+        Ends after all the others.
+    """
+
+    cluster: threading.Thread
+
+    def leave(self, outcome: Outcome, text: str) -> None:
+        """Leave the cluster, and wait a bounded time until its threads have ended."""
+        super().leave(outcome, text)
+        self.cluster.join(ENDING_MAX_S)
+        if self.cluster.is_alive():
+            logger("worker").warning(
+                "the embedded cluster did not end within %.0f s; going on without it", ENDING_MAX_S
+            )
 
 
 def _serve(server: ServerShell, scheduler: SchedulerShell) -> None:

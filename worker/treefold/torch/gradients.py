@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from treefold.common.errors import DataError, LocalProtocolError, UnsupportedError
+from treefold.worker.flats import Flats
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -73,7 +74,7 @@ class Gradient:
         self.is_stale = False
         self.fires = 0
         self.sent: tuple[int, int] | None = None
-        self.checksum: float | None = None
+        self.checksum: Tensor | None = None
 
     def move(self, flat: Tensor) -> None:
         """Go on at another place with the same values."""
@@ -89,25 +90,26 @@ class Gradient:
         grad = self.parameter.grad
         return (0, 0) if grad is None else (id(grad), grad._version)
 
-    def sum(self) -> float:
-        """A number that changes with (nearly) every change of the values."""
+    def sum(self) -> Tensor:
+        """A number that changes with (nearly) every change of the values; where they are."""
         grad = self.parameter.grad
         if grad is None:
-            return 0.0
-        values = grad.coalesce().values() if grad.is_sparse else grad
-        return float(values.sum(dtype=torch.float64).item())
+            return torch.zeros((), dtype=torch.float64)
+        values = grad.detach().coalesce().values() if grad.is_sparse else grad.detach()
+        return values.sum(dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where gradients lie if they lie as the table's flat space does, so that they can be lent.
 
-    ``make`` gives a float32 buffer of so many elements, which servers may read where it is.
+    ``flats`` gives float32 buffers that servers may read where they are. When its ``generation``
+    grows, what was lent before must not be written to again.
     """
 
     starts: Sequence[int]
     elements: int
-    make: Callable[[int], Tensor]
+    flats: Flats
 
 
 class Gradients:
@@ -152,9 +154,10 @@ class Gradients:
         self.flat: Tensor | None = None
         self._place = place
         self._spare: Tensor | None = None
+        self._generation = 0 if place is None else place.flats.generation
         only = [parameter for _, parameter in parameters]
         if place is not None and not is_sparse and all(map(_is_plain, only)):
-            self.flat = place.make(place.elements).fill_(ABSENT)
+            self.flat = place.flats.make(place.elements).fill_(ABSENT)
             self._whole, views = [self.flat], _views_at(self.flat, place.starts, only)
         else:
             self._whole, views = _views_of_own(only)
@@ -196,7 +199,9 @@ class Gradients:
         is_in_use : bool
             Whether what was lent is still being read. If not, it is ours again.
         """
-        if self.is_lent and is_in_use:
+        if self._place is not None and self._generation != self._place.flats.generation:
+            self._retire(self._place)
+        elif self.is_lent and is_in_use:
             self._change_flat()
         self.has_moved = self.has_moved and is_in_use
         self.is_lent = self.is_stepped = False
@@ -268,7 +273,7 @@ class Gradients:
         old, place = self.flat, self._place
         if old is None or place is None:
             return
-        new = place.make(place.elements) if self._spare is None else self._spare
+        new = place.flats.make(place.elements) if self._spare is None else self._spare
         if self._is_detached:
             new.fill_(ABSENT)
         else:
@@ -279,6 +284,17 @@ class Gradients:
             gradient.move(flat)
         self.is_lent = self._is_detached = False
         self.has_moved = True
+
+    def _retire(self, place: Place) -> None:
+        """Leave all memory that was lent to whoever may still read it, and take other."""
+        self._generation = place.flats.generation
+        old, spare = self.flat, self._spare
+        self._spare = None
+        self._change_flat()
+        self._spare = None
+        for flat in (old, spare):
+            if flat is not None:
+                place.flats.drop(flat)
 
     def _watch(self, gradient: Gradient) -> None:
         hook = partial(self._on_accumulated, gradient)

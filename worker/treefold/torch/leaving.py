@@ -9,7 +9,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from treefold.wire.messages import Outcome
+from treefold.torch.restarting import begin_anew, can_begin_anew, is_rolled_back
+from treefold.wire.words import Outcome
 
 Leave = Callable[[Outcome, str], None]
 
@@ -62,7 +63,12 @@ class ExitWatch:
     def on_exception(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        """Note what the script failed with, and let it be shown as always."""
+        """Note what the script failed with, and let it be shown as always.
+
+        If it is that the job has gone back to a checkpoint, the script begins anew.
+        """
+        if is_rolled_back(error) and os.getpid() == self._pid and can_begin_anew():
+            begin_anew(lambda: self._leave(Outcome.DRAINED, "the script begins anew"))
         lines = str(error).strip().splitlines()
         self._failure = f"{kind.__name__}: {lines[0]}" if lines else kind.__name__
         self._hook(kind, error, trace)

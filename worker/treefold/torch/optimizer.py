@@ -13,6 +13,7 @@ from treefold.common.errors import ConfigError, LocalProtocolError, UnsupportedE
 from treefold.torch import session
 from treefold.torch.binding import bind, wire_of
 from treefold.torch.buffers import BufferMode
+from treefold.torch.options import OverlapMode
 from treefold.torch.table import Owned, Table, TableOptions, load_frozen
 
 
@@ -35,10 +36,17 @@ class DistributedOptimizer(Optimizer):
     model : nn.Module
         The model whose parameters it optimizes, on the device and in the dtype in which it will
         train. After the call it holds the job's newest version.
-    overlap : bool
-        Whether gradients are sent while backward is still running. That takes one backward per loop
-        body, and gradients that nobody changes before the step; the first loop body is watched for
-        both, and a later one that breaks the rule raises.
+    overlap : bool or str
+        True: gradients are sent while backward is still running, and parameters may come while
+        forward runs already; ``"backward"``: the first alone; False: neither. The first takes one
+        backward per loop body, and gradients that nobody changes before the step; the first loop
+        body is watched for both, and a later one that breaks the rule raises. With the second, a
+        loop over `batches` begins a round when its buffers and the state beside the tensors are
+        known; every module waits for its own parameters, and any other use of a parameter for that
+        parameter. It takes parameters that are alike, on the CPU, and no compiled modules.
+        ``"auto"``, the default, is True, but for a model on the CPU of a machine that all servers
+        share and that has fewer processors than members: there it would only take time from the
+        computation.
     buffers : str
         What becomes of buffers that a loop body changes (BatchNorm statistics): ``"mean"`` of the
         slots, weighted like gradients; ``"slot0"``, those of slot 0; ``"local"``, left alone.
@@ -58,7 +66,7 @@ class DistributedOptimizer(Optimizer):
     LocalProtocolError
         ``ps.init()`` was not called, or training has begun.
     ConfigError
-        A parameter is not in the model or has an optimizer already, or ``buffers`` is unknown.
+        A parameter is not in the model or has an optimizer already, or an argument is unknown.
     UnsupportedError
         Servers do not run this optimizer, or cannot hold a tensor of this kind.
     SpecMismatchError
@@ -76,7 +84,7 @@ class DistributedOptimizer(Optimizer):
         self,
         optimizer: Optimizer,
         model: nn.Module,
-        overlap: bool = True,
+        overlap: bool | str = "auto",
         **options: Unpack[OptimizerOptions],
     ) -> None:
         self._table: Table | None = None
@@ -96,9 +104,13 @@ class DistributedOptimizer(Optimizer):
         self.inner = optimizer
         bound = bind(optimizer, model, job.is_taken)
         name = "model" if not job.tables else f"model-{len(job.tables)}"
-        chosen = TableOptions(name, overlap, mode, options.get("lend", True), wire)
-        table = Table(job.client, Owned(optimizer, self, model), bound, chosen)
-        load_frozen(job.client, f"{name}.frozen", bound.frozen)
+        known_as = next((t.options.name for t in job.tables if t.owned.model is model), name)
+        chosen = TableOptions(
+            name, known_as, OverlapMode.of(overlap), mode, options.get("lend", True), wire
+        )
+        owned = Owned(optimizer, self, model)
+        table = Table(job.client, owned, bound, chosen)
+        load_frozen(job.client, chosen, owned, bound.frozen)
         self._table = table
         self._job = job
         job.add(table)

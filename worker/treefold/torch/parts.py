@@ -14,7 +14,7 @@ from treefold.torch.gradients import ABSENT, Gradient
 
 
 @dataclass(slots=True)
-class _Run:
+class Run:
     """Adjacent elements of a part that are adjacent in a flat gradient buffer too."""
 
     source: Tensor
@@ -50,7 +50,7 @@ class Part:
     pieces: list[Piece]
     gradients: list[int] = field(default_factory=list)
     buffers: list[tuple[int, Piece]] = field(default_factory=list)
-    runs: list[_Run] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
     has_gaps: bool = False
     missing: int = 0
     is_sent: bool = False
@@ -139,7 +139,7 @@ def cut_parts(
         for piece in part.pieces:
             if piece.tensor < len(gradients):
                 part.gradients.append(piece.tensor)
-                _add_run(part, piece, gradients[piece.tensor])
+                _add_run(part.runs, _run_of(part, piece, gradients[piece.tensor]))
             else:
                 part.buffers.append((piece.tensor - len(gradients), piece))
         part.has_gaps = sum(run.stop - run.start for run in part.runs) < part.elements
@@ -147,17 +147,28 @@ def cut_parts(
     return found
 
 
-def _add_run(part: Part, piece: Piece, gradient: Gradient) -> None:
-    size = piece.stop - piece.start
-    source = gradient.flat[piece.offset : piece.offset + size]
-    start, stop = piece.start - part.start, piece.stop - part.start
-    last = part.runs[-1] if part.runs else None
-    if last is not None and last.stop == start and _is_next(last.source, source):
-        length = last.source.numel() + size
-        last.source = last.source.as_strided((length,), (1,))
-        last.stop = stop
+def joint_runs(parts: Sequence[Part]) -> list[Run]:
+    """The runs of adjacent parts, as if they were one part that begins with the first of them."""
+    found: list[Run] = []
+    for part in parts:
+        shift = part.start - parts[0].start
+        for run in part.runs:
+            _add_run(found, Run(run.source, run.start + shift, run.stop + shift))
+    return found
+
+
+def _run_of(part: Part, piece: Piece, gradient: Gradient) -> Run:
+    source = gradient.flat[piece.offset : piece.offset + piece.stop - piece.start]
+    return Run(source, piece.start - part.start, piece.stop - part.start)
+
+
+def _add_run(runs: list[Run], run: Run) -> None:
+    last = runs[-1] if runs else None
+    if last is not None and last.stop == run.start and _is_next(last.source, run.source):
+        length = last.source.numel() + run.source.numel()
+        runs[-1] = Run(last.source.as_strided((length,), (1,)), last.start, run.stop)
     else:
-        part.runs.append(_Run(source, start, stop))
+        runs.append(run)
 
 
 def _is_next(left: Tensor, right: Tensor) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from treefold.common.errors import LocalProtocolError
 from treefold.common.fold import TORCH_DTYPES
 from treefold.common.layout import Layout
+from treefold.torch import staging, streams
 from treefold.torch.gradients import ABSENT, Gradient, Gradients, Place, check_not_stale
-from treefold.torch.parts import Part, cut_parts
+from treefold.torch.parts import Part, cut_parts, joint_runs
+from treefold.torch.staging import Copy, Outward
 from treefold.worker.client import Client
 from treefold.worker.handed import PartRun, Task
 from treefold.worker.shell import Values
@@ -53,7 +56,7 @@ class TablePort:
 
     def place(self) -> Place:
         """Where gradients can be lent from."""
-        return Place(self.layout.starts, self.layout.elements, self.client.gradient_buffer)
+        return Place(self.layout.starts, self.layout.elements, self.client.flats)
 
 
 class Source(Enum):
@@ -62,6 +65,7 @@ class Source(Enum):
     NOWHERE = auto()  # no tensor of it has a gradient
     GRADIENTS = auto()  # in the gradients themselves, not scaled
     SCRATCH = auto()  # in this slot's scratch buffer, scaled
+    STAGED = auto()  # on an accelerator, to be copied to the scratch buffer
 
 
 @dataclass(slots=True)
@@ -97,18 +101,25 @@ class Pushing:
     ) -> None:
         self._port = port
         self._is_sparse = is_sparse
-        self.gradients = Gradients(parameters, is_sparse, self._on_finished, port.place())
+        only = [parameter for _, parameter in parameters]
+        accelerator = None if is_sparse else streams.port_of(only)
+        self._outward = None if accelerator is None else Outward(accelerator)
+        place = port.place() if self._outward is None else None
+        self.gradients = Gradients(parameters, is_sparse, self._on_finished, place)
         self.parts = cut_parts(port.layout, port.ranges(), self.gradients.items)
         self._parts_of: list[list[Part]] = [[] for _ in parameters]
         for part in self.parts:
             for number in part.gradients:
                 self._parts_of[number].append(part)
-        can_overlap = is_overlapped and self.gradients.is_on_cpu
+        is_readable = self.gradients.is_on_cpu or self._outward is not None
+        can_overlap = is_overlapped and is_readable
         self.overlap = Overlap.LEARNING if can_overlap else Overlap.OFF
         self.lending = Lending.OFF if self.gradients.flat is None else Lending.LEARNING
         self.on_first: Callable[[], None] = _nothing
         self._packed: dict[int, _Packed] = {}
+        self._gathered: list[_Packed] = []
         self._scratch: Tensor | None = None
+        self._is_pinned = False
         self._marks: list[tuple[int, int]] = []
         self._fires_after_step = False
         self._task: Task | None = None
@@ -131,7 +142,10 @@ class Pushing:
         self._task, self._scale, self._is_stale_allowed = task, scale, is_stale_allowed
         self.is_stepped = self._fires_after_step = False
         self._packed.clear()
+        self._gathered.clear()
         self._scratch = None
+        if self._outward is not None:
+            self._outward.begin()
         self.gradients.begin_slot(is_in_use=task.is_lent)
         items = self.gradients.items
         for part in self.parts:
@@ -153,11 +167,13 @@ class Pushing:
                 self.gradients.settle(gradient)
         if not self._is_stale_allowed:
             check_not_stale(self.gradients.items)
-        ready = [self._pack(part) for part in self.parts if not part.is_sent]
-        for packed in ready:
-            if packed.part.buffers:
-                self._packed[packed.part.number] = packed
-        self._send([packed for packed in ready if not packed.part.buffers])
+        self._send_gathered()
+        left = [part for part in self.parts if not part.is_sent]
+        self._send([self._pack(part) for part in left if not part.buffers])
+        self._packed = {part.number: self._pack(part) for part in left if part.buffers}
+        if self._outward is not None:
+            with self._port.client.spent.on("push"):
+                self._outward.drain()
         self.is_stepped = self.gradients.is_stepped = True
         if self.lending is not Lending.OFF and not self._is_stale_allowed:
             self._marks = [gradient.mark() for gradient in self.gradients.items]
@@ -190,6 +206,12 @@ class Pushing:
         self._learn_lending()
         self._task = None
 
+    def close(self) -> None:
+        """Leave the parameters as ordinary ones; what is on its way goes nowhere."""
+        if self._outward is not None:
+            self._outward.begin()
+        self.gradients.close()
+
     def check_can_zero(self) -> None:
         """Refuse ``zero_grad`` between a backward whose gradients are on their way and the step."""
         if not self.is_stepped:
@@ -208,6 +230,8 @@ class Pushing:
                 self._refuse_change(gradient)
         if self.is_stepped or self._task is None:
             return
+        if self._outward is not None:
+            self._outward.note()
         if self.overlap is Overlap.LEARNING:
             if not any(item.fires > 1 or item.sent for item in self.gradients.items):
                 self.on_first()
@@ -233,9 +257,13 @@ class Pushing:
         for gradient in items:
             self.gradients.settle(gradient)
             gradient.sent = gradient.mark()
-        if not any(part.is_sent for part in self.parts):
+        if not any(part.is_sent for part in reversed(self.parts)):
             self.on_first()
-        self._send([self._pack(part)])
+        packed = self._pack(part)
+        if packed.source is Source.STAGED:
+            self._gather(packed)
+        else:
+            self._send([packed])
 
     @property
     def _is_lendable(self) -> bool:
@@ -256,6 +284,8 @@ class Pushing:
             return _Packed(part, Source.NOWHERE, absent)
         if self._is_lendable and not part.buffers and self._wire(part) == torch.float32:
             return _Packed(part, Source.GRADIENTS, absent)
+        if self._outward is not None and not part.buffers:
+            return _Packed(part, Source.STAGED, absent)
         with self._port.client.spent.on("push"), torch.no_grad():
             values = self._scratch_of(part)
             if values.dtype == torch.float32:
@@ -275,6 +305,7 @@ class Pushing:
         """The part's place in the scratch buffer, of its wire type; as `Published.part` has it."""
         if self._scratch is None:
             self._scratch = self._port.client.scratch(self._port.layout.elements)
+            self._is_pinned = self._outward is not None and self._outward.pin(self._scratch)
         return self._scratch.view(self._wire(part))[part.start : part.stop]
 
     def _wire(self, part: Part) -> torch.dtype:
@@ -324,8 +355,11 @@ class Pushing:
             absent = [packed.part.marks(packed.absent) for packed in run]
         first, last = run[0].part, run[-1].part
         where = PartRun(self._port.table, first.number, len(run), absent)
-        values = self._values(run[0].source, first, last)
-        self._port.client.contribute(self._task, where, values)
+        hand = partial(self._port.client.contribute, self._task, where)
+        if run[0].source is Source.STAGED and self._outward is not None:
+            self._stage(self._outward, [packed.part for packed in run], hand)
+        else:
+            hand(self._values(run[0].source, first, last))
 
     def _values(self, source: Source, first: Part, last: Part) -> Values | None:
         start, stop = first.start, last.stop
@@ -336,6 +370,52 @@ class Pushing:
             own = self._scratch.view(self._wire(first))
             return Values(own[start:stop], 1.0, self._scratch)
         return None
+
+    # ---- gradients on an accelerator ----------------------------------------------------------
+
+    def _gather(self, packed: _Packed) -> None:
+        """Send a part with its neighbours: at once if nothing is on its way, or when enough."""
+        packed.part.is_sent = True
+        run = self._gathered
+        if run and self._is_next(packed, run[0]):
+            run.insert(0, packed)
+        elif run and self._is_next(run[-1], packed):
+            run.append(packed)
+        else:
+            self._send_gathered()
+            run = self._gathered = [packed]
+        if self._outward is not None:
+            self._outward.poll()
+            elements = sum(one.part.elements for one in run)
+            if self._outward.is_idle or elements * torch.float32.itemsize >= staging.CHUNK_BYTES:
+                self._send_gathered()
+
+    def _send_gathered(self) -> None:
+        run, self._gathered = self._gathered, []
+        if run:
+            self._send_run(run)
+
+    def _stage(
+        self, outward: Outward, parts: list[Part], hand: Callable[[Values | None], None]
+    ) -> None:
+        """Let adjacent parts be copied to the scratch buffer, and handed over when they are there.
+
+        What stays float32 is scaled by those who read it, with the same rounding.
+        """
+        with self._port.client.spent.on("push"):
+            first, last = parts[0], parts[-1]
+            self._scratch_of(first)
+            assert self._scratch is not None
+            own = self._scratch.view(self._wire(first))[first.start : last.stop]
+            is_exact = own.dtype == torch.float32
+            if any(part.has_gaps for part in parts):
+                own.fill_(ABSENT)
+            here, there = (1.0, self._scale) if is_exact else (self._scale, 1.0)
+            copies = [
+                Copy(run.source, own[run.start : run.stop], here) for run in joint_runs(parts)
+            ]
+            values = Values(own, there, self._scratch)
+            outward.send(copies, is_pinned=self._is_pinned, hand=partial(hand, values))
 
     # ---- what the script does with its gradients ----------------------------------------------
 
@@ -395,8 +475,9 @@ class Pushing:
 
 
 def _is_finished_once(gradient: Gradient) -> bool:
-    unchanged = gradient.sent == gradient.mark() and gradient.checksum == gradient.sum()
-    return gradient.fires == 1 and unchanged
+    if gradient.fires != 1 or gradient.sent != gradient.mark() or gradient.checksum is None:
+        return False
+    return bool(gradient.checksum == gradient.sum())
 
 
 def _nothing() -> None:

@@ -19,27 +19,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from treefold.common.errors import SpecMismatchError, UnsupportedError
+from treefold.common.round_state import Schedule
 
 _NOT_HYPER = ("params", "param_names")
 _STEP_MARK = "_wrapped_by_lr_sched"  # torch leaves it on the step of a scheduled optimizer
 
 _Plain = object
 """None, bool, int, float, str, bytes, or lists and dicts of these: what MessagePack carries."""
-
-
-class Schedule(msgspec.Struct, frozen=True, array_like=True):
-    """Hyper-parameters and schedulers of one optimizer at one moment, as plain values.
-
-    Attributes
-    ----------
-    groups : list of dict
-        Every entry of each param group but its parameters.
-    schedulers : list of (str, dict)
-        Class and state of each scheduler.
-    """
-
-    groups: list[dict[str, object]]
-    schedulers: list[tuple[str, dict[str, object]]]
 
 
 class Schedules:

@@ -25,8 +25,9 @@ from treefold.torch.leaving import ExitWatch, end_with
 from treefold.torch.progress import LossWatch
 from treefold.torch.pushing import Overlap
 from treefold.torch.randomness import seed_all, seed_between_loops
+from treefold.torch.streams import PINS
 from treefold.torch.table import Table
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 from treefold.worker.client import Client
 from treefold.worker.handed import LoopEnd, Task
 
@@ -141,7 +142,8 @@ class Session:
 
     def next_slot(self, plan: LoopPlan) -> Task | None:
         """Wait for the next slot and load what it needs; None if the pass is over."""
-        reply = self.client.next_task()
+        is_streaming = all(table.is_streamable for table in self.tables)
+        reply = self.client.next_task(is_streaming=is_streaming)
         while not self._load(reply):
             reply = self.client.next_task_anew()
         if isinstance(reply, LoopEnd):
@@ -166,8 +168,11 @@ class Session:
         if task is None or plan is None:
             return
         metas = {table.number: table.end_slot(task, plan) for table in self.tables}
+        is_void = self.client.is_void
         self.client.finish_slot(task, metas)
         self.task = None
+        if is_void:
+            return
         self.progress.samples += samples
         self.client.report(self.progress.samples, self.progress.watch.read())
 
@@ -365,5 +370,7 @@ def _leave(outcome: Outcome, text: str) -> None:
         return
     job.progress.watch.remove()
     for table in job.tables:
-        table.pushing.gradients.close()
+        table.forget()
+        table.pushing.close()
+    PINS.release()
     job.client.leave(outcome, text)

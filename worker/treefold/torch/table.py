@@ -11,14 +11,17 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import msgspec
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
 
 from treefold.common.errors import CapacityError, LocalProtocolError
 from treefold.common.layout import Layout
 from treefold.common.optim import hyper_of
 from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.process import give_back_freed_memory
+from treefold.common.round_state import RoundState, Schedule
 from treefold.common.spec import Dtype
+from treefold.torch.awaiting import Awaiting, can_be_awaited
 from treefold.torch.binding import (
     BoundModel,
     BoundTensor,
@@ -27,10 +30,12 @@ from treefold.torch.binding import (
     table_spec,
 )
 from treefold.torch.buffers import BufferMode, Buffers
+from treefold.torch.options import OverlapMode
 from treefold.torch.pushing import Lending, Pushing, TablePort
-from treefold.torch.schedules import Schedule, Schedules
+from treefold.torch.record import record_of
+from treefold.torch.schedules import Schedules
 from treefold.torch.values import ModelValues, Pieces, copy_parameters
-from treefold.wire.messages import STATE_BYTES_MAX
+from treefold.wire.words import STATE_BYTES_MAX
 from treefold.worker.client import Client
 from treefold.worker.effects import SlotMeta
 from treefold.worker.handed import Snapshot, Task
@@ -39,30 +44,13 @@ if TYPE_CHECKING:
     from treefold.common.spec import Hyper
 
 
-class RoundState(msgspec.Struct, frozen=True, array_like=True):
-    """What a round starts from beside the tensors; made by slot 0 of the round before.
-
-    Attributes
-    ----------
-    schedule : Schedule
-        Hyper-parameters and learning-rate schedulers.
-    moving : list of int
-        The float buffers that fold to the mean.
-    opaque : dict of int to bytes
-        Other buffers, where they differ from what the script began with.
-    """
-
-    schedule: Schedule
-    moving: list[int]
-    opaque: dict[int, bytes]
-
-
 @dataclass(frozen=True, slots=True)
 class TableOptions:
-    """What the user chose for one DistributedOptimizer."""
+    """What the user chose for one DistributedOptimizer; ``model`` is its model's first table."""
 
     name: str
-    is_overlapped: bool
+    model: str
+    overlap: OverlapMode
     buffers: BufferMode
     is_lent: bool = True
     wire: Dtype = Dtype.FLOAT32
@@ -132,25 +120,44 @@ class Table:
         self._first: _Settled | None = None
         self._early: _Settled | None = None
         self._is_loaded = False  # a version whose buffers the model does not have yet
-        initial = flat_values(self._tensors, self.layout.starts, self.layout.elements)
-        snapshot = client.declare(spec, initial)
+        starts, elements = self.layout.starts, self.layout.elements
+        unfolded = [*bound.opaque, *(bound.buffers if not folded else [])]
+        record = record_of(options.model, owned.model, self._tensors, unfolded)
+        snapshot = client.declare(spec, flat_values(self._tensors, starts, elements), record)
         self.number = snapshot.table
         self.parameters = [_parameter(tensor) for tensor in bound.parameters]
         self._values = ModelValues(self.parameters, self.layout, self._pieces)
+        give_back_freed_memory()  # what the parameters lay in before
         names = [tensor.name for tensor in bound.parameters]
+        overlap = options.overlap
+        if overlap is OverlapMode.AUTO:
+            is_on_cpu = all(parameter.is_cpu for parameter in self.parameters)
+            is_useless = is_on_cpu and client.is_crowded
+            overlap = OverlapMode.NONE if is_useless else OverlapMode.BOTH
         self.pushing = Pushing(
             TablePort(client, self.number, self.layout),
             list(zip(names, self.parameters, strict=True)),
-            options.is_overlapped,
+            overlap is not OverlapMode.NONE,
             isinstance(owned.inner, SparseAdam),
         )
         self.pushing.on_first = self._settle_hyper_early
         if not options.is_lent:
             self.pushing.lending = Lending.OFF
+        self._awaiting: Awaiting | None = None
+        flat = self._values.flat
+        can_wait = overlap is OverlapMode.BOTH and can_be_awaited(owned.model, self.parameters)
+        if can_wait and flat is not None:
+            self._awaiting = Awaiting(owned.model, self.parameters, self.layout, flat)
         self.load(snapshot)
         self._give_buffers()
+        give_back_freed_memory()  # the first version's copy
 
     # ---- versions --------------------------------------------------------------------------------
+
+    @property
+    def is_streamable(self) -> bool:
+        """Whether a loop body can begin while parameters are still on their way."""
+        return self._awaiting is not None
 
     def load(self, snapshot: Snapshot) -> bool:
         """Take in a version: parameters at once, buffers and schedulers when the next slot begins.
@@ -168,24 +175,37 @@ class Table:
         with self._client.spent.on("pull"):
             self._take(snapshot)
         self._versions = [parameter._version for parameter in self.parameters]
-        is_intact = snapshot.is_intact
+        is_torn = snapshot.arrivals is not None and snapshot.arrivals.is_torn
+        is_intact = snapshot.is_intact and not is_torn
         snapshot.release()
         return is_intact
 
     def _take(self, snapshot: Snapshot) -> None:
-        self._values.load(snapshot)
-        count = len(self.parameters)
-        for start, stop, values in snapshot.parts:
-            for piece in self._pieces(start, stop):
-                if piece.tensor >= count:
-                    stretch = values[piece.start - start : piece.stop - start]
-                    self.buffers.load_float(piece.tensor - count, piece.offset, stretch)
+        if self._awaiting is not None and snapshot.arrivals is not None:
+            self._awaiting.begin(snapshot.arrivals, self._take_buffers)
+        else:
+            self.forget()
+            self._values.load(snapshot)
+            for start, stop, values in snapshot.parts:
+                self._take_buffers(start, stop, values)
         self.norm = None if math.isnan(snapshot.norm) else snapshot.norm
         if snapshot.state:
             self._state = msgspec.msgpack.decode(snapshot.state, type=RoundState)
             self.buffers.moving = self._state.moving
             self.buffers.load_opaque(self._state.opaque)
         self._is_loaded = True
+
+    def _take_buffers(self, start: int, stop: int, values: Tensor) -> None:
+        count = len(self.parameters)
+        for piece in self._pieces(start, stop):
+            if piece.tensor >= count:
+                stretch = values[piece.start - start : piece.stop - start]
+                self.buffers.load_float(piece.tensor - count, piece.offset, stretch)
+
+    def forget(self) -> None:
+        """Wait for nothing any more: what is still on its way is not needed."""
+        if self._awaiting is not None:
+            self._awaiting.forget()
 
     # ---- loops and slots -------------------------------------------------------------------------
 
@@ -328,23 +348,28 @@ def share_of(task: Task, plan: LoopPlan) -> float:
     return (stop - start) / plan.round_samples(task.round)
 
 
-def load_frozen(client: Client, name: str, tensors: Sequence[BoundTensor]) -> None:
+def load_frozen(
+    client: Client, options: TableOptions, owned: Owned, tensors: Sequence[BoundTensor]
+) -> None:
     """Give every worker the chief's values of the parameters that no optimizer owns.
 
     Parameters
     ----------
     client : Client
         The connection.
-    name : str
-        The table's.
+    options : TableOptions
+        Of the table with the optimizer.
+    owned : Owned
+        The user's objects.
     tensors : sequence of BoundTensor
         Its tensors; nothing is declared if there are none.
     """
     if not tensors:
         return
-    spec = frozen_spec(name, tensors)
+    spec = frozen_spec(f"{options.name}.frozen", tensors)
     layout = Layout(spec)
-    snapshot = client.declare(spec, flat_values(tensors, layout.starts, layout.elements))
+    record = record_of(options.model, owned.model, tensors, [])
+    snapshot = client.declare(spec, flat_values(tensors, layout.starts, layout.elements), record)
     copy_parameters(snapshot, layout.pieces, [_parameter(tensor) for tensor in tensors])
     snapshot.release()
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from treefold.common.layout import Layout, Piece
+from treefold.torch import streams
+from treefold.torch.inward import Inward
 from treefold.worker.handed import Snapshot
 
 Pieces = Callable[[int, int], list[Piece]]
@@ -41,18 +43,26 @@ class ModelValues:
         if self._parameters and _are_alike(self._parameters):
             last = len(self._parameters) - 1
             self.flat = _gather(self._parameters, layout.starts, layout.sizes[last])
+        port = None if self.flat is None else streams.port_of([self.flat])
+        self._inward = None if port is None else Inward(port)
 
     def load(self, snapshot: Snapshot) -> None:
         """Write a version into the parameters, through autograd's sight but not into its graph."""
         if self.flat is None:
             copy_parameters(snapshot, self._pieces, self._parameters)
             return
-        end = self.flat.numel()
         with torch.no_grad():
-            for start, stop, values in snapshot.parts:
-                if start < end:
-                    self.flat[start : min(stop, end)].copy_(values[: end - start])
+            if self._inward is not None:
+                self._inward.load(self.flat, snapshot.parts, snapshot.segments)
+            else:
+                self._load(self.flat, snapshot)
         torch.autograd.graph.increment_version(self._parameters)
+
+    def _load(self, flat: Tensor, snapshot: Snapshot) -> None:
+        end = flat.numel()
+        for start, stop, values in snapshot.parts:
+            if start < end:
+                flat[start : min(stop, end)].copy_(values[: end - start])
 
 
 def _are_alike(parameters: Sequence[nn.Parameter]) -> bool:

@@ -9,7 +9,8 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,26 +23,20 @@ from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import Spent
 from treefold.common.spec import Dtype, Hyper, TableSpec
 from treefold.transport.sockets import Context
-from treefold.wire.messages import Outcome
-from treefold.worker import effects
+from treefold.wire.words import Outcome
+from treefold.worker import effects, machine
 from treefold.worker.effects import SlotMeta
-from treefold.worker.handed import LoopEnd, PartRun, Snapshot, Task
+from treefold.worker.flats import Flats
+from treefold.worker.handed import Direct, LoopEnd, PartRun, Snapshot, Task, check
 from treefold.worker.pulls import PartRange, Table
-from treefold.worker.shell import Answer, GiveBack, Settle, Tensors, Values, WorkerShell
+from treefold.worker.shell import Answer, GiveBack, Settle, Values, WorkerShell, snapshot_of
+
+if TYPE_CHECKING:
+    from treefold.worker.arrivals import Arrivals
 
 DRAIN_TEXT = "the worker was asked to stop"
 DECLARE_TRIES_MAX = 100  # of copying a first version while the servers go on
 STANDING_BY = -1  # the core's slot number for "load this and ask again"
-
-
-@dataclass(slots=True)
-class _Direct:
-    """State of `push`, `pull` and `wait`: the slot in hand and the newest values of each table."""
-
-    task: Task | None = None
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
-    metas: dict[int, SlotMeta] = field(default_factory=dict)
-    declared: dict[int, Snapshot] = field(default_factory=dict)
 
 
 class Client:
@@ -66,17 +61,13 @@ class Client:
             raise ConfigError(msg)
         self._settings = settings
         self._shell = WorkerShell(settings, context)
-        self._calls = itertools.count(1)
+        self._calls, self._pid, self._direct = itertools.count(1), os.getpid(), Direct()
         self._plan: LoopPlan | None = None
-        self._direct = _Direct()
         self._ledger: Writer | None = None
-        self._pid = os.getpid()
-        self._is_closed = False
-        self._is_joined = False
-        self._waits_for = ""
-        self._task_ns = self._pushed_ns = 0
-        self._lent_in = -1
+        self._is_closed = self._is_joined = False
+        self._waits_for, self._task_ns, self._pushed_ns, self._lent_in = "", 0, 0, -1
         self._scratches: list[torch.Tensor] = []
+        self._streams: list[Arrivals] = []
         self._shell.start()
 
     def join(self) -> None:
@@ -95,8 +86,6 @@ class Client:
             call = next(self._calls)
             self._call(call, effects.JoinCalled(call), "join")
             self._is_joined = True
-
-    # ---- who we are ---------------------------------------------------------------------------
 
     @property
     def rank(self) -> int:
@@ -117,9 +106,15 @@ class Client:
         view, membership = self._shell.core.view, self._shell.core.membership
         return view is not None and view.chief == membership.incarnation
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether work beside the computation costs it time; see `machine.is_crowded`."""
+        core = self._shell.core
+        return machine.is_crowded(core.view, core.membership.identity.host)
+
     # ---- tables and passes --------------------------------------------------------------------
 
-    def declare(self, spec: TableSpec, initial: torch.Tensor) -> Snapshot:
+    def declare(self, spec: TableSpec, initial: torch.Tensor, record: bytes = b"") -> Snapshot:
         """Declare a table and wait for its newest version.
 
         Parameters
@@ -128,6 +123,8 @@ class Client:
             Equal in every worker.
         initial : Tensor, float32 [elements of the table]
             Used if the table is new and this worker is the one to initialise it.
+        record : bytes
+            A `ModelRecord`, for those who export checkpoints.
 
         Returns
         -------
@@ -145,13 +142,14 @@ class Client:
         SchedulerLostError
             No scheduler answered.
         """
-        _check(f"initial values for table {spec.name!r}", initial, Layout(spec).elements)
+        check(f"initial values for table {spec.name!r}", initial, Layout(spec).elements)
         self._shell.keep_initial(spec.name, initial.detach().contiguous())
+        del initial  # as large as the model, and not needed beside the first version
         for _ in range(DECLARE_TRIES_MAX):
             call = next(self._calls)
-            answer = self._call(call, effects.DeclareCalled(call, spec), "declare")
-            snapshot = _snapshot(answer.tensors[0])
-            own = [(start, stop, values.clone()) for start, stop, values in snapshot.parts]
+            answer = self._call(call, effects.DeclareCalled(call, spec, record), "declare")
+            snapshot = snapshot_of(answer.tensors[0])
+            own = snapshot.copies() if snapshot.segments else snapshot.parts
             if snapshot.is_intact:
                 snapshot = replace(snapshot, parts=own, segments=[])
                 self._direct.declared[snapshot.table] = snapshot
@@ -183,8 +181,14 @@ class Client:
 
     # ---- slots --------------------------------------------------------------------------------
 
-    def next_task(self) -> Task | LoopEnd:
+    def next_task(self, is_streaming: bool = False) -> Task | LoopEnd:
         """Wait for this worker's next slot.
+
+        Parameters
+        ----------
+        is_streaming : bool
+            Whether it may begin while parts of its version are still on their way; a snapshot has
+            ``arrivals`` then. If `is_void` at its end, the slot is begun anew, or left to others.
 
         Raises
         ------
@@ -195,21 +199,29 @@ class Client:
         SystemExit
             The process was asked to stop and has left the cluster.
         """
-        return self._next_task(is_torn=False)
+        return self._next_task(any(one.is_torn for one in self._streams), is_streaming)
 
     def next_task_anew(self) -> Task | LoopEnd:
         """Do as `next_task` after a snapshot was not intact: begin with the newest version."""
         return self._next_task(is_torn=True)
 
-    def _next_task(self, is_torn: bool) -> Task | LoopEnd:
+    @property
+    def is_void(self) -> bool:
+        """Whether the slot in hand does not count: its version did not come to its end."""
+        return any(arrivals.is_void for arrivals in self._streams)
+
+    def _next_task(self, is_torn: bool, is_streaming: bool = False) -> Task | LoopEnd:
         newest: dict[int, Snapshot] = {}
         while True:
             call = next(self._calls)
             with self.spent.on("wait"):
-                answer = self._call(call, effects.TaskCalled(call, is_torn), "next_task")
+                event = effects.TaskCalled(call, is_torn, is_streaming)
+                answer = self._call(call, event, "next_task")
             is_torn = False
-            newest |= {item.snapshot.table: _snapshot(item) for item in answer.tensors}
+            newest |= {item.snapshot.table: snapshot_of(item) for item in answer.tensors}
             snapshots = list(newest.values())
+            if snapshots or is_torn:
+                self._streams = [one.arrivals for one in snapshots if one.arrivals is not None]
             if isinstance(answer.value, effects.LoopEnd):
                 if answer.value.is_draining:
                     self.leave(Outcome.DRAINED, DRAIN_TEXT)
@@ -223,7 +235,7 @@ class Client:
 
     def _is_lent(self, round_: int) -> bool:
         """Whether memory lent in this round is in use. With the next version it is free."""
-        if self._lent_in != round_:
+        if self._lent_in != round_ and not self._streams:  # of streams, the round before may go on
             return False
         call = next(self._calls)
         return bool(self._call(call, Settle(call), "next_task").value)
@@ -234,9 +246,10 @@ class Client:
         self._scratches.append(flat)
         return flat
 
-    def gradient_buffer(self, elements: int) -> torch.Tensor:
-        """A buffer that is the caller's for good and can be lent, float32 [elements]."""
-        return self._shell.flats.make(elements)
+    @property
+    def flats(self) -> Flats:
+        """Buffers that can be lent."""
+        return self._shell.flats
 
     def contribute(self, task: Task, where: PartRun, values: Values | None) -> None:
         """Hand over adjacent parts of a slot's contribution; does not wait.
@@ -256,6 +269,8 @@ class Client:
         DataError
             There is no such table or part, or the values are not what it holds.
         """
+        if self.is_void:
+            return
         known = self.parts(where.table)
         last = where.part + where.count - 1
         if not 0 <= where.part <= last < len(known):
@@ -264,7 +279,7 @@ class Client:
         if values is not None:
             what = f"parts {where.part} to {last} of table {where.table}"
             elements = known[last].stop - known[where.part].start
-            _check(what, values.flat, elements, TORCH_DTYPES[known[where.part].wire])
+            check(what, values.flat, elements, TORCH_DTYPES[known[where.part].wire])
             if values.owner is None:
                 self._lent_in = task.round
         event = effects.Contributed(
@@ -286,7 +301,7 @@ class Client:
         norm_max : float
             Limit of the global gradient norm, 0 for none.
         """
-        if task.slot == 0:
+        if task.slot == 0 and not self.is_void:
             self._shell.post(effects.HyperKnown(table, task.round, task.slot, groups, norm_max))
 
     def finish_slot(self, task: Task, metas: dict[int, SlotMeta]) -> None:
@@ -302,7 +317,8 @@ class Client:
         for flat in self._scratches:
             self._shell.post(GiveBack(flat))
         self._scratches.clear()
-        self._shell.post(effects.SlotFinished(task.round, task.slot, metas))
+        if not self.is_void:
+            self._shell.post(effects.SlotFinished(task.round, task.slot, metas))
         took_ns = time.perf_counter_ns() - self._task_ns
         self.spent.add("compute", took_ns - (self._not_computing_ns() - self._pushed_ns))
 
@@ -353,7 +369,7 @@ class Client:
             There is no such table, or the gradient or the groups are not what it takes.
         """
         known = self._table(table)
-        _check(f"a gradient for table {known.spec.name!r}", gradient, known.layout.elements)
+        check(f"a gradient for table {known.spec.name!r}", gradient, known.layout.elements)
         wanted = len(known.spec.optimizer.groups) if known.spec.optimizer else 0
         if len(groups) != wanted:
             msg = f"table {known.spec.name!r} has {wanted} param groups, not {len(groups)}"
@@ -385,8 +401,7 @@ class Client:
             msg = f"wait({round_}) does not belong to the last push"
             raise LocalProtocolError(msg)
         self.finish_slot(task, self._direct.metas)
-        self._direct.metas = {}
-        self._direct.task = None
+        self._direct.metas, self._direct.task = {}, None
         self._take_direct()
 
     def pull(self, table: int) -> torch.Tensor:
@@ -445,8 +460,6 @@ class Client:
         snapshot.release()
         return is_intact
 
-    # ---- leaving ------------------------------------------------------------------------------
-
     def drain(self) -> None:
         """Stop after the current slot. May be called from a signal handler."""
         if self._waits_for in ("join", "declare", "enter_loop"):
@@ -465,6 +478,10 @@ class Client:
         if self._ledger is not None:
             self._ledger.close()
 
+    def wait_closed(self) -> None:
+        """Wait until `leave` has closed every socket. May be called from any thread."""
+        self._shell.wait_closed()
+
     def _call(self, number: int, event: effects.Event | Settle, name: str) -> Answer:
         if self._is_closed:
             msg = "this worker has left the cluster"
@@ -480,18 +497,3 @@ class Client:
         if answer.error is not None:
             raise answer.error
         return answer
-
-
-def _check(
-    what: str, values: torch.Tensor, elements: int, dtype: torch.dtype = torch.float32
-) -> None:
-    """Refuse a tensor of another dtype or shape than is expected."""
-    if values.dtype != dtype or list(values.shape) != [elements]:
-        kind = f"{values.dtype} {list(values.shape)}"
-        msg = f"{what}: expected {dtype} [{elements}], got {kind}"
-        raise DataError(msg)
-
-
-def _snapshot(item: Tensors) -> Snapshot:
-    inner = item.snapshot
-    return Snapshot(inner.table, inner.version, inner.state, inner.norm, item.parts, item.segments)

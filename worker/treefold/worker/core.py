@@ -12,27 +12,24 @@ from treefold.wire.exchange import SCHEDULER, Level, Note, PeerLost, Received, S
 from treefold.wire.membership import MS, Membership, Standing
 from treefold.wire.messages import (
     Accepted,
-    Code,
     Fenced,
     Flush,
     Grant,
     HeartbeatSeen,
     Leave,
-    Outcome,
-    Phase,
+    LeaveAsked,
     Published,
     Pulled,
     Refused,
     Registered,
-    Role,
     RoundStatus,
     Stop,
     View,
 )
+from treefold.wire.words import Code, Outcome, Phase
 from treefold.worker.declarations import Declarations
 from treefold.worker.effects import (
     Complete,
-    Connect,
     Contributed,
     DeclareCalled,
     DrainAsked,
@@ -52,9 +49,10 @@ from treefold.worker.effects import (
     TaskCalled,
 )
 from treefold.worker.exchange import Exchange
-from treefold.worker.limits import ERRORS, WorkerLimits
+from treefold.worker.limits import ERRORS, PAUSE_FACTOR, WorkerLimits
 from treefold.worker.pulls import Table
 from treefold.worker.rounds import LocalRound
+from treefold.worker.streams import newest_whole
 
 WAIT_NOTE_S = 30  # a wait this long is told to the operator, with what it waits for
 
@@ -86,8 +84,7 @@ class WorkerCore:
         self._wait_note_ns: int | None = None
         self._started_ns: int | None = None
         self._server_ns = 0
-        self._is_silence_noted = False
-        self._servers: dict[int, str] = {}
+        self._is_silence_noted = self._is_streaming = False
         self._out: list[Effect] = []
         self.exchange = Exchange(membership, limits.retry_ns, self._out)
         self.declarations = Declarations(membership, self._out)
@@ -143,9 +140,8 @@ class WorkerCore:
     def next_deadline_ns(self) -> int | None:
         """When a `Tick` is needed at the latest."""
         times = [self.membership.next_deadline_ns(), self._wait_note_ns]
-        times.append(self.exchange.next_deadline_ns())
-        times.append(self.declarations.next_deadline_ns())
-        return min((time for time in times if time is not None), default=None)
+        times += (self.exchange.next_deadline_ns(), self.declarations.next_deadline_ns())
+        return min([time_ns for time_ns in times if time_ns is not None], default=None)
 
     def check_invariants(self) -> None:
         """Raise `InvariantError` if the state contradicts itself."""
@@ -180,6 +176,7 @@ class WorkerCore:
             self.declarations.add(now_ns, event)
         else:
             self._task_call = event.call
+            self._is_streaming = event.is_streaming
             self._wait_note_ns = now_ns + WAIT_NOTE_S * 1000 * MS
             if event.is_torn:
                 self.exchange.begin_anew(now_ns, self.position)
@@ -211,6 +208,9 @@ class WorkerCore:
                 self._on_accepted(now_ns, message)
             case View():
                 self._on_view(now_ns, message)
+            case LeaveAsked(who):
+                self.is_draining |= who == self.membership.incarnation
+                self._serve_task(now_ns)
             case Grant() | Flush():
                 self._on_late_round(now_ns, message)
             case Refused():
@@ -222,6 +222,9 @@ class WorkerCore:
                 self._out.append(Note(Level.WARNING, text))
 
     def _on_late_round(self, now_ns: int, message: Grant | Flush) -> None:
+        older = self.exchange.stream.older
+        if isinstance(message, Grant) and older is not None and message.round == older.number:
+            self._turn_back(now_ns, message.slots)
         local = self.local
         if local is None or message.round != local.number:
             return
@@ -229,7 +232,7 @@ class WorkerCore:
             local.assign(message.slots)
             self._serve_task(now_ns)
             return
-        self.exchange.push(local.flush())
+        self.exchange.push(local.flush(), local)
 
     def _on_registered(self, now_ns: int, message: Registered) -> None:
         if self.membership.job not in (0, message.job):
@@ -244,48 +247,42 @@ class WorkerCore:
     def _on_accepted(self, now_ns: int, message: Accepted) -> None:
         declared = self.declarations.pop(message.call)
         if isinstance(declared, LoopCalled):
-            self._out.append(Complete(message.call, None))
+            self._out.append(Complete(declared.call, None))
         elif declared is not None:
             known = self.tables.get(message.number)
             if known is None:
-                known = Table(declared.spec, message.number, message.call)
+                known = Table(declared.spec, message.number, declared.call)
                 self.tables[message.number] = known
             elif known.declare_call is None:  # the first version could not be read to its end
-                known.declare_call = message.call
+                known.declare_call = declared.call
                 known.pulls = {}
-            self._settle_tables(now_ns)
+            self.exchange.settle(now_ns, self.view)
 
     def _on_view(self, now_ns: int, view: View) -> None:
         if self.view is not None and view.number <= self.view.number:
             return
+        if self.view is not None and view.era != self.view.era:
+            self._fail(errors.RolledBackError("the job has gone back to a checkpoint: begin anew"))
         self.view = view
+        self.exchange.link(view)
+        if self.failure is not None:
+            return
         self.membership.vitals.view = view.number
         self.story.add(now_ns, f"view {view.number}")
-        for member in view.members:
-            if member.role is Role.SERVER and member.incarnation not in self._servers:
-                self._servers[member.incarnation] = member.address
-                self._out.append(Connect(member.incarnation, member.address))
         self._serve_join()
-        self._settle_tables(now_ns)
+        self.exchange.settle(now_ns, self.view)
+        if self.exchange.stream.older is not None:
+            self._turn_back(now_ns, self._leased(self.position - 1))
         self._serve_task(now_ns)
-
-    def _settle_tables(self, now_ns: int) -> None:
-        """Begin the first pull of every table that has its place by now."""
-        for place in self.view.tables if self.view else []:
-            table = self.tables.get(place.table)
-            if table is None:
-                continue
-            table.settle(place)
-            if table.declare_call is not None and not table.pulls:
-                self.exchange.pull(now_ns, table, 0, attempt=1)
 
     def _on_refused(self, message: Refused) -> None:
         if message.code is Code.STALE_VIEW:
             return  # the newer view is on its way, and the next retry names it
         error = ERRORS[message.code](message.text)
-        if message.call and self.declarations.pop(message.call) is not None:
-            self._out.append(Fail(message.call, error))
-        else:
+        declared = self.declarations.pop(message.call) if message.call else None
+        if declared is not None:
+            self._out.append(Fail(declared.call, error))
+        elif not message.call:
             self._fail(error)
 
     def _on_stop(self, message: Stop) -> None:
@@ -297,12 +294,8 @@ class WorkerCore:
         if is_told_twice:
             return
         self._out.append(Send(SCHEDULER, Leave(self.membership.incarnation, message.outcome, "")))
-        kind = (
-            errors.FormationError
-            if message.outcome is Outcome.NOT_FORMED
-            else errors.JobFailedError
-        )
-        self._fail(kind(message.text))
+        is_formed = message.outcome is not Outcome.NOT_FORMED
+        self._fail((errors.JobFailedError if is_formed else errors.FormationError)(message.text))
 
     def _finish_leaving(self) -> None:
         if self._leave_call is not None:
@@ -317,6 +310,7 @@ class WorkerCore:
         for call in dict.fromkeys(call for call in waiting if call is not None):
             self._out.append(Fail(call, error))
         self._task_call = self._join_call = self._wait_note_ns = None
+        self.exchange.stream.fail(error)
         self.exchange.drop_pulls()
 
     # ---- servers ------------------------------------------------------------------------------
@@ -329,7 +323,7 @@ class WorkerCore:
         if isinstance(message, Published):
             self._on_pulled(now_ns, self.exchange.take_word(now_ns, message))
         elif isinstance(message, RoundStatus):
-            self.exchange.on_status(message)
+            self.exchange.on_status(now_ns, message)
         elif isinstance(message, Refused):
             self._on_refused(message)
 
@@ -355,12 +349,12 @@ class WorkerCore:
         """Answer the script's call for its next slot, if there is an answer."""
         if self._task_call is None or self.view is None:
             return
-        self._catch_up(now_ns)
+        self.exchange.catch_up(now_ns, self.position)
         snapshots = self._advance(now_ns)
         if any(table.held != self.position for table in self.exchange.trained()):
             return
         if self.is_draining or self._is_loop_over():
-            self.exchange.push(self.local.flush() if self.local else [])
+            self.exchange.push(self.local.flush() if self.local else [], self.local)
             self._answer_task(LoopEnd(self.position, snapshots, self.is_draining))
             return
         local = self._open_round(now_ns)
@@ -372,14 +366,6 @@ class WorkerCore:
         elif snapshots:
             self._answer_task(Task(self.position, -1, snapshots))
 
-    def _catch_up(self, now_ns: int) -> None:
-        """Bring tables that were declared at different versions to one."""
-        trained = self.exchange.trained()
-        if any(table.held != self.position for table in trained):
-            for table in trained:
-                if not table.pulls:
-                    self.exchange.pull(now_ns, table, self.position, attempt=0)
-
     def _answer_task(self, value: Task | LoopEnd) -> None:
         if self._task_call is not None:
             self._out.append(Complete(self._task_call, value))
@@ -387,23 +373,32 @@ class WorkerCore:
 
     def _advance(self, now_ns: int) -> list[Snapshot]:
         """Move on to the newest version that every table is at, if it is a newer one."""
-        trained = self.exchange.trained()
-        if not trained or not all(table.is_pulled for table in trained):
+        newest = newest_whole(self.exchange, now_ns)
+        if newest is None:
+            return self._begin_early(now_ns)
+        if self.local is None or self.local.number != newest:  # else it was loaded once more
+            self.exchange.drop_round()
+        self.position = self.membership.vitals.round = newest
+        return [table.snapshot() for table in self.exchange.trained()]
+
+    def _begin_early(self, now_ns: int) -> list[Snapshot]:
+        """Move on to a version that is not all here, if the script can compute with that."""
+        plan, version = self.plan, self.position + 1
+        if plan is None or plan.kind is not PlanKind.SLOTS or version >= plan.end_round:
             return []
-        newest = max(table.pulled_version for table in trained)
-        lagging = False
-        for table in trained:
-            if table.pulled_version < newest:
-                self.exchange.pull(now_ns, table, newest, attempt=0)
-            lagging |= table.pulled_version < newest or not self.exchange.is_consistent(
-                now_ns, table
-            )
-        if lagging or any(not table.is_pulled for table in trained):
+        is_able = self._is_streaming and not self.is_draining
+        if not is_able or not self.exchange.stream.can_begin(version):
             return []
-        self.exchange.drop_round()
-        self.position = newest
-        self.membership.vitals.round = newest
-        return [table.snapshot() for table in trained]
+        if not any(slot < plan.active_slots(version) for slot in self._leased(version)):
+            return []
+        self.position = self.membership.vitals.round = version
+        return self.exchange.stream.begin(now_ns, version)
+
+    def _turn_back(self, now_ns: int, slots: list[int]) -> None:
+        """Compute more slots of the round before, if that is what others wait for."""
+        position = self.exchange.stream.turn_back(now_ns, slots)
+        if position is not None:
+            self.position = self.membership.vitals.round = position
 
     def _open_round(self, now_ns: int) -> LocalRound:
         """The round being computed, with the slots that this worker leases in it."""
@@ -414,19 +409,25 @@ class WorkerCore:
             parts = {table.number: len(table.parts) for table in self.exchange.trained()}
             local = LocalRound(self.position, self.plan, parts)
             self.exchange.local = local
-            for table in self.exchange.trained():
-                if not table.pulls:
-                    self.exchange.pull(now_ns, table, self.position + 1, attempt=0)
-        leases = self.view.leases
-        if self.position < leases.from_round:
-            leases = self.view.previous
-        me = self.membership.incarnation
-        local.assign([slot for slot, who in enumerate(leases.workers) if who == me])
+        for table in self.exchange.trained():
+            if not table.pulls:
+                self.exchange.pull(now_ns, table, self.position + 1, attempt=0)
+        local.assign(self._leased(self.position))
         return local
+
+    def _leased(self, round_: int) -> list[int]:
+        """The slots of a round that are leased to this worker."""
+        if self.view is None:
+            return []
+        is_newest = round_ >= self.view.leases.from_round
+        leases = self.view.leases if is_newest else self.view.previous
+        me = self.membership.incarnation
+        return [slot for slot, who in enumerate(leases.workers) if who == me]
 
     def _on_finished(self, now_ns: int, event: SlotFinished) -> None:
         took_ns = max(1, now_ns - self._task_ns)
         known_ns = self._slot_time_ns or took_ns
+        took_ns = min(took_ns, PAUSE_FACTOR * known_ns)
         self._slot_time_ns = self.membership.vitals.slot_time_ns = (known_ns + took_ns) // 2
         self.exchange.finish(event)
 
@@ -450,19 +451,18 @@ class WorkerCore:
 
     def _check_waits(self, now_ns: int) -> None:
         waited_ns = now_ns - (self._started_ns or 0)
-        is_unknown = (
-            self.membership.standing is Standing.JOINING and self.membership.incarnation == 0
-        )
+        is_joining = self.membership.standing is Standing.JOINING
+        is_unknown = is_joining and self.membership.incarnation == 0
         if is_unknown and waited_ns > self.limits.connect_timeout_ns and self.failure is None:
             self.membership.give_up()
-            waited = f"{waited_ns / 1e9:.0f} s"
-            text = f"no scheduler answered within {waited}; is it running at this address?"
+            waited = f"no scheduler answered within {waited_ns / 1e9:.0f} s"
+            text = f"{waited}; is it running at this address?"
             self._fail(errors.SchedulerLostError(text))
-        silent = self.membership.is_silent(now_ns)
-        if silent and not self._is_silence_noted:
+        is_silent = self.membership.is_silent(now_ns)
+        if is_silent and not self._is_silence_noted:
             text = "the scheduler does not answer; training goes on, changes wait for it"
             self._out.append(Note(Level.WARNING, text))
-        self._is_silence_noted = silent
+        self._is_silence_noted = is_silent
         self._check_scheduler(now_ns)
         self._check_servers(now_ns)
 
@@ -479,7 +479,10 @@ class WorkerCore:
     def _check_servers(self, now_ns: int) -> None:
         quiet_ns = now_ns - max(self._server_ns, self.exchange.asked_ns)
         is_quiet = quiet_ns > self.limits.unreachable_ns and self.exchange.is_asking
-        if is_quiet and (self._task_call is not None or self.exchange.is_declaring):
+        if now_ns - self.membership.heard_ns > self.limits.unreachable_ns:
+            quiet_ns = self.exchange.quiet_ns(now_ns)  # nobody replaces a server that is silent
+            is_quiet |= quiet_ns > self.limits.unreachable_ns
+        if is_quiet and (self._task_call is not None or self.exchange.is_waited_for):
             text = f"no server answered for {quiet_ns / 1e9:.0f} s; {self._waiting_for()}"
             self._fail(errors.UnavailableError(text))
         elif self._wait_note_ns is not None and now_ns >= self._wait_note_ns:

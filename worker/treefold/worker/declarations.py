@@ -9,6 +9,7 @@ from treefold.wire.messages import DeclarePlan, DeclareTable
 from treefold.worker.effects import DeclareCalled, Effect, LoopCalled
 
 RETRY_MS = 500
+CALLS_MAX = 1 << 40  # of one registration, so that answers to an earlier one are told from ours
 
 
 class Declarations:
@@ -60,8 +61,15 @@ class Declarations:
         self._pending = {**self._tables, **self._pending}
         self.announce(now_ns)
 
-    def pop(self, call: int) -> DeclareCalled | LoopCalled | None:
-        """The call that was answered, None if the script has its answer already."""
+    def pop(self, number: int) -> DeclareCalled | LoopCalled | None:
+        """The call that was answered, None if the script has its answer already.
+
+        So it is if an incarnation was answered that this process has no more: what that one
+        declared may not count any longer.
+        """
+        registration, call = divmod(number, CALLS_MAX)
+        if registration != self._membership.registrations:
+            return None
         event = self._pending.pop(call, None)
         if call in self._tables:  # announced again for a new incarnation, which the script ignores
             return None
@@ -79,7 +87,8 @@ class Declarations:
         if not self._membership.is_member:
             return
         who = self._membership.incarnation
+        number = event.call + CALLS_MAX * self._membership.registrations
         if isinstance(event, DeclareCalled):
-            self._out.append(Send(SCHEDULER, DeclareTable(who, event.call, event.spec)))
+            self._out.append(Send(SCHEDULER, DeclareTable(who, number, event.spec, event.record)))
         else:
-            self._out.append(Send(SCHEDULER, DeclarePlan(who, event.call, event.plan)))
+            self._out.append(Send(SCHEDULER, DeclarePlan(who, number, event.plan)))

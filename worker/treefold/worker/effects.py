@@ -4,51 +4,49 @@ A call of the training thread is an event with a number; it is answered by `Comp
 that number. Tensors are handles: numbers that the shell can turn into tensors.
 """
 
-from dataclasses import dataclass
+import msgspec
 
 from treefold.common.plan import LoopPlan
 from treefold.common.spec import Hyper, TableSpec
 from treefold.wire.exchange import Note, PeerLost, Received, Send, Tick
-from treefold.wire.messages import Outcome
+from treefold.wire.words import Outcome
 
 
-@dataclass(frozen=True, slots=True)
-class JoinCalled:
+class JoinCalled(msgspec.Struct, frozen=True, gc=False):
     """The script waits until the cluster has formed. Completed with None."""
 
     call: int
 
 
-@dataclass(frozen=True, slots=True)
-class DeclareCalled:
+class DeclareCalled(msgspec.Struct, frozen=True, gc=False):
     """The script declares a table. Completed with its first `Snapshot`."""
 
     call: int
     spec: TableSpec
+    record: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class LoopCalled:
+class LoopCalled(msgspec.Struct, frozen=True, gc=False):
     """The script begins a pass over its data. Completed with None."""
 
     call: int
     plan: LoopPlan
 
 
-@dataclass(frozen=True, slots=True)
-class TaskCalled:
+class TaskCalled(msgspec.Struct, frozen=True, gc=False):
     """The script wants its next slot. Completed with a `Task` or a `LoopEnd`.
 
     With ``is_torn`` what the last call was completed with could not be read to its end, since this
     worker is so late that the servers have gone on: it is to begin anew with the newest version.
+    With ``is_streaming`` a slot may begin although not all parts of its version are here.
     """
 
     call: int
     is_torn: bool = False
+    is_streaming: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LeaveCalled:
+class LeaveCalled(msgspec.Struct, frozen=True, gc=False):
     """The script is over. Completed with None."""
 
     call: int
@@ -56,8 +54,7 @@ class LeaveCalled:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Contributed:
+class Contributed(msgspec.Struct, frozen=True, gc=False):
     """``count`` adjacent parts of a slot's contribution, from ``part`` on, over all shards.
 
     ``payloads`` has one handle per part, and is empty if no tensor has a gradient. ``absent`` has a
@@ -73,8 +70,7 @@ class Contributed:
     absent: list[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class HyperKnown:
+class HyperKnown(msgspec.Struct, frozen=True, gc=False):
     """What slot 0 steps with will not change any more; servers may step what they have."""
 
     table: int
@@ -84,8 +80,7 @@ class HyperKnown:
     norm_max: float
 
 
-@dataclass(frozen=True, slots=True)
-class SlotMeta:
+class SlotMeta(msgspec.Struct, frozen=True, gc=False):
     """What slot 0 brings beside its tensors; see `treefold.wire.messages.RoundMeta`."""
 
     groups: list[Hyper]
@@ -93,8 +88,7 @@ class SlotMeta:
     state: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class SlotFinished:
+class SlotFinished(msgspec.Struct, frozen=True, gc=False):
     """The loop body of a slot is over. ``metas`` has one entry per table that stepped."""
 
     round: int
@@ -102,32 +96,64 @@ class SlotFinished:
     metas: dict[int, SlotMeta]
 
 
-@dataclass(frozen=True, slots=True)
-class Reported:
+class Reported(msgspec.Struct, frozen=True, gc=False):
     """Figures for the next heartbeat: samples so far, last loss."""
 
     samples: int
     loss: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class DrainAsked:
+class DrainAsked(msgspec.Struct, frozen=True, gc=False):
     """The operator wants this worker to stop after its current slot."""
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One version of a table: per part the handle of its tensor."""
+class Snapshot(msgspec.Struct, frozen=True, gc=False):
+    """One version of a table: per part the handle of its tensor.
+
+    With ``is_streaming`` there are none: every part is, or will be, in an `Arrived`.
+    """
 
     table: int
     version: int
     state: bytes
     norm: float
     payloads: list[int]
+    is_streaming: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class StreamBegun(msgspec.Struct, frozen=True, gc=False):
+    """From now on parts of this version of a table arrive one by one."""
+
+    table: int
+    version: int
+
+
+class Arrived(msgspec.Struct, frozen=True, gc=False):
+    """A part of the version being streamed, counted over all shards. Takes over the payload."""
+
+    table: int
+    part: int
+    payload: int
+
+
+class Retire(msgspec.Struct, frozen=True, gc=False):
+    """Memory that holds contributions is never written to again once they are released.
+
+    A server that was replaced and does not know it yet may still read it, and must not take for a
+    contribution to its round what is one to a later round.
+    """
+
+
+class StreamsOver(msgspec.Struct, frozen=True):
+    """Nothing more arrives of what is being streamed; what was computed with it does not count.
+
+    With an error nothing more will come at all.
+    """
+
+    error: Exception | None = None
+
+
+class Task(msgspec.Struct, frozen=True, gc=False):
     """Compute slot ``slot`` of round ``round``, after loading ``snapshots``.
 
     ``is_kept`` says that the contribution will wait here for that of another slot, while the script
@@ -140,8 +166,7 @@ class Task:
     is_kept: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LoopEnd:
+class LoopEnd(msgspec.Struct, frozen=True, gc=False):
     """The pass over the data is over (or this worker drains); ``version`` is where the job is."""
 
     version: int
@@ -149,51 +174,51 @@ class LoopEnd:
     is_draining: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Complete:
+class Complete(msgspec.Struct, frozen=True):
     """A call is done."""
 
     call: int
     value: object
 
 
-@dataclass(frozen=True, slots=True)
-class Fail:
+class Fail(msgspec.Struct, frozen=True):
     """A call failed with this error."""
 
     call: int
     error: Exception
 
 
-@dataclass(frozen=True, slots=True)
-class FoldPayloads:
+class FoldPayloads(msgspec.Struct, frozen=True, gc=False):
     """Payload ``left`` becomes ``left + right``; ``right`` is not needed any more."""
 
     left: int
     right: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReleasePayload:
+class ReleasePayload(msgspec.Struct, frozen=True, gc=False):
     """This payload is not needed any more."""
 
     payload: int
 
 
-@dataclass(frozen=True, slots=True)
-class Initial:
+class Initial(msgspec.Struct, frozen=True, gc=False):
     """Reference to adjacent parts, ``(start, stop)`` each, of the initial values declared."""
 
     table: int
     parts: list[tuple[int, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Connect:
+class Connect(msgspec.Struct, frozen=True, gc=False):
     """From now on the server with this incarnation is sent to at this address."""
 
     server: int
     address: str
+
+
+class Disconnect(msgspec.Struct, frozen=True, gc=False):
+    """Close the link to a server that is gone; nothing is sent to it any more."""
+
+    server: int
 
 
 Call = JoinCalled | DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
@@ -208,4 +233,6 @@ Event = (
     | Reported
     | DrainAsked
 )
-Effect = Send | Note | Connect | Complete | Fail | FoldPayloads | ReleasePayload
+Stream = StreamBegun | Arrived | StreamsOver
+Link = Connect | Disconnect
+Effect = Send | Note | Link | Complete | Fail | FoldPayloads | ReleasePayload | Retire | Stream

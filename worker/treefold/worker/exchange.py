@@ -9,11 +9,9 @@ from typing import TypeVar
 
 from treefold.common.spec import Dtype, Rule
 from treefold.wire.exchange import Send
+from treefold.wire.links import Links
 from treefold.wire.membership import MS, Membership
 from treefold.wire.messages import (
-    INITIAL_ROUND,
-    RUN_PARTS_MAX,
-    Frame,
     Published,
     Pull,
     Pulled,
@@ -23,23 +21,28 @@ from treefold.wire.messages import (
     RoundStatus,
     View,
 )
+from treefold.wire.words import INITIAL_ROUND, RUN_PARTS_MAX, Frame, Phase, Role
 from treefold.worker.effects import (
+    Connect,
     Contributed,
+    Disconnect,
     Effect,
     HyperKnown,
     Initial,
     ReleasePayload,
+    Retire,
     SlotFinished,
 )
 from treefold.worker.pulls import ShardPull, Table
 from treefold.worker.rounds import Held, LocalRound, Pushed
+from treefold.worker.streams import Stream
 
 ItemT = TypeVar("ItemT")
 
 NOTHING_HELD = -1
-FIRST_RETRY_MS = (
-    20  # a server may hear of a new table a little later than its workers; doubles each time
-)
+# A server may hear of a new table, or of a shard that it leads now, a little later than its
+# workers, and does not answer until then. Doubles each time.
+FIRST_RETRY_MS = 20
 
 
 class Exchange:
@@ -62,6 +65,8 @@ class Exchange:
         The round being computed.
     asked_ns : int
         When a version was last asked for, retries left aside.
+    stream : Stream
+        The version whose parts are handed on as they come, if there is one.
     """
 
     def __init__(self, membership: Membership, retry_ns: int, out: list[Effect]) -> None:
@@ -70,7 +75,9 @@ class Exchange:
         self.tables: dict[int, Table] = {}
         self.local: LocalRound | None = None
         self.asked_ns = 0
+        self._links = Links()
         self._out = out
+        self.stream = Stream(self, out)
 
     def trained(self) -> list[Table]:
         """Tables that have rounds."""
@@ -80,6 +87,11 @@ class Exchange:
     def is_declaring(self) -> bool:
         """Whether the script waits for the first version of a table."""
         return any(table.declare_call is not None for table in self.tables.values())
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether the script waits for a server, beside its call for a slot."""
+        return self.is_declaring or self.stream.is_open
 
     @property
     def is_unplaced(self) -> bool:
@@ -92,10 +104,57 @@ class Exchange:
         """Whether a server owes a part of a version."""
         return any(table.pulls and not table.is_pulled for table in self.tables.values())
 
+    def link(self, view: View) -> None:
+        """Have links to servers of a view alone: what is queued for others would keep us here."""
+        servers = {m.incarnation: m.address for m in view.members if m.role is Role.SERVER}
+        used = [*view.tables, *(t.place for t in self.tables.values() if t.place is not None)]
+        leading = {shard.server: None for place in used for shard in place.shards}
+        gone, new = self._links.follow(servers, leading)
+        self._out += [Disconnect(who) for who in gone]
+        self._out += [Connect(who, address) for who, address in new.items()]
+
+    def settle(self, now_ns: int, view: View | None) -> None:
+        """Begin the first pull of every table that has its place by now.
+
+        A shard that has another primary than before is asked for again there at once.
+        """
+        if view is None or view.phase is Phase.ENDED:  # then servers may be gone
+            return
+        for place in view.tables:
+            table = self.tables.get(place.table)
+            if table is None:
+                continue
+            moved = table.settle(place)
+            if moved:
+                self._out.append(Retire())
+            for shard in moved:
+                pull = table.pulls.get(shard)
+                if pull is not None and not pull.is_complete:
+                    pull.status = None
+                    pull.attempt += 1
+                    pull.delay_ns = FIRST_RETRY_MS * MS
+                    pull.deadline_ns = now_ns + pull.delay_ns
+                    self._send_pull(table, shard)
+            if table.declare_call is not None and not table.pulls:
+                self.pull(now_ns, table, 0, attempt=1)
+
+    def catch_up(self, now_ns: int, position: int) -> None:
+        """Bring tables that were declared at different versions to one."""
+        trained = self.trained()
+        if any(table.held != position for table in trained):
+            for table in trained:
+                if not table.pulls:
+                    self.pull(now_ns, table, position, attempt=0)
+
     def next_deadline_ns(self) -> int | None:
         """When a pull is to be sent again."""
-        pulls = [pull for table in self.tables.values() for pull in table.pulls.values()]
-        return min((pull.deadline_ns for pull in pulls if not pull.is_complete), default=None)
+        due_ns: int | None = None
+        for table in self.tables.values():
+            for pull in table.pulls.values():
+                is_sooner = due_ns is None or pull.deadline_ns < due_ns
+                if is_sooner and not pull.is_complete:
+                    due_ns = pull.deadline_ns
+        return due_ns
 
     def take(self, now_ns: int, pulled: Pulled, payloads: tuple[int, ...]) -> Table | None:
         """Take in parts of a version; the table if all of its shards are here now."""
@@ -105,8 +164,9 @@ class Exchange:
         if table is None or pull is None or pull.is_complete or last >= pull.parts_count:
             self._out += [ReleasePayload(payload) for payload in payloads]
             return None
+        was = pull.version
         pull.take(pulled, payloads, self._out)
-        return self._taken(now_ns, table, pull)
+        return self._taken(now_ns, table, pull, is_newer=pull.version > was)
 
     def take_word(self, now_ns: int, published: Published) -> Table | None:
         """A version of a shard is whole; the table if all of its shards are here now."""
@@ -114,18 +174,25 @@ class Exchange:
         pull = table.pulls.get(published.shard) if table else None
         if table is None or pull is None or pull.is_complete:
             return None
+        was = pull.version
         pull.finish(published, self._out)
-        return self._taken(now_ns, table, pull)
+        return self._taken(now_ns, table, pull, is_newer=pull.version > was)
 
-    def _taken(self, now_ns: int, table: Table, pull: ShardPull) -> Table | None:
+    def _taken(self, now_ns: int, table: Table, pull: ShardPull, *, is_newer: bool) -> Table | None:
         pull.deadline_ns = now_ns + pull.delay_ns
+        pull.heard_ns = now_ns
         pull.status = None
-        return table if pull.is_complete and table.is_pulled else None
+        if self.stream.is_open and table.spec.rule is Rule.OPTIMIZER:
+            self.stream.on_taken(now_ns, is_newer=is_newer)
+            return None
+        is_begun = table.declare_call is None and pull.is_begun
+        return table if is_begun or (pull.is_complete and table.is_pulled) else None
 
     def contribute(self, leaf: Contributed) -> None:
         """Take in parts of a slot; push what cannot grow here."""
         local = self.local
         is_over = leaf.table in self.tables and self.tables[leaf.table].is_pulled
+        is_over = is_over and not self.stream.is_open
         if local is None or leaf.round != local.number or is_over:
             self._out += [ReleasePayload(payload) for payload in leaf.payloads]
             return
@@ -139,7 +206,7 @@ class Exchange:
             mask = int.from_bytes(leaf.absent[number], "little") if leaf.absent else 0
             ready = local.contribute(key, leaf.slot, Held(payload, mask), self._out)
             pushed += [(key, one) for one in ready]
-        self.push(pushed)
+        self.push(pushed, local)
 
     def know_hyper(self, event: HyperKnown) -> None:
         """Tell servers early what slot 0 steps with."""
@@ -148,7 +215,7 @@ class Exchange:
             return
         local.hypers[event.table] = event
         for shard in table.place.shards if table.place else []:
-            self._send_hyper(table, shard.shard)
+            self._send_hyper(table, shard.shard, local)
 
     def finish(self, event: SlotFinished) -> None:
         """The loop body of a slot is over: what it did not contribute is absent."""
@@ -167,7 +234,7 @@ class Exchange:
             if event.slot == 0 and table.number in event.metas:
                 local.metas[table.number] = event.metas[table.number]
                 for shard in table.place.shards if table.place else []:
-                    self.send_meta(table, shard.shard)
+                    self.send_meta(table, shard.shard, local)
 
     def retry(self, now_ns: int) -> None:
         """Send again what was not answered in time."""
@@ -175,7 +242,7 @@ class Exchange:
             (table, shard, pull)
             for table in self.tables.values()
             for shard, pull in table.pulls.items()
-            if not pull.is_complete and now_ns >= pull.deadline_ns
+            if now_ns >= pull.deadline_ns and not pull.is_complete
         ]
         if not late:
             return
@@ -212,12 +279,17 @@ class Exchange:
     def begin_anew(self, now_ns: int, position: int) -> None:
         """What was pulled is overwritten by now; whatever round it belongs to, others did it."""
         self.drop_round()
+        self.load_anew(now_ns, position)
+
+    def load_anew(self, now_ns: int, position: int) -> None:
+        """Ask for all of a version, whatever was pulled before."""
         for table in self.trained():
             table.held = NOTHING_HELD
             self.pull(now_ns, table, position, attempt=0)
 
     def drop_round(self) -> None:
         """Let go of what this worker has of the round it was in."""
+        self.stream.drop()
         if self.local is not None:
             self._out += [ReleasePayload(payload) for payload in self.local.payloads()]
             self.local = None
@@ -226,7 +298,7 @@ class Exchange:
         """Give up every pull, and the declarations that wait for one."""
         for table in self.tables.values():
             for pull in table.pulls.values():
-                self._out += [ReleasePayload(payload) for payload in pull.got.values()]
+                self._out += [ReleasePayload(payload) for payload in pull.payloads()]
             table.declare_call = None
             table.pulls = {}
 
@@ -238,32 +310,39 @@ class Exchange:
             self._pull_shard(now_ns, table, shard, version, attempt=0)
         return not lagging
 
-    def on_status(self, status: RoundStatus) -> None:
+    def quiet_ns(self, now_ns: int) -> int:
+        """How long nothing was heard of a shard that is waited for, of the quietest one."""
+        pulls = [pull for table in self.tables.values() for pull in table.pulls.values()]
+        return max((now_ns - pull.heard_ns for pull in pulls if not pull.is_complete), default=0)
+
+    def on_status(self, now_ns: int, status: RoundStatus) -> None:
         """A server says what it lacks: send again what of it is ours."""
         table = self.tables.get(status.table)
         if table is None or table.shard(status.shard) is None:
             return
         if status.shard in table.pulls:
             table.pulls[status.shard].status = status
+            table.pulls[status.shard].heard_ns = now_ns
         if status.round == INITIAL_ROUND:
             self._push_initial(table, status)
-        if self.local is None or status.round != self.local.number:
+        local = self.stream.round_of(status.round)
+        if local is None:
             return
         again: list[tuple[tuple[int, int], Pushed]] = []
         for missing in status.missing:
             part = table.part_id(status.shard, missing.part)
             if part is None:
                 continue
-            for pushed in self.local.parts[table.number, part].pushed:
+            for pushed in local.parts[table.number, part].pushed:
                 low = pushed.node.index << pushed.node.level
                 high = (pushed.node.index + 1) << pushed.node.level
                 if not missing.slots or any(low <= slot < high for slot in missing.slots):
                     again.append(((table.number, part), pushed))
-        self.push(again)
-        if status.is_meta_missing and table.number in self.local.hypers:
-            self._send_hyper(table, status.shard)
-        if status.is_meta_missing and table.number in self.local.metas:
-            self.send_meta(table, status.shard)
+        self.push(again, local)
+        if status.is_meta_missing and table.number in local.hypers:
+            self._send_hyper(table, status.shard, local)
+        if status.is_meta_missing and table.number in local.metas:
+            self.send_meta(table, status.shard, local)
 
     def _push_initial(self, table: Table, status: RoundStatus) -> None:
         place = table.shard(status.shard)
@@ -292,11 +371,13 @@ class Exchange:
     ) -> None:
         old = table.pulls.get(shard)
         if old is not None:
-            self._out += [ReleasePayload(payload) for payload in old.got.values()]
+            self._out += [ReleasePayload(payload) for payload in old.payloads()]
         is_first = table.declare_call is not None
         delay_ns = FIRST_RETRY_MS * MS if is_first else self.retry_ns
         parts_count = table.parts_of(shard)
-        table.pulls[shard] = ShardPull(version, parts_count, attempt, now_ns + delay_ns, delay_ns)
+        pull = ShardPull(version, parts_count, attempt, now_ns + delay_ns, delay_ns)
+        pull.heard_ns = now_ns
+        table.pulls[shard] = pull
         self._send_pull(table, shard)
 
     def _send_pull(self, table: Table, shard: int) -> None:
@@ -309,10 +390,22 @@ class Exchange:
         )  # fmt: skip
         self._out.append(Send(place.server, message))
 
-    def push(self, pushed: list[tuple[tuple[int, int], Pushed]]) -> None:
-        """Send nodes, each for part ``(table, part)``; those of adjacent parts in one message."""
+    def push(self, pushed: list[tuple[tuple[int, int], Pushed]], local: LocalRound | None) -> None:
+        """Send nodes of a round, each for part ``(table, part)``; adjacent parts in one message."""
+        if local is None or self.stream.is_held_back(local):
+            return
         for run in runs(pushed, self._is_next):
-            self._push_run(run)
+            self._push_run(run, local)
+
+    def push_all(self, local: LocalRound) -> None:
+        """Send everything that was held back of a round."""
+        self.push([(key, one) for key, part in local.parts.items() for one in part.pushed], local)
+        for number, table in self.tables.items():
+            for shard in table.place.shards if table.place else []:
+                if number in local.hypers:
+                    self._send_hyper(table, shard.shard, local)
+                if number in local.metas:
+                    self.send_meta(table, shard.shard, local)
 
     def _is_next(
         self, one: tuple[tuple[int, int], Pushed], after: tuple[tuple[int, int], Pushed]
@@ -328,12 +421,12 @@ class Exchange:
             and (pushed.held.payload is None) == (other.held.payload is None)
         )
 
-    def _push_run(self, run: list[tuple[tuple[int, int], Pushed]]) -> None:
+    def _push_run(self, run: list[tuple[tuple[int, int], Pushed]], local: LocalRound) -> None:
         (number, _), pushed = run[0]
-        table, local = self.tables[number], self.local
+        table = self.tables[number]
         parts = [table.parts[part] for (_, part), _ in run]
         place = table.shard(parts[0].shard)
-        if place is None or local is None:
+        if place is None:
             return
         payloads = tuple(one.held.payload for _, one in run if one.held.payload is not None)
         frame = Frame(parts[0].wire, parts[-1].stop - parts[0].start) if payloads else None
@@ -350,10 +443,10 @@ class Exchange:
         )  # fmt: skip
         self._out.append(Send(place.server, push, payloads or None))
 
-    def _send_hyper(self, table: Table, shard: int) -> None:
+    def _send_hyper(self, table: Table, shard: int, local: LocalRound) -> None:
         """Send one shard what slot 0 steps with."""
-        place, local = table.shard(shard), self.local
-        if place is None or local is None:
+        place = table.shard(shard)
+        if place is None or self.stream.is_held_back(local):
             return
         known = local.hypers[table.number]
         message = RoundHyper(
@@ -362,10 +455,10 @@ class Exchange:
         )  # fmt: skip
         self._out.append(Send(place.server, message))
 
-    def send_meta(self, table: Table, shard: int) -> None:
+    def send_meta(self, table: Table, shard: int, local: LocalRound) -> None:
         """Send one shard what slot 0 brings."""
-        place, local = table.shard(shard), self.local
-        if place is None or local is None:
+        place = table.shard(shard)
+        if place is None or self.stream.is_held_back(local):
             return
         meta = local.metas[table.number]
         message = RoundMeta(
@@ -389,6 +482,8 @@ class Exchange:
         text = f"version {pull.version} of table {table.spec.name} shard {shard} from {server}"
         if pull.status is None:
             return text
+        if not pull.status.missing and not pull.status.is_meta_missing:
+            return f"{text}, which has all of round {pull.status.round} and waits for its chain"
         slots = sorted({slot: None for missing in pull.status.missing for slot in missing.slots})
         lacks = ", ".join(map(str, slots)) or "all"
         return f"{text}, which lacks slots {lacks} of round {pull.status.round}"

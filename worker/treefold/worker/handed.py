@@ -4,7 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from treefold.common.errors import DataError
 from treefold.transport.segments import Segment, holds
+from treefold.worker.arrivals import Arrivals
+from treefold.worker.effects import SlotMeta
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,8 @@ class Snapshot:
         only be read, and count only if `is_intact` still holds afterwards.
     segments : list of Segment
         Servers' memory in which some of the values lie.
+    arrivals : Arrivals or None
+        Brings the parts one by one, if ``parts`` has none of them.
     """
 
     table: int
@@ -32,6 +37,7 @@ class Snapshot:
     norm: float
     parts: list[tuple[int, int, torch.Tensor]]
     segments: list[Segment] = field(default_factory=list)
+    arrivals: Arrivals | None = None
 
     @property
     def is_intact(self) -> bool:
@@ -46,6 +52,16 @@ class Snapshot:
         """Copy the values into a flat tensor, float32 [elements of the table]."""
         for start, stop, values in self.parts:
             flat[start:stop].copy_(values)
+
+    def copies(self) -> list[tuple[int, int, torch.Tensor]]:
+        """Copies of the parts, in few pieces of memory, so that all of it goes back when freed."""
+        flats: dict[torch.dtype, torch.Tensor] = {}
+        found = []
+        for start, stop, values in self.parts:
+            if values.dtype not in flats:
+                flats[values.dtype] = torch.empty(self.parts[-1][1], dtype=values.dtype)
+            found.append((start, stop, flats[values.dtype][start:stop].copy_(values)))
+        return found
 
     def release(self) -> None:
         """Let go of the received buffers; the snapshot is empty afterwards."""
@@ -92,3 +108,23 @@ class PartRun:
     part: int
     count: int
     absent: list[bytes]
+
+
+@dataclass(slots=True)
+class Direct:
+    """State of `Client.push`, `pull` and `wait`: the slot in hand, newest values by table."""
+
+    task: Task | None = None
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    metas: dict[int, SlotMeta] = field(default_factory=dict)
+    declared: dict[int, Snapshot] = field(default_factory=dict)
+
+
+def check(
+    what: str, values: torch.Tensor, elements: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """Refuse a tensor of another dtype or shape than is expected."""
+    if values.dtype != dtype or list(values.shape) != [elements]:
+        kind = f"{values.dtype} {list(values.shape)}"
+        msg = f"{what}: expected {dtype} [{elements}], got {kind}"
+        raise DataError(msg)

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 from treefold.common.layout import Layout, ShardSpan
 from treefold.common.spec import Dtype, TableSpec
-from treefold.wire.messages import Published, Pulled, RoundStatus, ShardPlace, TablePlace
+from treefold.wire.messages import Published, Pulled, RoundStatus
+from treefold.wire.words import ShardPlace, TablePlace
 from treefold.worker.effects import Effect, ReleasePayload, Snapshot
 
+HANDED_ON = 0  # in the place of the payload of a part that was handed on
 BACKOFF_MAX = 8  # retries slow down to this multiple of the first delay
 
 
@@ -37,8 +39,16 @@ class ShardPull:
         When to ask again, and how long that is after the last time.
     got : dict of int to int
         Payload of each part that is here.
+    fresh : list of (int, int)
+        Parts, with their payloads, that are to be handed on now.
     is_whole : bool
         Whether the server has said that the version is complete.
+    is_begun : bool
+        Whether the server has said what goes with the version.
+    heard_ns : int
+        When a server last said anything about the shard.
+    is_streaming : bool
+        Whether parts are handed on as they come; ``got`` has `HANDED_ON` for them.
     """
 
     version: int
@@ -47,10 +57,14 @@ class ShardPull:
     deadline_ns: int
     delay_ns: int
     got: dict[int, int] = field(default_factory=dict)
+    fresh: list[tuple[int, int]] = field(default_factory=list)
     is_whole: bool = False
+    is_begun: bool = False
+    is_streaming: bool = False
     state: bytes = b""
     norm: float = math.nan
     status: RoundStatus | None = None
+    heard_ns: int = 0
 
     @property
     def is_complete(self) -> bool:
@@ -70,22 +84,38 @@ class ShardPull:
             part = pulled.part + number
             if pulled.version < self.version or part in self.got:
                 effects.append(ReleasePayload(payload))
+            elif self.is_streaming:
+                self.got[part] = HANDED_ON
+                self.fresh.append((part, payload))
             else:
                 self.got[part] = payload
 
+    def payloads(self) -> list[int]:
+        """Payloads that are held here."""
+        held = [payload for payload in self.got.values() if payload != HANDED_ON]
+        return held + [payload for _, payload in self.fresh]
+
+    def stream(self) -> None:
+        """Hand on what is here, and what comes."""
+        self.fresh = sorted(self.got.items())
+        self.got = dict.fromkeys(self.got, HANDED_ON)
+        self.is_streaming = True
+
     def finish(self, published: Published, effects: list[Effect]) -> None:
-        """A version is whole."""
+        """A version is whole, or has begun."""
         self._move_up(published.version, effects)
         if published.version == self.version:
-            self.is_whole = True
+            self.is_begun = True
+            self.is_whole |= published.is_whole
             self.state, self.norm = published.state, published.norm
 
     def _move_up(self, version: int, effects: list[Effect]) -> None:
         if version > self.version:
-            effects += [ReleasePayload(old) for old in self.got.values()]
+            effects += [ReleasePayload(old) for old in self.payloads()]
             self.got.clear()
+            self.fresh.clear()
             self.version = version
-            self.is_whole = False
+            self.is_whole = self.is_begun = self.is_streaming = False
 
     def backoff(self, now_ns: int, retry_ns: int) -> None:
         """Count one more attempt and say when the next is due."""
@@ -107,16 +137,21 @@ class Table:
     numbers: dict[tuple[int, int], int] = field(default_factory=dict)
     pulls: dict[int, ShardPull] = field(default_factory=dict)
     held: int = 0
+    _buffer_parts: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Work out the flat space."""
         self.layout = Layout(self.spec)
 
-    def settle(self, place: TablePlace) -> None:
-        """Learn, or learn anew, where the shards are."""
+    def settle(self, place: TablePlace) -> list[int]:
+        """Learn, or learn anew, where the shards are; returns those whose primary is another."""
+        before = self.place.shards if self.place is not None else place.shards
         self.place = place
+        moved = [
+            new.shard for old, new in zip(before, place.shards, strict=True) if old.view != new.view
+        ]
         if self.parts:
-            return
+            return moved
         for shard in place.shards:
             cut = self.layout.parts(ShardSpan(shard.first_block, shard.blocks))
             self.parts += [
@@ -125,7 +160,12 @@ class Table:
                 )
                 for n, (a, b) in enumerate(cut)
             ]
+        has_buffers = self.layout.has_buffers
+        self._buffer_parts = [
+            (part.shard, part.number) for part in self.parts if has_buffers(part.start, part.stop)
+        ]
         self.numbers = {(part.shard, part.number): n for n, part in enumerate(self.parts)}
+        return moved
 
     def shard(self, number: int) -> ShardPlace | None:
         """Where a shard is."""
@@ -149,6 +189,15 @@ class Table:
     def pulled_version(self) -> int:
         """The newest version among the shards pulled."""
         return max(pull.version for pull in self.pulls.values())
+
+    @property
+    def are_buffers_here(self) -> bool:
+        """Whether every part with buffers is here, which a loop body needs before it begins."""
+        return all(number in self.pulls[shard].got for shard, number in self._buffer_parts)
+
+    def urgent(self, shard: int) -> list[int]:
+        """Parts of a shard that a loop body needs before it begins."""
+        return [number for own, number in self._buffer_parts if own == shard]
 
     def snapshot(self) -> Snapshot:
         """Hand over what was pulled; the pulls begin anew afterwards."""

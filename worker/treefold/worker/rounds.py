@@ -2,21 +2,21 @@
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from treefold.common.plan import LoopPlan
 from treefold.common.tree import FoldSet, Node, canonical, root_level, sibling, span
 from treefold.worker.effects import Effect, FoldPayloads, HyperKnown, ReleasePayload, SlotMeta
 
 
-@dataclass(slots=True)
-class Held:
+class Held(msgspec.Struct, gc=False):
     """What a node holds: a payload, None if no tensor has a gradient, and which have none."""
 
     payload: int | None
     absent: int
 
 
-@dataclass(frozen=True, slots=True)
-class Pushed:
+class Pushed(msgspec.Struct, frozen=True, gc=False):
     """A node that was pushed and is kept until the round's version is there."""
 
     node: Node

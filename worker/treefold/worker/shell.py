@@ -9,35 +9,41 @@ import socket as _socket
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 
+import msgspec
 import torch
 
 from treefold.common.config import Settings
+from treefold.common.failpoints import arm
 from treefold.common.fold import Folder, Payload
 from treefold.common.log import logger
 from treefold.common.process import ProcessFigures, Spent, random_number
 from treefold.transport.carrier import Carrier, Destination, Held
 from treefold.transport.lanes import lane_settings
 from treefold.transport.loop import Loop
+from treefold.transport.outbox import Outbox
 from treefold.transport.segments import Segment
 from treefold.transport.sockets import (
     CONTROL_FRAME_BYTES_MAX,
     DATA_FRAME_BYTES_MAX,
-    Arrival,
     Context,
     Hub,
 )
-from treefold.wire.codec import encode
-from treefold.wire.exchange import SCHEDULER, Note, Peer, Send
+from treefold.wire.exchange import SCHEDULER, Note, Send
 from treefold.wire.membership import MS, Identity, Membership
-from treefold.wire.messages import Push, Role
+from treefold.wire.messages import Push
+from treefold.wire.words import Role
+from treefold.worker import handed
+from treefold.worker.arrivals import Arrivals
 from treefold.worker.core import WorkerCore
 from treefold.worker.effects import (
+    Arrived,
     Complete,
     Connect,
     Contributed,
+    Disconnect,
     Effect,
     Event,
     Fail,
@@ -45,11 +51,15 @@ from treefold.worker.effects import (
     Initial,
     LoopEnd,
     ReleasePayload,
+    Retire,
     Snapshot,
+    StreamBegun,
+    StreamsOver,
     Task,
 )
 from treefold.worker.flats import Flats
 from treefold.worker.limits import WorkerLimits
+from treefold.worker.points import POINTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +67,13 @@ class Tensors:
     """One version of a table with its tensors: ``(start, stop, values)`` per part.
 
     ``segments`` are the servers' ones in which some of them lie; a server that has gone on writes
-    other versions there.
+    other versions there. ``arrivals`` brings the parts of a snapshot that has none.
     """
 
     snapshot: Snapshot
     parts: list[tuple[int, int, torch.Tensor]]
     segments: list[Segment]
+    arrivals: Arrivals | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +132,7 @@ class WorkerShell:
 
     def __init__(self, settings: Settings, context: Context | None = None) -> None:
         self.hub = Hub(context)
+        self._outbox = Outbox(self.hub)
         self.hub.connect(SCHEDULER, settings.scheduler, CONTROL_FRAME_BYTES_MAX)
         identity = Identity(
             Role.WORKER,
@@ -133,8 +145,11 @@ class WorkerShell:
         )
         limits = WorkerLimits(int(settings.connect_timeout_s * 1000) * MS, settings.retry_ms * MS)
         self.core = WorkerCore(Membership(identity), limits)
-        self._carrier = Carrier(self.hub, lane_settings(settings))
-        self._loop: Loop[Event, Effect] = Loop(self.hub, self.core, self._perform, self._carrier)
+        self._carrier = Carrier(self._outbox, lane_settings(settings))
+        self._loop: Loop[Event, Effect] = Loop(
+            self.hub, self._outbox, self.core, self._perform, self._carrier
+        )
+        self._loop.points = POINTS
         self.flats = Flats(self._carrier.lanes)
         self._folder = Folder()
         self._events: deque[tuple[Event | Settle | GiveBack, Values | None]] = deque()
@@ -142,11 +157,12 @@ class WorkerShell:
         self._initials: dict[str, torch.Tensor] = {}
         self._lent: dict[int, None] = {}
         self._servers: dict[int, None] = {}
+        self._streams: dict[int, Arrivals] = {}
         self._offered = 0
         self._figures = ProcessFigures()
         self.spent = Spent()
         self._log = logger("worker")
-        self._is_closing = False
+        self._is_closing = self._is_rung = self._is_named = False
         self._crash: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="treefold-io", daemon=True)
 
@@ -157,7 +173,9 @@ class WorkerShell:
     def post(self, event: Event | Settle | GiveBack, values: Values | None = None) -> None:
         """Give the core an event; ``values`` become its payloads. For the training thread."""
         self._events.append((event, values))
-        self.hub.bell.ring()
+        if not self._is_rung:  # it has not looked since the last time: that one counts for this
+            self._is_rung = True
+            self.hub.bell.ring()
 
     def call(self, number: int, event: Event | Settle | GiveBack) -> Answer:
         """Give the core a call and wait for its answer. Called from the training thread."""
@@ -178,29 +196,44 @@ class WorkerShell:
         self.hub.bell.ring()
         self._thread.join()
 
+    def wait_closed(self) -> None:
+        """Wait until the thread has ended and its sockets are closed."""
+        self._thread.join()
+
     # ---- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
+            arm("worker")
             while not self._is_closing:
                 self._take_events()
+                if self.core.membership.is_member and not self._is_named:
+                    self._is_named = True
+                    arm("worker", f"worker-{self.core.membership.rank}")
                 if self._figures.sample(time.monotonic_ns()):
                     vitals = self.core.membership.vitals
                     vitals.rss_bytes = self._figures.rss_bytes
                     vitals.cpu_percent = self._figures.cpu_percent
                     vitals.spent_ns = self.spent.ns
-                self._loop.turn(_peer_of)
+                    self._carrier.lanes.sweep()
+                    self.flats.sweep()
+                self._loop.turn()
             self._take_events()
+            self._loop.flush()
         except Exception as error:  # the training thread must hear of whatever it is
             self._crash = error
             self._log.exception("the I/O thread of this worker failed")
+            self._end_streams(error)
             for answers in list(self._answers.values()):
                 answers.put(Answer(None, [], error))
         finally:
+            self._carrier.lanes.close()
             self.hub.close()
 
     def _take_events(self) -> None:
+        self._is_rung = False
         while self._events:
+            self._offer()
             event, values = self._events.popleft()
             if isinstance(event, Settle):
                 self._answer(event.call, Answer(bool(self._lent), []))
@@ -209,14 +242,14 @@ class WorkerShell:
                 self.flats.done(event.flat)
                 continue
             if values is not None and isinstance(event, Contributed):
-                event = replace(event, payloads=self._hold(event, values))
+                event = msgspec.structs.replace(event, payloads=self._hold(event, values))
             self._loop.feed(event)
 
     def _hold(self, event: Contributed, values: Values) -> tuple[int, ...]:
         """Hold a contribution's values part by part."""
-        self._offer()
         parts = self.core.tables[event.table].parts[event.part : event.part + event.count]
-        pieces = torch.split(values.flat, [part.stop - part.start for part in parts])
+        sizes = [part.stop - part.start for part in parts]
+        pieces = torch.split(values.flat, sizes) if len(parts) > 1 else (values.flat,)
         held = [Held(Payload(piece, values.scale), values.owner) for piece in pieces]
         numbers = tuple(self._carrier.hold(one) for one in held)
         if values.owner is None:
@@ -226,7 +259,10 @@ class WorkerShell:
         return numbers
 
     def _offer(self) -> None:
-        """Offer servers the memory that was made since the last time."""
+        """Offer servers the memory that was made since the last time.
+
+        Before anything is contributed from it, or it could only travel as bytes.
+        """
         if self._offered != self.flats.made:
             self._offered = self.flats.made
             for server in self._servers:
@@ -239,22 +275,45 @@ class WorkerShell:
             case Send():
                 self._send(effect)
             case FoldPayloads(left, right):
+                self._outbox.flush()
                 with self.spent.on("fold"):
                     self._fold(left, right)
             case ReleasePayload(payload):
                 self._release(payload)
-            case Connect(server, address):
-                self._servers[server] = None
-                self.hub.connect(server, address, DATA_FRAME_BYTES_MAX)
-                self._carrier.lanes.forget(server)
-                self._carrier.offer(server, server)
+            case Connect() | Disconnect():
+                self._link(effect)
+            case Arrived(table, part, payload):
+                held = self._carrier.drop(payload)
+                self._streams[table].put(part, held.payload.tensor, held.segment)
+            case StreamBegun(table, version):
+                ranges = [(part.start, part.stop) for part in self.core.tables[table].parts]
+                self._streams[table] = Arrivals(version, ranges)
+            case StreamsOver(error):
+                self._end_streams(error)
             case Complete(call, value):
                 self._answer(call, Answer(value, self._tensors_of(value)))
             case Fail(call, error):
                 self._answer(call, Answer(None, [], error))
+            case Retire():
+                self.flats.retire()
             case Note(level, text):
                 self._log.log(level, text)
         return []
+
+    def _link(self, effect: Connect | Disconnect) -> None:
+        server = effect.server
+        self._carrier.lanes.forget(server)
+        if isinstance(effect, Disconnect):
+            del self._servers[server]
+            self.hub.disconnect(server)
+            return
+        self._servers[server] = None
+        self.hub.connect(server, effect.address, DATA_FRAME_BYTES_MAX)
+        self._carrier.offer(server, server)
+
+    def _end_streams(self, error: Exception | None) -> None:
+        for arrivals in self._streams.values():
+            arrivals.end(error)
 
     def _send(self, effect: Send) -> None:
         payloads: list[Payload] = []
@@ -264,10 +323,11 @@ class WorkerShell:
         elif isinstance(effect.payload, tuple):
             payloads = [self._carrier.held(number).payload for number in effect.payload]
         if payloads and isinstance(effect.message, Push):
-            to = Destination(effect.peer, effect.peer)
+            table = self.core.tables[effect.message.table]
+            to = Destination(effect.peer, effect.peer, table.urgent(effect.message.shard))
             self._carrier.send(to, effect.message, payloads)
         else:
-            self.hub.send(effect.peer, None, encode(effect.message))
+            self._outbox.send(effect.peer, None, effect.message)
 
     def _fold(self, left: int, right: int) -> None:
         """Fold into the buffer of either that is not lent; it takes the number of the left one."""
@@ -300,6 +360,9 @@ class WorkerShell:
             self._initials.pop(self.core.tables[value.table].spec.name, None)
         found = []
         for snapshot in snapshots:
+            if snapshot.is_streaming:
+                found.append(Tensors(snapshot, [], [], self._streams[snapshot.table]))
+                continue
             ranges = self.core.tables[snapshot.table].parts
             held = [self._carrier.drop(payload) for payload in snapshot.payloads]
             parts = [
@@ -316,5 +379,8 @@ class WorkerShell:
             answers.put(answer)
 
 
-def _peer_of(arrival: Arrival) -> Peer:
-    return arrival.sender
+def snapshot_of(item: Tensors) -> handed.Snapshot:
+    """A version as it is handed out."""
+    own = item.snapshot
+    which = own.table, own.version, own.state, own.norm
+    return handed.Snapshot(*which, item.parts, item.segments, item.arrivals)

@@ -1,0 +1,168 @@
+"""What messages are made of: limits, enumerations, and the structs inside of them."""
+
+from enum import IntEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from treefold.common.plan import SLOTS_MAX, Count
+from treefold.common.spec import Dtype, Name
+
+PROTOCOL_VERSION = 5
+MEMBERS_MAX = 65_536
+TABLES_MAX = 1_024
+SHARDS_MAX = 1_048_576
+PARTS_MAX = 1_048_576
+STATE_BYTES_MAX = 1 << 20  # LR schedulers and integer buffers of one job
+FRAME_BYTES_MAX = 4 << 20  # one payload frame
+VERSIONS_KEPT_MAX = 2  # of one shard, for pulls
+REPLICAS_MAX = 16  # servers in one chain
+UNIT_HEADER_BYTES_MAX = 1 << 21  # description of one unit's optimizer state
+RUN_BYTES_MAX = 1 << 30  # payload of one message, all frames together
+RUN_PARTS_MAX = 1_024  # parts in one message; so many full ones are RUN_BYTES_MAX of float32
+ABSENT_BYTES_MAX = 1 << 17  # one bit per tensor of a part
+
+Slot = Annotated[int, Meta(ge=0, lt=SLOTS_MAX)]
+Slots = Annotated[list[Slot], Meta(max_length=SLOTS_MAX)]
+TableNumber = Annotated[int, Meta(ge=0, lt=TABLES_MAX)]
+ShardNumber = Annotated[int, Meta(ge=0, lt=SHARDS_MAX)]
+PartNumber = Annotated[int, Meta(ge=0, lt=PARTS_MAX)]
+Parts = Annotated[int, Meta(ge=1, le=RUN_PARTS_MAX)]
+Round = Annotated[int, Meta(ge=-1, lt=1 << 62)]
+Active = Annotated[int, Meta(ge=1, le=SLOTS_MAX)]
+Address = Annotated[str, Meta(max_length=1_024)]
+Spent = Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)]
+Norms = Annotated[list[tuple[TableNumber, Round, float]], Meta(max_length=TABLES_MAX)]
+Marks = Annotated[bytes, Meta(max_length=ABSENT_BYTES_MAX)]
+State = Annotated[bytes, Meta(max_length=STATE_BYTES_MAX)]
+Incarnations = Annotated[list[Count], Meta(max_length=REPLICAS_MAX)]
+
+FOLDER_LENGTH_MAX = 4_096  # of the name of a folder of checkpoints
+
+INITIAL_ROUND = -1  # the "round" that brings initial values and makes version 0
+
+
+class Role(IntEnum):
+    """What a member is."""
+
+    SCHEDULER = 1
+    SERVER = 2
+    WORKER = 3
+
+
+class Code(IntEnum):
+    """Why a request was refused. Stable numbers; `treefold.common.errors` has a class for each."""
+
+    PROTOCOL_VERSION = 1
+    JOB_MISMATCH = 2
+    SPEC_MISMATCH = 3
+    UNKNOWN_TABLE = 4
+    BAD_PAYLOAD = 5
+    STALE_VIEW = 6
+    FUTURE_ROUND = 7
+    BAD_NODE = 8
+    BAD_SPEC = 9
+    CLUSTER_FULL = 10
+    NOT_MEMBER = 11
+    BAD_MESSAGE = 12
+    NON_FINITE = 13
+
+
+class Outcome(IntEnum):
+    """How a member left, or how a job ended."""
+
+    DONE = 1
+    FAILED = 2
+    DRAINED = 3
+    NOT_FORMED = 4
+
+
+class Phase(IntEnum):
+    """Where the cluster stands."""
+
+    FORMING = 1
+    RUNNING = 2
+    ENDED = 3
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of all messages."""
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Description of a payload: element type and number of elements, all parts of the run together.
+
+    A value is an element times ``scale``, rounded to float32 once. ``segment`` is 0 if the bytes
+    follow, one frame per part; otherwise they begin ``offset`` bytes into that shared segment.
+    """
+
+    dtype: Dtype
+    elements: Annotated[int, Meta(ge=0, le=RUN_BYTES_MAX // 2)]
+    scale: float = 1.0
+    segment: Count = 0
+    offset: Count = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole payload."""
+        return self.elements * self.dtype.itemsize
+
+
+class Source(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where servers find what a table began with: a version in a folder of checkpoints.
+
+    A constant table has one version; ``version`` names the checkpoint all the same.
+    """
+
+    folder: Annotated[str, Meta(max_length=FOLDER_LENGTH_MAX)]
+    version: Count
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One live member as a view names it. ``address`` is where a server takes pushes and pulls."""
+
+    role: Role
+    rank: Count
+    incarnation: Count
+    address: Address
+    host: Annotated[str, Meta(max_length=256)]
+    pid: Count
+
+
+class ShardPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Who holds a shard: a chain of servers, of which ``server`` is the primary.
+
+    ``view`` is the view that made it so: what a push must name. ``chain_view`` is the view that
+    last changed the chain: what servers of the chain name to each other. ``backups`` hold what the
+    primary holds, in the order in which they are promoted; ``joining`` are being copied to.
+    """
+
+    shard: ShardNumber
+    view: Count
+    first_block: Count
+    blocks: Count
+    server: Count
+    chain_view: Count = 0
+    backups: Incarnations = []
+    joining: Incarnations = []
+
+
+class TablePlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A declared table: its number and name, who uploads its initial values, its shards.
+
+    With a ``source`` the shards begin with what is there, and nobody uploads anything.
+    """
+
+    table: TableNumber
+    name: Name
+    initializer: Count
+    shards: Annotated[list[ShardPlace], Meta(max_length=SHARDS_MAX)]
+    source: Source | None = None
+
+
+class Leases(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Which worker (incarnation) computes each slot from a round on. Advice, not ownership."""
+
+    from_round: Round
+    workers: Annotated[list[Count], Meta(max_length=SLOTS_MAX)]

@@ -1,0 +1,63 @@
+"""The cluster's settings, and how the scheduler answers those who want to join. Pure."""
+
+from dataclasses import dataclass
+
+from treefold.scheduler.members import MemberState
+from treefold.wire.membership import MS
+from treefold.wire.messages import Refused, Register, Registered
+from treefold.wire.words import PROTOCOL_VERSION, Code
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """The cluster's settings; times in nanoseconds.
+
+    Attributes
+    ----------
+    job : int
+        A random number that tells this job's messages from another's.
+    """
+
+    job: int
+    servers: int
+    workers: int
+    heartbeat_ns: int
+    dead_after_ns: int
+    server_dead_after_ns: int
+    form_timeout_ns: int
+    rejoin_grace_ns: int
+    is_lingering: bool = False
+    is_restarting: bool = False
+    replicas: int = 1
+    checkpoint: str = ""
+    checkpoint_every: int = 0
+    slots: int = 8
+    seed: int = 0
+
+
+def refusal_of(message: Register) -> Refused | None:
+    """Why a process cannot become a member, None if it can."""
+    if message.protocol == PROTOCOL_VERSION:
+        return None
+    text = (
+        f"this cluster speaks protocol {PROTOCOL_VERSION}, the {message.role.name.lower()} on "
+        f"{message.host} (package {message.package}) speaks {message.protocol}: install the same "
+        "version"
+    )
+    return Refused(0, Code.PROTOCOL_VERSION, text)
+
+
+def registered(state: MemberState, limits: SchedulerLimits) -> Registered:
+    """What a member is told when it is one."""
+    return Registered(
+        state.nonce,
+        limits.job,
+        state.member.incarnation,
+        state.member.rank,
+        limits.heartbeat_ns // MS,
+        limits.dead_after_ns // MS,
+        limits.servers,
+        limits.workers,
+        limits.checkpoint,
+        limits.checkpoint_every,
+    )

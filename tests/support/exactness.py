@@ -1,0 +1,92 @@
+"""What the ledger of ``jobs/whole_numbers.py`` must say, whatever happened while the job ran.
+
+Every version of every shard is made of each slot once, with the samples that the plan gives that
+slot. A version that was told to workers stays as it was told: a server that was promoted writes
+down what its primary had, so two records of one version name the same contributions.
+"""
+
+from pathlib import Path
+
+from tests.integration.jobs.whole_numbers import SLOTS
+from treefold.common import ledger
+from treefold.common.ledger import Record, SamplesRecord, VersionRecord
+from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.tree import Node, span
+from treefold.torch.randomness import permutation
+
+Samples = dict[tuple[int, int, int], list[int]]
+
+
+def complaints(folder: str, rounds: int, seed: int = 0) -> list[str]:
+    """What is wrong with a ledger; empty if nothing is.
+
+    Parameters
+    ----------
+    folder : str
+        The ledger.
+    rounds : int
+        Rounds of the job.
+    seed : int
+        The job's.
+    """
+    records = ledger.read(folder)
+    samples = {
+        (one.incarnation, one.round, one.slot): one.samples
+        for one in records
+        if isinstance(one, SamplesRecord)
+    }
+    servers = [int(path.stem.split("-")[1]) for path in Path(folder).glob("server-*.ledger")]
+    wanted = _planned(rounds, seed)
+    found: list[str] = []
+    made: dict[tuple[int, int], VersionRecord] = {}
+    for record in _versions(records):
+        what = f"shard {record.shard} version {record.version}"
+        found += [f"{what}: {text}" for text in _wrong_in(record, samples, servers, wanted)]
+        first = made.setdefault((record.shard, record.version), record)
+        if sorted(first.contributors) != sorted(record.contributors):
+            found.append(f"{what} was made twice: {first.contributors} and {record.contributors}")
+    shards = sorted({shard for shard, _ in made})
+    lacking = [(s, v) for s in shards for v in range(1, rounds + 1) if (s, v) not in made]
+    found += [f"shard {shard} version {version} was not made" for shard, version in lacking]
+    return found if shards else [*found, "no version was made"]
+
+
+def _versions(records: list[Record]) -> list[VersionRecord]:
+    """Those that were made by rounds. A copy that took part in none yet knows no contributions."""
+    versions = [record for record in records if isinstance(record, VersionRecord)]
+    return [record for record in versions if record.version > 0 and record.contributors]
+
+
+def _planned(rounds: int, seed: int) -> dict[tuple[int, int], list[int]]:
+    """The samples of every round and slot."""
+    count = rounds * SLOTS
+    plan = LoopPlan(PlanKind.SLOTS, 0, 0, rounds, SLOTS, count, SLOTS, 0, True, seed)
+    order = permutation(count, seed, 0).tolist()
+    found = {}
+    for number in range(rounds):
+        for slot in range(SLOTS):
+            start, stop = plan.slot_range(number, slot)
+            found[number, slot] = order[start:stop]
+    return found
+
+
+def _wrong_in(
+    record: VersionRecord,
+    samples: Samples,
+    servers: list[int],
+    wanted: dict[tuple[int, int], list[int]],
+) -> list[str]:
+    """What is wrong with one version's contributions."""
+    round_ = record.version - 1
+    slots: list[int] = []
+    found: list[str] = []
+    for level, index, sender in record.contributors:
+        covered = range(*span(Node(level, index), SLOTS))
+        slots += covered
+        # What a primary that is gone had relayed bears its name: it had folded it all.
+        if sender not in servers:
+            other = [n for n in covered if samples.get((sender, round_, n)) != wanted[round_, n]]
+            found += [f"slot {slot} of {sender} has other samples than planned" for slot in other]
+    if sorted(slots) != list(range(SLOTS)):
+        found.append(f"made of slots {sorted(slots)}")
+    return found

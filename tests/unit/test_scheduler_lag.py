@@ -1,0 +1,31 @@
+"""A worker that is a member but gets no further: its slots go to others until it does."""
+
+from tests.unit.scheduler_driver import Driver
+from treefold.wire.membership import MS
+
+
+def test_slots_leave_a_worker_that_stands_still_while_others_go_on_and_come_back() -> None:
+    driver = Driver()
+    driver.train()
+    for round_ in range(5, 9):
+        driver.wait(500 * MS)
+        driver.beat(2, round_, slot_ns=10 * MS)
+        driver.beat(3, 5, slot_ns=10 * MS)  # a server's versions do not reach it
+    driver.wait(500 * MS)
+    assert driver.leases.workers == [2, 2, 2, 2]
+    driver.beat(2, 9, slot_ns=10 * MS)
+    driver.beat(3, 9, slot_ns=10 * MS)
+    driver.wait(500 * MS)
+    assert driver.leases.workers == [2, 2, 3, 3]
+
+
+def test_a_worker_whose_heartbeats_are_older_keeps_its_slots() -> None:
+    driver = Driver()
+    driver.train()
+    for round_ in range(10, 50, 10):
+        driver.wait(100 * MS)
+        driver.beat(3, round_, slot_ns=10 * MS)
+        driver.wait(400 * MS)
+        driver.beat(2, round_ + 8, slot_ns=10 * MS)
+    driver.wait(450 * MS)
+    assert driver.leases.workers == [2, 2, 3, 3]
