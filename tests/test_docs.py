@@ -22,11 +22,11 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 ENUMS = (
     words.Role, words.Code, words.Outcome, words.Phase,
-    spec.Dtype, spec.Rule, spec.Placement, plan.PlanKind,
+    spec.Dtype, spec.Rule, spec.Placement, spec.ConsistencyKind, plan.PlanKind,
 )  # fmt: skip
 STRUCTS = (
     words.Frame, words.Member, words.ShardPlace, words.TablePlace, words.Source,
-    words.Leases,
+    words.Leases, words.Need, spec.Consistency,
     chain.KeptVersion, messages.PartMissing, spec.TensorSpec, spec.OptimizerSpec, spec.TableSpec,
     plan.LoopPlan,
 )  # fmt: skip

@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from tests.support.exactness import complaints_one_by_one
 from tests.support.processes import Cluster, Process
 from treefold.common.errors import UnavailableError
 from treefold.launch.link import Status, fetch, parse
@@ -86,14 +89,19 @@ class Storm:
             return None
 
 
+@pytest.mark.parametrize("consistency", ["sync", "async", "ssp"])
 def test_every_gradient_counts_once_in_a_storm_of_kills(
-    cluster: MakeCluster, tmp_path: Path, kills: int
+    consistency: str, cluster: MakeCluster, tmp_path: Path, kills: int
 ) -> None:
     slow = tmp_path / "slow"
     slow.touch()
+    is_sync = consistency == "sync"
+    kills = kills if is_sync else max(12, kills // 4)
+    ledger = "" if is_sync else str(tmp_path / "ledger")
     command = [JOB, f"--rounds={kills * ROUNDS_PER_KILL}", f"--slow={slow}"]
     settings = {"replicas": 2, "journal": str(tmp_path / "journal"), "dead_after_ms": 500}
-    with cluster(SERVERS, WORKERS, ledger="", **settings) as job:
+    settings |= {"consistency": consistency, "staleness": 2}
+    with cluster(SERVERS, WORKERS, ledger=ledger, **settings) as job:
         for _ in range(WORKERS):
             job.worker(*command)
         job.workers[0].line("^body")
@@ -106,4 +114,6 @@ def test_every_gradient_counts_once_in_a_storm_of_kills(
         job.end(*storm.dead)
         finals = {worker.line("^final (.*)$")[1] for worker in job.workers if worker.status == 0}
     assert finals == {"exact"}
+    if not is_sync:
+        assert complaints_one_by_one(ledger, kills * ROUNDS_PER_KILL) == []
     assert min(storm.struck[role] for role in ("server", "worker", "scheduler")) > 0

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from tests.sim.world import Violation
-from treefold.server.rounds import Shard
+from treefold.server.holding import Shard
 from treefold.wire.messages import Published, Pull, Pulled
+from treefold.wire.words import INITIAL_ROUND
 
 
 @dataclass(slots=True)
@@ -29,6 +30,9 @@ class Answers:
         """A pull is taken in."""
         parts = dict.fromkeys(pull.parts or range(shard.parts_count))
         is_due = pull.version <= shard.version and shard.can_tell(pull.version)
+        if shard.spec.is_asynchronous and shard.version > INITIAL_ROUND:
+            is_met = pull.need is None or pull.need.is_met(shard.applied.clocks)
+            is_due = shard.is_settled and is_met
         asked = self._due if is_due else self._waiting
         asked[peer, pull.table, pull.shard] = _Asked(pull.version, parts)
 

@@ -11,7 +11,7 @@ from tests.sim.world import Violation
 from treefold.common.spec import Placement
 from treefold.common.tree import Node, span
 from treefold.server.effects import MakeParts, ReadyPart, RecordVersion, ReleaseVersion
-from treefold.server.rounds import Shard
+from treefold.server.holding import Shard
 from treefold.wire.messages import Published
 from treefold.worker.effects import Snapshot
 from treefold.worker.pulls import PartRange
@@ -60,6 +60,9 @@ class Checks:
         """A shard begins with a version of a checkpoint."""
         known = self.known(view)
         known[key] = max(version, known.get(key, -1))
+
+    def on_opened(self, shard: Shard) -> None:
+        """A server begins with a shard, or begins anew."""
 
     def on_roots(
         self, shard: Shard, round_: int, parts: Sequence[ReadyPart], values: Sequence[object]
@@ -128,8 +131,26 @@ class Checks:
                 where = f"table {table} shard {shard} is at {newest}"
                 raise Violation(f"{who} is released while {where}")
 
-    def on_recorded(self, view: int, effect: RecordVersion) -> None:
+    def name(
+        self, shard: Shard, part: int, effect: MakeParts, before: object, root: object
+    ) -> object:
+        """What stands for a part of a version; a name is all that a reader has to compare."""
+        del before, root
+        return self.reference.version(shard.table, shard.parts[part][0], effect.version)
+
+    def is_version(self, key: tuple[int, int, int], part: int, version: int, value: object) -> bool:
+        """Whether this is a part, which begins at ``key[2]``, of a version of a shard."""
+        del part
+        return value == self.reference.version(key[0], key[2], version)
+
+    @property
+    def last_version(self) -> int:
+        """The version that every shard ends with."""
+        return self.reference.scenario.rounds
+
+    def on_recorded(self, view: int, effect: RecordVersion, shard: Shard) -> None:
         """A version is whole; its contributors have each slot once and wrote their samples down."""
+        del shard
         key, round_ = (effect.table, effect.shard), effect.version - 1
         known = self.known(view)
         published = known.get(key, -1)
@@ -170,8 +191,8 @@ class Checks:
         snapshot: Snapshot,
         parts: Sequence[PartRange],
         values: Sequence[object],
-    ) -> None:
-        """What a worker loads is exactly one published version."""
+    ) -> dict[int, int]:
+        """What a worker loads is exactly one published version; returns that of each shard."""
         table, version = snapshot.table, snapshot.version
         where = f"the snapshot of table {table} version {version}"
         for part, value in zip(parts, values, strict=True):
@@ -181,6 +202,7 @@ class Checks:
             if self.known(view).get((table, part.shard), -1) < version:
                 raise Violation(f"{where} is read before it is published")
         self._check_word(table, version, snapshot.state, snapshot.norm, where)
+        return {part.shard: version for part in parts}
 
 
 def is_part_intact(version: int, memory: Memory) -> bool:

@@ -7,6 +7,7 @@ from unittest import mock
 
 from tests.sim.checks import Checks
 from tests.sim.clock import draw_clock
+from tests.sim.contributions import Contributions
 from tests.sim.disk import Disk, File
 from tests.sim.network import Network
 from tests.sim.process import Process
@@ -104,7 +105,8 @@ class Cluster:
         scenario = self.scenario
         self.world = World(scenario.seed, is_traced=self.is_traced)
         self.network = Network(self.world, scenario.weather)
-        self.checks = Checks(Reference(scenario))
+        kind = Contributions if scenario.is_asynchronous else Checks
+        self.checks = kind(Reference(scenario))
         self.disk = Disk()
         core = self.cores.scheduler(self._limits())
         self.vault = Vault()
@@ -378,7 +380,8 @@ class Cluster:
         if not any(worker.is_finished for worker in self.everybody):
             raise Violation("the job is done, but no script is")
         for (table, shard), version in self.checks.versions.items():
-            expected = self.scenario.rounds if table in self.checks.reference.trained else 0
+            is_trained = table in self.checks.reference.trained
+            expected = self.checks.last_version if is_trained else 0
             if version != expected:
                 raise Violation(f"table {table} shard {shard} ends with version {version}")
         allowed = (Exception,) if self.scenario.is_doomed else (JobFailedError, UnavailableError)

@@ -12,10 +12,16 @@ from dataclasses import replace
 
 import msgspec
 
+from tests.sim.apart import apart, like
 from tests.sim.network import Weather
 from tests.sim.scenario import Early, Fault, Kind, Patience, Scenario, Theme, loader, passes, table
 from tests.sim.world import MS, SECOND
-from treefold.common.spec import BUFFER_GROUP, Placement, Rule, TableSpec
+from treefold.common.spec import (
+    BUFFER_GROUP,
+    Placement,
+    Rule,
+    TableSpec,
+)
 
 WEIGHTS = {
     Theme.MIXED: 11,
@@ -25,6 +31,7 @@ WEIGHTS = {
     Theme.LAGGING: 2,
     Theme.STREAMING: 1,  # each takes as long as three others
     Theme.CHAINED: 5,
+    Theme.APART: 4,
     Theme.SAVED: 4,
 }
 COPY_TIMES = {False: (0, 1, 20), True: (0, 20, 100)}
@@ -47,6 +54,8 @@ def draw(seed: int, theme: Theme | None = None) -> Scenario:
     rng = random.Random(f"scenario {seed}")
     drawn = rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]
     theme = drawn if theme is None else theme
+    if theme is Theme.APART:
+        return apart(draw(seed, like(seed)))
     workers = rng.choice((1, 2, 2, 2, 2, 3, 3, 4))
     is_loader = theme is Theme.MIXED and rng.random() < 0.1
     base = Scenario(
@@ -98,8 +107,7 @@ def _with_times(rng: random.Random, job: Scenario, *, is_mixed: bool) -> Scenari
 
 def _span_ns(job: Scenario) -> int:
     """About how long a job takes if all is well."""
-    each = -(-job.slots // job.workers)
-    return FORMING_NS + job.rounds * (each * job.compute_ns + 20 * MS)
+    return FORMING_NS + job.rounds * (-(-job.slots // job.workers) * job.compute_ns + 20 * MS)
 
 
 def _with_lanes(job: Scenario, theme: Theme) -> Scenario:
@@ -136,13 +144,8 @@ def _with_theme(rng: random.Random, job: Scenario, theme: Theme) -> Scenario:
     if theme in (Theme.STREAMING, Theme.CHAINED, Theme.SAVED):
         return replace(job, weather=lossy)
     few_workers = rng.randint(1, 2)
-    job = replace(
-        job,
-        workers=few_workers,
-        starts_ns=job.starts_ns[:few_workers],
-        factors=job.factors[:few_workers],
-        weather=lossy,
-    )
+    starts_ns, factors = job.starts_ns[:few_workers], job.factors[:few_workers]
+    job = replace(job, workers=few_workers, starts_ns=starts_ns, factors=factors, weather=lossy)
     if len(job.starts_ns) < few_workers:
         job = replace(job, workers=1)
     if theme is Theme.DYING:

@@ -81,6 +81,7 @@ class Holdings:
     opened: Mapping[Key, object]
     shelves: Mapping[Key, Shelf]
     states: Mapping[Key, dict[int, int]]
+    names: Mapping[Key, dict[int, object]]
 
 
 class ShardFiles:
@@ -146,6 +147,7 @@ class ShardFiles:
             reference = self._checks.reference
             for part, (start, _stop) in enumerate(self._core.shards[key].parts):
                 value = reference.version(effect.table, start, table.version)
+                held.names[key][part] = value
                 held.states[key][part] = table.version
                 held.shelves[key].put(table.version, part, value, is_busy=False)
             self._checks.on_restored(self._core.view, key, table.version)

@@ -13,8 +13,8 @@ from treefold.server.chains import Chain
 from treefold.server.copies import Copies
 from treefold.server.core import ServerCore
 from treefold.server.effects import LoadUnit
+from treefold.server.holding import Shard
 from treefold.server.replication import Replication
-from treefold.server.rounds import Shard
 from treefold.wire.words import ShardPlace
 from treefold.worker.core import WorkerCore
 from treefold.worker.effects import Retire

@@ -8,7 +8,8 @@ from treefold.server import answers
 from treefold.server.core import ServerCore
 from treefold.server.effects import ReleaseVersion
 from treefold.server.exchange import Exchange as ServerExchange
-from treefold.server.rounds import Arrived, Held, HyperOf, Round, Shard, Wait
+from treefold.server.holding import Shard, Wait
+from treefold.server.rounds import Arrived, Held, HyperOf, Round
 from treefold.wire.exchange import Peer, Send
 from treefold.wire.messages import Published, Pulled, RoundHyper, RoundMeta
 from treefold.worker.effects import Effect, HyperKnown, Task

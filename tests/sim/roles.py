@@ -1,5 +1,6 @@
 """The scheduler's and the servers' processes."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -214,6 +215,7 @@ class ServerProcess(Listener):
         self._answers = Answers()
         self._links: dict[int, Connection] = {}
         self._states: dict[tuple[int, int], dict[int, int]] = {}
+        self._names: dict[tuple[int, int], dict[int, object]] = {}
         self._led = (0, 0, 0)
         self.servers: Callable[[], Mapping[str, Listener]] = dict
         self.acts |= {
@@ -232,7 +234,7 @@ class ServerProcess(Listener):
             ReleaseVersion: self._release_version,
             RecordVersion: self._record,
         }
-        held = Holdings(self._open, self._shelves, self._states)
+        held = Holdings(self._open, self._shelves, self._states, self._names)
         self.files = ShardFiles(self, core, checks, held)
         self.acts |= self.files.acts()
 
@@ -317,7 +319,9 @@ class ServerProcess(Listener):
             self.network.count("part before its version")
         parts = self._shelves[ref.table, ref.shard].get(ref.version, ref.part, ref.count)
         scenario, rng = self.checks.reference.scenario, self.world.rng
-        shared = scenario.shared if parts[0].buffer and parts[0].buffer.is_shared else 0.0
+        is_shared = parts[0].buffer is not None and parts[0].buffer.is_shared
+        is_shared &= not shard.spec.is_asynchronous
+        shared = scenario.shared if is_shared else 0.0
         for piece, cargo in pieces_of(rng, message, parts, shared):
             if not self.send_to(peer, piece, cargo.arrived()):
                 return False
@@ -332,10 +336,12 @@ class ServerProcess(Listener):
         name = f"table {effect.table} shard {effect.shard}"
         self._shelves[key] = Shelf(name, sizes, effect.spec.rule is Rule.CONSTANT)
         self._states[key] = dict.fromkeys(range(len(sizes)), -1)
+        self._names[key] = {}
+        self.checks.on_opened(self.server.shards[key])
 
     def _close_shard(self, effect: CloseShard) -> None:
         key = (effect.table, effect.shard)
-        del self._open[key], self._shelves[key], self._states[key]
+        del self._open[key], self._shelves[key], self._states[key], self._names[key]
 
     def _digest(self, effect: ComputeDigest) -> Iterable[object]:
         """The versions of all parts stand for what a checksum is made of."""
@@ -343,12 +349,13 @@ class ServerProcess(Listener):
         states = self._states[effect.table, effect.shard]
         if any(version != effect.version for version in states.values()):
             raise Violation(f"{effect} of parts at {states}")
-        digest = repr(states).encode()[:32]
+        names = self._names[effect.table, effect.shard]
+        digest = hashlib.sha256(repr([names[part] for part in states]).encode()).digest()
         return (DigestComputed(effect.table, effect.shard, effect.version, digest),)
 
     def _copy(self, effect: CopyUnit) -> Iterable[object]:
         """What an optimizer keeps of a part is a symbol of the version that it is at."""
-        key, reference = (effect.table, effect.shard), self.checks.reference
+        key = (effect.table, effect.shard)
         shard = self.server.shards[key]
         memories = []
         for part in effect.parts:
@@ -357,7 +364,7 @@ class ServerProcess(Listener):
             older = None
             if effect.older is not None:
                 older = self._shelves[key].get(effect.older, part, 1)[0].value
-            value = Copied(version, reference.version(effect.table, start, version), older)
+            value = Copied(version, self._names[key][part], older)
             memories.append(Memory(value, stop - start))
         frame = Frame(Dtype.FLOAT32, sum(memory.elements for memory in memories))
         handles = tuple(self.payloads.add(memory, Origin.OWN) for memory in memories)
@@ -366,7 +373,7 @@ class ServerProcess(Listener):
         return (UnitCopied(*which, b"", handles, frame, has_older),)
 
     def _load(self, effect: LoadUnit) -> None:
-        key, reference = (effect.table, effect.shard), self.checks.reference
+        key, is_version = (effect.table, effect.shard), self.checks.is_version
         shard, shelf = self.server.shards[key], self._shelves[key]
         self.network.count("loaded")
         for part, payload in zip(effect.parts, effect.payloads, strict=True):
@@ -377,12 +384,12 @@ class ServerProcess(Listener):
             where = f"part {part} of table {effect.table} shard {effect.shard}"
             if version != effect.version or (older is not None) != effect.has_older:
                 raise Violation(f"{where} is copied at version {version}, and said to be {effect}")
-            if value != reference.version(effect.table, start, version):
+            if not is_version((*key, start), part, version, value):
                 raise Violation(f"{where} is copied as {value}")
-            self._states[key][part] = version
+            self._states[key][part], self._names[key][part] = version, value
             shelf.put(version, part, value, is_busy=False)
             if effect.is_older_kept:
-                if older != reference.version(effect.table, start, version - 1):
+                if not is_version((*key, start), part, version - 1, older):
                     raise Violation(f"{where} was {older} in the version before {version}")
                 shelf.put(version - 1, part, older, is_busy=False)
 
@@ -414,8 +421,11 @@ class ServerProcess(Listener):
         is_busy = self.world.rng.random() < reference.scenario.busy
         if is_busy:
             self.network.count("busy")
-        for ready in effect.parts:
-            value = reference.version(effect.table, shard.parts[ready.part][0], effect.version)
+        roots = self._values(effect.parts)
+        for ready, root in zip(effect.parts, roots, strict=True):
+            before = self._names[key].get(ready.part)
+            value = self.checks.name(shard, ready.part, effect, before, root)
+            self._names[key][ready.part] = value
             shelf.put(effect.version, ready.part, value, is_busy)
             if self._states[key][ready.part] != effect.version - 1:
                 raise Violation(f"{effect} steps from version {self._states[key][ready.part]}")
@@ -434,7 +444,7 @@ class ServerProcess(Listener):
         if not self.server.shards[key].chain.is_joining:
             self._shelves[key].check_whole(effect.version)
         if effect.is_primary:
-            self.checks.on_recorded(self.server.view, effect)
+            self.checks.on_recorded(self.server.view, effect, self.server.shards[key])
 
     # ---- checks ----------------------------------------------------------------------------------
 
@@ -444,6 +454,8 @@ class ServerProcess(Listener):
         for shard in self.server.shards.values():
             rounds = [one for one in (shard.round, shard.last) if one is not None]
             count += len(shard.round.payloads()) if shard.round is not None else 0
+            staged = [held for one in shard.staged.values() for held in one.parts.values()]
+            count += sum(held.payload is not None for held in staged)
             count += sum(r.root is not None for one in rounds for r in one.roots.values())
             copies = shard.chain.copies.values()
             count += sum(len(one.payloads) for c in copies for one in c.flying.values())

@@ -51,6 +51,7 @@ class Theme(Enum):
     LAGGING = auto()  # rounds are fast, few are needed for them, and the others fall far behind
     STREAMING = auto()  # versions have many parts, some of which are lost, and workers die
     CHAINED = auto()  # shards have several servers, which die, are cut off and come back
+    APART = auto()  # contributions are applied one by one
     SAVED = auto()  # the last copies of shards are lost, and the job goes back to checkpoints
 
 
@@ -160,6 +161,11 @@ class Scenario:
     checkpoint_every: int = 0
     damaged: float = 0.0
     skew_ppm: int = 0
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether contributions are applied one by one."""
+        return any(spec.is_asynchronous for spec in self.tables)
 
     @property
     def rounds(self) -> int:

@@ -5,6 +5,7 @@ import pytest
 from tests.sim import (
     found,
     planted,
+    planted_apart,
     planted_chains,
     planted_clocks,
     planted_parts,
@@ -20,6 +21,7 @@ SEEDS_MAX = 150
 MODULES = (
     found,
     planted,
+    planted_apart,
     planted_chains,
     planted_clocks,
     planted_parts,

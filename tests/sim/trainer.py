@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 from tests.sim.checks import is_intact, is_part_intact
+from tests.sim.contributions import Contributions
 from tests.sim.memory import Gradients, Memory, Origin
 from tests.sim.scenario import Early, Scenario
 from tests.sim.worker import Found, Loaded, WorkerProcess
@@ -86,6 +87,7 @@ class Trainer:
         self.factor = factor
         self.reference = process.checks.reference
         self.held: dict[int, int] = {}
+        self.versions: dict[int, dict[int, int]] = {}
         self.done: dict[tuple[int, int], None] = {}
         self.begun = 0
         self.tasks = 0
@@ -242,8 +244,9 @@ class Trainer:
         if not self.is_intact(found):
             self.process.network.count("torn")
             return False
-        self.process.checks.on_snapshot(self.process.view, snapshot, found.parts, values)
-        if snapshot.version < self.begun:
+        view, checks = self.process.view, self.process.checks
+        self.versions[snapshot.table] = checks.on_snapshot(view, snapshot, found.parts, values)
+        if snapshot.version < self.begun and not self.scenario.is_asynchronous:
             raise Violation(f"{snapshot} after round {self.begun} was begun")
         self.held[snapshot.table] = snapshot.version
         return True
@@ -372,6 +375,8 @@ class Trainer:
             part = self.process.worker.tables[table].parts[number]
             key = (table, part.start, part.stop)
             value, absent = self.reference.leaf(key, task.round, task.slot)
+            if value is not None and self.scenario.is_asynchronous:  # another one makes another
+                value = (*key, task.round, task.slot, self.process.worker.membership.origin)
             if value is None:
                 if not (task.slot + number) % 2:  # otherwise the end of the slot says so
                     found.append(Leaf(table, number, part, absent, None, is_lent=False))
@@ -435,7 +440,10 @@ class Trainer:
 
     def _check_task(self, task: Task) -> None:
         versions = [self.held.get(table) for table in self.reference.trained]
-        if any(version != task.round for version in versions):
+        checks = self.process.checks
+        if isinstance(checks, Contributions):
+            checks.check_begun(self.versions, task.round, task.slot)
+        elif any(version != task.round for version in versions):
             raise Violation(f"{task} with versions {versions} loaded")
         if (task.round, task.slot) in self.done:
             raise Violation(f"{task} is given to a worker that has done it")
@@ -447,6 +455,10 @@ class Trainer:
         self.process.checks.computed[who, task.round, task.slot] = None
 
     def _check_end(self, end: LoopEnd, end_round: int) -> None:
+        checks = self.process.checks
+        if isinstance(checks, Contributions):
+            checks.check_over(self.versions, end_round)
+            return
         versions = [self.held.get(table) for table in self.reference.trained]
         if any(version != end.version for version in versions) or end.version < end_round:
             raise Violation(f"{end} of a pass to {end_round} with versions {versions} loaded")

@@ -18,7 +18,8 @@ from treefold.server.chains import Chain
 from treefold.server.copies import Copies
 from treefold.server.core import ServerCore
 from treefold.server.effects import Effect, FoldPayloads
-from treefold.server.rounds import Held, Round, Shard
+from treefold.server.holding import Shard
+from treefold.server.rounds import Held, Round
 from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy

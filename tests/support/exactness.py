@@ -5,11 +5,12 @@ slot. A version that was told to workers stays as it was told: a server that was
 down what its primary had, so two records of one version name the same contributions.
 """
 
+from collections import Counter
 from pathlib import Path
 
 from tests.integration.jobs.whole_numbers import SLOTS
 from treefold.common import ledger
-from treefold.common.ledger import Record, SamplesRecord, VersionRecord
+from treefold.common.ledger import AppliedRecord, Record, SamplesRecord, VersionRecord
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.tree import Node, span
 from treefold.torch.randomness import permutation
@@ -49,6 +50,33 @@ def complaints(folder: str, rounds: int, seed: int = 0) -> list[str]:
     lacking = [(s, v) for s in shards for v in range(1, rounds + 1) if (s, v) not in made]
     found += [f"shard {shard} version {version} was not made" for shard, version in lacking]
     return found if shards else [*found, "no version was made"]
+
+
+def complaints_one_by_one(folder: str, rounds: int, seed: int = 0) -> list[str]:
+    """The same for a job whose contributions are applied one by one: each once, to every shard."""
+    records = ledger.read(folder)
+    samples = {
+        (one.incarnation, one.round, one.slot): one.samples
+        for one in records
+        if isinstance(one, SamplesRecord)
+    }
+    wanted, found = _planned(rounds, seed), []
+    made: dict[tuple[int, int], AppliedRecord] = {}
+    for record in (one for one in records if isinstance(one, AppliedRecord)):
+        what = f"shard {record.shard} version {record.version}"
+        first = made.setdefault((record.shard, record.version), record)
+        if first != record:
+            found.append(f"{what} was made twice: {first} and {record}")
+        which = (record.round, record.slot)
+        if samples.get((record.incarnation, *which)) != wanted.get(which):
+            found.append(f"{what} has other samples than planned: {record}")
+    for shard in sorted({shard for shard, _ in made}):
+        applied = Counter((r.round, r.slot) for (own, _), r in made.items() if own == shard)
+        twice = [which for which, count in applied.items() if count > 1]
+        found += [f"shard {shard} has {twice} more than once"] if twice else []
+        lacking = [which for which in wanted if which not in applied]
+        found += [f"shard {shard} lacks {lacking}"] if lacking else []
+    return found if made else [*found, "nothing was applied"]
 
 
 def _versions(records: list[Record]) -> list[VersionRecord]:

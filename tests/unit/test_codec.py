@@ -96,8 +96,8 @@ EXAMPLES: list[m.AnyMessage] = [
     m.DrainRequest(7, "server-1"),
     m.Push(99, 6, 3, 0, 1, 2, 2, 17, 8, 1, 3, [b"\x02", b"\x00"], LENT),
     m.RoundHyper(99, 6, 3, 0, 1, 17, 8, [{"lr": 0.01, "foreach": None}], 1.0),
-    m.RoundMeta(99, 6, 3, 0, 1, 17, 8, [{"lr": 0.01, "foreach": None}], 1.0, b"\x80"),
-    m.Pull(99, 6, 3, 0, 1, 18, 2, [0, 4]),
+    m.RoundMeta(99, 6, 3, 0, 1, 17, 8, [{"lr": 0.01, "foreach": None}], 1.0, b"\x80", 2, 9),
+    m.Pull(99, 6, 3, 0, 1, 18, 2, [0, 4], words.Need(3, 17, 12, 5, 8)),
     m.Pulled(0, 1, 0, 1, 18, words.Frame(Dtype.FLOAT16, 3)),
     m.Published(0, 1, 18, b"\x80", math.inf),
     m.RoundStatus(0, 1, 17, [m.PartMissing(0, [2, 3])], is_meta_missing=True),
@@ -105,7 +105,7 @@ EXAMPLES: list[m.AnyMessage] = [
         99, 5, 4, 0, 1, 17, 8, [{"lr": 0.01}], 1.0, 1.5, b"\x80", [0, 2], [(3, 0, 6)], True
     ),
     chain.ChainAsk(99, 5, 4, 0, 1),
-    chain.ChainApplied(99, 7, 4, 0, 1, 3, 18, b"digest"),
+    chain.ChainApplied(99, 7, 4, 0, 1, 3, 18, b"digest", (17, 3, 6)),
     chain.UnitCopy(
         99,
         5,

@@ -11,7 +11,8 @@ from treefold.common.spec import (
 )
 from treefold.server import lateness
 from treefold.server.chains import Chain
-from treefold.server.rounds import Held, RoundState, Shard, Wait
+from treefold.server.holding import Shard, Wait
+from treefold.server.rounds import Held, RoundState
 from treefold.wire.membership import MS
 from treefold.wire.messages import Push, RoundMeta
 

@@ -62,6 +62,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         V, the slots of a round.
     seed : int
         The job's seed.
+    consistency : str
+        When contributions are applied, unless the script says it: ``sync``, ``async`` or ``ssp``.
+    staleness : int
+        How many rounds a slot may be ahead of the slowest one with ``ssp``.
     heartbeat_ms : int
         Milliseconds between two signs of life of a member.
     dead_after_ms : int
@@ -110,6 +114,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     check_every: NotNegative = 100
     slots: Annotated[int, Meta(ge=1, le=65_536)] = 8
     seed: Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)] = 0
+    consistency: str = "sync"
+    staleness: NotNegative = 4
     heartbeat_ms: Positive = 500
     dead_after_ms: Positive = 2_000
     server_dead_after_ms: Positive = 10_000
@@ -142,6 +148,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(msg)
         if self.log_level not in ("debug", "info", "warning", "error"):
             msg = f"log_level is {self.log_level!r}; it is one of debug, info, warning, error"
+            raise ConfigError(msg)
+        if self.consistency not in ("sync", "async", "ssp"):
+            msg = f"consistency is {self.consistency!r}; it is sync, async or ssp"
             raise ConfigError(msg)
         if self.lane not in ("auto", "socket"):
             msg = f"lane is {self.lane!r}; it is auto or socket"

@@ -1,8 +1,8 @@
 """The ledger: which samples entered which version, written as the job runs and read back later.
 
-Servers write which worker's copy of each slot went into a version, and at the end of a job digests
-of what they held; workers write which samples a slot had. All are MessagePack streams, one record
-after the other, in one folder.
+Servers write which worker's copy of each slot went into a version (one slot, in an asynchronous
+table), and at the end of a job digests of what they held; workers write which samples a slot had.
+All are MessagePack streams, one record after the other, in one folder.
 """
 
 import hashlib
@@ -45,7 +45,18 @@ class StateRecord(msgspec.Struct, frozen=True, array_like=True, tag=3):
     digests: list[bytes]
 
 
-Record = VersionRecord | SamplesRecord | StateRecord
+class AppliedRecord(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """The contribution that made one version of one shard of an asynchronous table."""
+
+    table: int
+    shard: int
+    version: int
+    round: int
+    slot: int
+    incarnation: int
+
+
+Record = VersionRecord | SamplesRecord | StateRecord | AppliedRecord
 
 
 class Writer:
@@ -112,13 +123,21 @@ def entries(folder: str, table: int = 0, shard: int = 0) -> list[Entry]:
     samples: dict[tuple[int, int, int], list[int]] = {}
     active: dict[int, int] = {}
     versions: list[VersionRecord] = []
+    applied: dict[int, AppliedRecord] = {}
     for record in read(folder):
         if isinstance(record, SamplesRecord):
             samples[record.incarnation, record.round, record.slot] = record.samples
             active[record.round] = max(active.get(record.round, 0), record.slot + 1)
-        elif isinstance(record, VersionRecord) and record.version > 0:
-            versions += [record] if (record.table, record.shard) == (table, shard) else []
+        elif isinstance(record, StateRecord) or (record.table, record.shard) != (table, shard):
+            continue
+        elif isinstance(record, AppliedRecord):
+            applied[record.version] = record
+        elif record.version > 0:
+            versions.append(record)
     found = []
+    for one in sorted(applied.values(), key=lambda record: record.version):
+        known = samples[one.incarnation, one.round, one.slot]
+        found.append(Entry(one.version, one.slot, one.incarnation, known))
     for record in sorted(versions, key=lambda version: version.version):
         round_ = record.version - 1
         for level, index, sender in sorted(record.contributors, key=lambda c: c[1] << c[0]):

@@ -83,6 +83,10 @@ class LoopPlan(msgspec.Struct, frozen=True, array_like=True):
         """The round after the last one of this pass."""
         return self.first_round + self.rounds
 
+    def is_over(self, round_: int) -> bool:
+        """Whether a job that is at this round has the pass behind it."""
+        return self.kind is PlanKind.SLOTS and round_ >= self.end_round
+
     def round_samples(self, round_: int) -> int:
         """Samples of round ``round_`` over all slots; fewer than a batch in a short last round."""
         if self.kind is PlanKind.LOADER:

@@ -44,6 +44,39 @@ class RoundState(msgspec.Struct, frozen=True, array_like=True):
     opaque: dict[int, bytes]
 
 
+class Applied(msgspec.Struct, frozen=True, array_like=True):
+    """What goes with a version of a shard of an asynchronous table: what has been applied to it.
+
+    A contribution ``(round, slot)`` is applied once, and those of a slot in the order of rounds, so
+    that one number per slot says which ones are in.
+
+    Attributes
+    ----------
+    clocks : list of int
+        For every slot that has contributed, the round after its last one.
+    last : (int, int, int)
+        Round, slot and sender of the contribution that made this version.
+    front : int
+        The furthest round of all.
+    record : bytes
+        The `RoundState` that a contribution of that round left.
+    """
+
+    clocks: list[int]
+    last: tuple[int, int, int]
+    front: int
+    record: bytes
+
+
+NOTHING_APPLIED = Applied([], (0, 0, 0), -1, b"")
+_applied = msgspec.msgpack.Decoder(Applied)
+
+
+def decode_applied(state: bytes) -> Applied:
+    """What the state of a version of an asynchronous table says; version 0 has none."""
+    return _applied.decode(state) if state else NOTHING_APPLIED
+
+
 class OpaqueTensor(msgspec.Struct, frozen=True, array_like=True):
     """A buffer that is no tensor of the table: its name, torch's name of its dtype, its bytes.
 

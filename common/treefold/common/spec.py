@@ -48,6 +48,27 @@ class Rule(IntEnum):
     CONSTANT = 2  # has no rounds: initial values only (frozen parameters)
 
 
+class ConsistencyKind(IntEnum):
+    """When a table's contributions are applied."""
+
+    SYNC = 1  # all slots of a round together, folded
+    ASYNC = 2  # each one by itself, as it comes
+    SSP = 3  # the same, and no slot gets further ahead of the slowest one than a bound
+
+
+class Consistency(msgspec.Struct, frozen=True, array_like=True):
+    """When contributions are applied, and how far slots may be apart.
+
+    ``staleness`` is the bound of `ConsistencyKind.SSP` in rounds, 0 for other kinds.
+    """
+
+    kind: ConsistencyKind = ConsistencyKind.SYNC
+    staleness: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
+
+
+SYNC = Consistency()
+
+
 class Placement(IntEnum):
     """Where a table may be cut."""
 
@@ -113,6 +134,13 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True):
     tensors: Annotated[list[TensorSpec], Meta(min_length=1, max_length=TENSORS_MAX)]
     optimizer: OptimizerSpec | None
     wire: Dtype = Dtype.FLOAT32
+    consistency: Consistency = SYNC
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether contributions are applied one by one."""
+        is_trained = self.rule is Rule.OPTIMIZER
+        return is_trained and self.consistency.kind is not ConsistencyKind.SYNC
 
     def __post_init__(self) -> None:
         """Check what concerns several fields at once."""

@@ -69,7 +69,8 @@ class ChainApplied(Message, tag=46, frozen=True):
     """To the primary: this member of the chain holds ``version``.
 
     ``began`` is the view in which it was first copied to, 0 if it never was. ``digest`` is that of
-    its values and optimizer state, if the round asked for it.
+    its values and optimizer state, if the round asked for it. ``last`` is, for an asynchronous
+    table, which contribution made the version: round, slot, sender.
     """
 
     job: Count
@@ -80,6 +81,7 @@ class ChainApplied(Message, tag=46, frozen=True):
     began: Count
     version: Annotated[int, Meta(ge=-1, lt=1 << 62)]
     digest: Annotated[bytes, Meta(max_length=32)] = b""
+    last: tuple[Count, Count, Count] = (0, 0, 0)
 
 
 class KeptVersion(msgspec.Struct, frozen=True, array_like=True, gc=False):

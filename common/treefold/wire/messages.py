@@ -34,6 +34,7 @@ from treefold.wire.words import (
     Marks,
     Member,
     Message,
+    Need,
     Norms,
     Outcome,
     PartNumber,
@@ -375,7 +376,8 @@ class RoundMeta(Message, tag=33, frozen=True):
 
     ``norm_max`` is the limit for the global gradient norm, 0 for none. ``state`` is the worker's
     own record of what the next round starts from (LR schedulers, integer buffers), opaque to
-    servers. A round is complete only with it.
+    servers. A round is complete only with it. For asynchronous tables every slot sends it; all
+    rounds below ``first``, where the pass over the data began, are in then.
     """
 
     job: Count
@@ -388,6 +390,8 @@ class RoundMeta(Message, tag=33, frozen=True):
     groups: Annotated[list[Hyper], Meta(max_length=GROUPS_MAX)]
     norm_max: Annotated[float, Meta(ge=0)]
     state: State
+    slot: Slot = 0
+    first: Count = 0
 
 
 class Pull(Message, tag=34, frozen=True):
@@ -395,7 +399,8 @@ class Pull(Message, tag=34, frozen=True):
 
     A version too old to be kept is answered with the current one; who knows no version asks for 0.
     From the second ``attempt`` on, a version that does not exist yet is answered with `RoundStatus`
-    as well. ``parts`` empty means all.
+    as well. ``parts`` empty means all. With a ``need``, for an asynchronous table, the newest
+    version is asked for, as soon as that is met.
     """
 
     job: Count
@@ -406,6 +411,7 @@ class Pull(Message, tag=34, frozen=True):
     version: Count
     attempt: Count
     parts: Annotated[list[PartNumber], Meta(max_length=PARTS_MAX)]
+    need: Need | None = None
 
 
 class Pulled(Message, tag=42, frozen=True):

@@ -1,5 +1,6 @@
 """What messages are made of: limits, enumerations, and the structs inside of them."""
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Annotated
 
@@ -15,6 +16,7 @@ TABLES_MAX = 1_024
 SHARDS_MAX = 1_048_576
 PARTS_MAX = 1_048_576
 STATE_BYTES_MAX = 1 << 20  # LR schedulers and integer buffers of one job
+CLOCKS_BYTES_MAX = 9 * SLOTS_MAX + 64  # beside them, with versions of asynchronous tables
 FRAME_BYTES_MAX = 4 << 20  # one payload frame
 VERSIONS_KEPT_MAX = 2  # of one shard, for pulls
 REPLICAS_MAX = 16  # servers in one chain
@@ -31,11 +33,12 @@ PartNumber = Annotated[int, Meta(ge=0, lt=PARTS_MAX)]
 Parts = Annotated[int, Meta(ge=1, le=RUN_PARTS_MAX)]
 Round = Annotated[int, Meta(ge=-1, lt=1 << 62)]
 Active = Annotated[int, Meta(ge=1, le=SLOTS_MAX)]
+SlotCount = Annotated[int, Meta(ge=0, le=SLOTS_MAX)]
 Address = Annotated[str, Meta(max_length=1_024)]
 Spent = Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)]
 Norms = Annotated[list[tuple[TableNumber, Round, float]], Meta(max_length=TABLES_MAX)]
 Marks = Annotated[bytes, Meta(max_length=ABSENT_BYTES_MAX)]
-State = Annotated[bytes, Meta(max_length=STATE_BYTES_MAX)]
+State = Annotated[bytes, Meta(max_length=STATE_BYTES_MAX + CLOCKS_BYTES_MAX)]
 Incarnations = Annotated[list[Count], Meta(max_length=REPLICAS_MAX)]
 
 FOLDER_LENGTH_MAX = 4_096  # of the name of a folder of checkpoints
@@ -159,6 +162,30 @@ class TablePlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
     initializer: Count
     shards: Annotated[list[ShardPlace], Meta(max_length=SHARDS_MAX)]
     source: Source | None = None
+
+
+class Need(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What must be applied to a shard of an asynchronous table before a pull is answered.
+
+    Of slot ``slot`` all rounds below ``clock``; of each of ``slots`` slots all below ``floor``, and
+    of the first ``active`` of them round ``floor`` as well.
+    """
+
+    slot: Slot
+    clock: Count
+    floor: Count = 0
+    active: SlotCount = 0
+    slots: SlotCount = 0
+
+    def is_met(self, clocks: Sequence[int]) -> bool:
+        """Whether clocks, one for every slot that has contributed, satisfy this."""
+        known = len(clocks)
+        if self.clock and (self.slot >= known or clocks[self.slot] < self.clock):
+            return False
+        for slot in range(self.slots if self.floor or self.active else 0):
+            if (clocks[slot] if slot < known else 0) < self.floor + (slot < self.active):
+                return False
+        return True
 
 
 class Leases(msgspec.Struct, frozen=True, array_like=True, gc=False):

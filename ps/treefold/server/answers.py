@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from treefold.common.spec import Dtype
 from treefold.server.effects import PartsRef
-from treefold.server.rounds import Round, Shard, Wait
+from treefold.server.holding import Shard, Wait
+from treefold.server.rounds import Round
 from treefold.wire.exchange import Peer, Send
 from treefold.wire.messages import Published, Pulled
 from treefold.wire.words import RUN_PARTS_MAX
@@ -47,7 +48,7 @@ def published(shard: Shard) -> list[Send]:
     """The shard's new version is whole: what is left of it, for those who wait for it."""
     sends: list[Send] = []
     for peer, waiting in list(shard.waits.items()):
-        if waiting.version <= shard.version:
+        if waiting.version <= shard.version and waiting.is_met(shard.applied.clocks):
             del shard.waits[peer]
             sends += _parts(peer, shard, shard.version, list(waiting.parts))
             sends.append(_whole(peer, shard, shard.version))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from treefold.common.spec import Rule
 from treefold.server.effects import Effect, SaveShard, ShardStored
-from treefold.server.rounds import Kept, Shard
+from treefold.server.holding import Kept, Shard
 from treefold.wire.exchange import SCHEDULER, Send
 from treefold.wire.membership import MS, Membership
 from treefold.wire.messages import SavedSeen, ShardSaved
@@ -51,6 +51,17 @@ class Saves:
         every, version = self._membership.checkpoint_every, shard.version
         if not every or version % every or not shard.chain.is_primary:
             return
+        if shard.spec.is_asynchronous and version > 0:  # shards have other contributions in them
+            return
+        self._save(shard)
+
+    def save_pass(self, shard: Shard) -> None:
+        """All contributions of a pass over the data are in, as in all other shards."""
+        if self._membership.checkpoint_every and shard.chain.is_primary:
+            self._save(shard)
+
+    def _save(self, shard: Shard) -> None:
+        version = shard.version
         key = (shard.table, shard.number, version)
         if key in self._begun or key in self._told:
             return
@@ -70,7 +81,8 @@ class Saves:
             return
         if event.text and shard is not None and shard.spec.rule is Rule.CONSTANT:
             self._again[event.table, event.shard] = now_ns + AGAIN_MS * MS
-        state = kept.state if event.shard == 0 else b""
+        is_needed = event.shard == 0 or (shard is not None and shard.spec.is_asynchronous)
+        state = kept.state if is_needed else b""
         self._told[key] = ShardSaved(
             self._membership.incarnation, event.table, event.shard, event.version, event.path,
             event.nbytes, event.sha256, state, kept.norm, event.text,

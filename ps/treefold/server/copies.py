@@ -13,7 +13,8 @@ import msgspec
 
 from treefold.server.chains import Copying, Flight
 from treefold.server.effects import CopyUnit, Effect, LoadUnit, ReleasePayload, UnitCopied
-from treefold.server.rounds import Incoming, Kept, Round, Shard
+from treefold.server.holding import Incoming, Kept, Shard
+from treefold.server.rounds import Round
 from treefold.wire.chain import KeptVersion, UnitCopy, UnitTaken
 from treefold.wire.exchange import SCHEDULER, Peer, Send
 from treefold.wire.membership import MS, Membership

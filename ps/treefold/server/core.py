@@ -31,8 +31,9 @@ from treefold.server.effects import (
 )
 from treefold.server.exchange import Exchange
 from treefold.server.fencing import AboutShard, refusal_of_view
+from treefold.server.holding import Shard
 from treefold.server.limits import ServerLimits
-from treefold.server.rounds import Arrived, RoundState, Shard
+from treefold.server.rounds import Arrived, RoundState
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy, UnitTaken
 from treefold.wire.exchange import (
     SCHEDULER,
@@ -299,7 +300,7 @@ class ServerCore:
         """Others hold this shard from now on."""
         shard = self.shards.pop(key, None)
         if shard is not None:
-            self.exchange.replication.close(shard)
+            self.exchange.close(shard)
             self._out.append(CloseShard(*key))
 
     def _adopt(self, now_ns: int, shard: Shard, place: ShardPlace) -> None:

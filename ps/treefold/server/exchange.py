@@ -10,6 +10,7 @@ from treefold.common.errors import InvariantError
 from treefold.common.spec import Rule
 from treefold.common.story import Story
 from treefold.server import answers, lateness
+from treefold.server.asynchronous import Asynchronous
 from treefold.server.checkpoints import Saves
 from treefold.server.effects import (
     CloseShard,
@@ -26,8 +27,9 @@ from treefold.server.effects import (
     ShardStored,
     UnitCopied,
 )
+from treefold.server.holding import Kept, Shard, Wait
 from treefold.server.replication import Replication
-from treefold.server.rounds import Arrived, HyperOf, Kept, Round, RoundState, Shard, Wait
+from treefold.server.rounds import Arrived, HyperOf, Round, RoundState
 from treefold.wire.exchange import SCHEDULER, Peer, Send
 from treefold.wire.membership import MS, Membership
 from treefold.wire.messages import (
@@ -38,7 +40,7 @@ from treefold.wire.messages import (
     RoundHyper,
     RoundMeta,
 )
-from treefold.wire.words import Code
+from treefold.wire.words import INITIAL_ROUND, Code
 
 Done = NormComputed | DigestComputed | UnitCopied | ShardStored | ShardRestored
 ANSWER_PARTS_MAX = 8  # parts (MiB) that are made before those who wait hear of them
@@ -81,6 +83,7 @@ class Exchange:
         self.duplicates = 0
         self.replication = Replication(self, membership, check_every, out)
         self.saves = Saves(membership, out)
+        self.asynchronous = Asynchronous(self.saves, out)
         self._out = out
 
     def on_done(self, now_ns: int, event: Done) -> None:
@@ -100,6 +103,11 @@ class Exchange:
     def on_push(self, now_ns: int, peer: Peer, shard: Shard, arrived: Arrived) -> None:
         """Take in one node of a run of parts, and make what can be made of it."""
         push = arrived.push
+        is_alone = shard.spec.is_asynchronous and shard.chain.is_primary
+        if is_alone and push.round != INITIAL_ROUND and shard.version != INITIAL_ROUND:
+            self.asynchronous.on_push(peer, shard, arrived)
+            self.advance(now_ns, shard)
+            return
         if not shard.chain.is_started:  # the first copy will say where to begin
             self._out += [ReleasePayload(payload) for payload in arrived.payloads]
             return
@@ -139,6 +147,11 @@ class Exchange:
         """Take in what slot 0 brings."""
         if not shard.chain.is_started:
             return
+        if shard.spec.is_asynchronous and shard.chain.is_primary:
+            if isinstance(message, RoundMeta) and shard.version != INITIAL_ROUND:
+                self.asynchronous.on_meta(peer, shard, message)
+                self.advance(now_ns, shard)
+            return
         refusal = shard.refusal_of_hyper(message)
         refusal = refusal or shard.out_of_turn(message.round, message.active)
         if refusal is not None:
@@ -159,13 +172,20 @@ class Exchange:
 
     def advance(self, now_ns: int, shard: Shard) -> None:
         """Do what can be done with what is there now."""
+        while self._advance(now_ns, shard):
+            pass
+
+    def _advance(self, now_ns: int, shard: Shard) -> bool:
+        """Do what can be done; True if that may go on with another round at once."""
         current = shard.round
         if self.replication.settle_version(shard):
-            self._out += answers.published(shard)
+            self._answer(shard)
             if current is None or not current.made:
                 self.saves.save(shard)
         if current is None:
-            return
+            return False
+        if shard.spec.is_asynchronous:
+            self.asynchronous.begin(shard)
         hyper = current.hyper
         if hyper is not None and hyper.norm_max > 0 and not current.is_norm_known:
             if shard.chain.is_primary:
@@ -175,6 +195,15 @@ class Exchange:
         self._out += answers.made(shard, current)
         if current.is_complete and self.replication.is_applied(now_ns, shard, current):
             self._publish(now_ns, shard, current)
+            return shard.spec.is_asynchronous
+        return False
+
+    def _answer(self, shard: Shard) -> None:
+        """Send the newest version to those who wait for it."""
+        needs = [one.need for one in shard.waits.values() if one.is_met(shard.applied.clocks)]
+        self._out += answers.published(shard)
+        for need in needs:
+            self.asynchronous.end_pass(shard, need)
 
     def _measure(self, now_ns: int, shard: Shard, current: Round) -> None:
         if current.state is not RoundState.OPEN or not current.is_rooted:
@@ -191,6 +220,9 @@ class Exchange:
             return
         is_measured = hyper.norm_max == 0 or current.is_norm_known
         if not is_measured or (shard.is_whole and not current.is_rooted):
+            return
+        is_alone = shard.spec.is_asynchronous and current.number != INITIAL_ROUND
+        if is_alone and not current.is_gathered:  # another primary may make another version of it
             return
         self.release_oldest(shard, current)
         ready = current.ready()
@@ -218,10 +250,15 @@ class Exchange:
 
     def reopen(self, shard: Shard) -> None:
         """Begin anew with a shard, without anything that is here of it."""
-        self.replication.close(shard)
+        self.close(shard)
         self._out.append(CloseShard(shard.table, shard.number))
         shard.restart()
         self._out.append(OpenShard(shard.table, shard.number, shard.spec, shard.span))
+
+    def close(self, shard: Shard) -> None:
+        """Release what is held of a shard."""
+        self.asynchronous.close(shard)
+        self.replication.close(shard)
 
     def release_oldest(self, shard: Shard, current: Round) -> None:
         """The version before the round's own makes room for the one after it.
@@ -245,7 +282,7 @@ class Exchange:
         shard.publish(now_ns, current)
         self.saves.save(shard)
         self.replication.on_published(shard, current)
-        self._out += answers.published(shard)
+        self._answer(shard)
 
     def _on_restored(self, now_ns: int, event: ShardRestored) -> None:
         """A shard begins with a version of a checkpoint, not with initial values."""
@@ -256,7 +293,7 @@ class Exchange:
         shard.begin_at(event.version, {event.version: Kept(event.state, event.norm)})
         if shard.spec.rule is Rule.CONSTANT:  # it is in no file of this job's checkpoints yet
             self.saves.save(shard)
-        self._out += answers.published(shard)
+        self._answer(shard)
         self.replication.copies.copy(now_ns, shard)
         self.advance(now_ns, shard)
 
@@ -317,6 +354,8 @@ class Exchange:
         if any(part >= shard.parts_count for part in parts):
             text = f"shard {shard.number} of table {shard.table} has {shard.parts_count} parts"
             self._out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))
+        elif shard.spec.is_asynchronous and shard.version != INITIAL_ROUND:
+            self.asynchronous.on_pull(peer, shard, pull, parts)
         elif pull.version <= shard.version and not shard.can_tell(pull.version):
             shard.waits[peer] = Wait(pull.version, dict.fromkeys(parts))
         elif pull.version <= shard.version:

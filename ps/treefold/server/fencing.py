@@ -1,6 +1,6 @@
 """Which view a message about a shard has to name. Pure."""
 
-from treefold.server.rounds import Shard
+from treefold.server.holding import Shard
 from treefold.wire.chain import ChainAsk, ChainRound, UnitCopy
 from treefold.wire.messages import Pull, Push, Refused, RoundHyper, RoundMeta
 from treefold.wire.words import Code

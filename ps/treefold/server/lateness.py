@@ -8,7 +8,7 @@ since a worker may hang between two of them, but a round is reported once for al
 from collections.abc import Mapping
 
 from treefold.common.spec import Rule
-from treefold.server.rounds import Shard
+from treefold.server.holding import Shard
 from treefold.wire.membership import MS
 from treefold.wire.words import INITIAL_ROUND
 

@@ -31,6 +31,9 @@ class Published:
         The shard's parts.
     is_constant : bool
         Whether there is one version only.
+    is_shared : bool
+        Whether workers may read where they lie: not where versions follow one another so quickly
+        that a reader would have to begin anew again and again.
 
     Attributes
     ----------
@@ -45,6 +48,7 @@ class Published:
         parts: Sequence[tuple[int, int]],
         *,
         is_constant: bool,
+        is_shared: bool = True,
     ) -> None:
         self._carrier = carrier
         self._layout = layout
@@ -52,7 +56,8 @@ class Published:
         self._parts = parts
         self._elements = elements = max(0, parts[-1][1] - parts[0][0])
         count = 1 if is_constant else BUFFERS
-        self._segment = carrier.lanes.create(count * elements * 4) if elements else None
+        is_shared &= elements > 0
+        self._segment = carrier.lanes.create(count * elements * 4) if is_shared else None
         if self._segment is None:
             flat = torch.empty(count * elements)
         else:

@@ -20,7 +20,8 @@ from treefold.server.effects import (
     ReleasePayload,
     UnitCopied,
 )
-from treefold.server.rounds import HyperOf, Round, Shard
+from treefold.server.holding import Shard
+from treefold.server.rounds import HyperOf, Round
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound
 from treefold.wire.exchange import SCHEDULER, Level, Note, Peer, Send
 from treefold.wire.membership import MS, Membership
@@ -81,7 +82,11 @@ class Replication:
         """A view has changed the shard's chain."""
         chain, current = shard.chain, shard.round
         self.copies.settle(now_ns, shard)
+        if shard.spec.is_asynchronous and shard.version != INITIAL_ROUND:
+            self._release(tuple(shard.begin_round_anew()))
+            current = shard.round
         if not chain.is_primary:
+            self._release(tuple(shard.unstage()))
             shard.waits.clear()
             if current is not None:
                 current.reopen()
@@ -252,6 +257,9 @@ class Replication:
         if message.sender not in chain.applied or is_from_before:
             return
         version, digest = shard.digest
+        if copying is None and _is_astray(shard, message):
+            self._tell_differs(shard, message.sender, "has applied what nobody else has")
+            return
         if copying is None and message.digest and version == message.version:
             self._compare(shard, message, digest)
         known = chain.applied[message.sender]
@@ -272,9 +280,10 @@ class Replication:
                 continue
             parts = [one.part for one in status.missing]
             lacking = [done.roots[part] for part in parts if part in done.roots]
-            if copying is None and any(
-                part in done.made and part not in done.roots for part in parts
-            ):
+            # Of a round that this server was copied into it has the roots of some parts only.
+            is_over = done is shard.last
+            gone = [n for n in parts if n not in done.roots and (is_over or n in done.made)]
+            if copying is None and gone:
                 self._tell_differs(shard, who, "lacks a round that is not kept any more")
             self._send_hyper(shard, who, done)
             self._send_roots(shard, who, done, lacking)
@@ -344,7 +353,7 @@ class Replication:
         version, digest = shard.digest
         message = ChainApplied(
             self._membership.job, chain.me, chain.view, shard.table, shard.number, chain.began,
-            shard.version, digest if version == shard.version else b"",
+            shard.version, digest if version == shard.version else b"", shard.applied.last,
         )  # fmt: skip
         self._out.append(Send(peer, message))
 
@@ -408,6 +417,20 @@ class Replication:
         self._out.append(Note(Level.WARNING, f"{what}; it is copied to again"))
         message = ChainDiffers(chain.me, shard.table, shard.number, chain.view, who)
         self._out.append(Send(SCHEDULER, message))
+
+
+def _is_astray(shard: Shard, message: ChainApplied) -> bool:
+    """Whether a member of an asynchronous table's chain has another version than this one.
+
+    It may have got one of the primary before, which nobody else has.
+    """
+    if not shard.spec.is_asynchronous or message.version <= 0 or message.version < shard.version:
+        return False
+    if message.version == shard.version:
+        return message.last != shard.applied.last
+    current = shard.round
+    is_next = current is not None and current.is_closed and message.version == shard.version + 1
+    return current is None or not is_next or [message.last] != current.contributed
 
 
 def _in_order(done: Round) -> list[ReadyPart]:

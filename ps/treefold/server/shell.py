@@ -14,7 +14,7 @@ from treefold.common.config import Settings
 from treefold.common.errors import DataError, UnsupportedError
 from treefold.common.failpoints import arm
 from treefold.common.fold import Folder, Payload
-from treefold.common.ledger import StateRecord, VersionRecord, Writer
+from treefold.common.ledger import AppliedRecord, StateRecord, VersionRecord, Writer
 from treefold.common.log import logger
 from treefold.common.optim import spare_compiler
 from treefold.common.process import (
@@ -310,7 +310,11 @@ class ServerShell:
         is_constant = effect.spec.rule is Rule.CONSTANT
         self._states[key] = state
         self._published[key] = Published(
-            self._carrier, state.layout, state.parts, is_constant=is_constant
+            self._carrier,
+            state.layout,
+            state.parts,
+            is_constant=is_constant,
+            is_shared=not effect.spec.is_asynchronous,
         )
         for peer in self._carrier.lanes.local_peers():
             self._carrier.offer(LISTENER, peer)
@@ -423,9 +427,12 @@ class ServerShell:
             self._ledger = Writer(self._settings.ledger, name)
         if not effect.is_primary or (effect.version > 0 and not effect.contributors):
             return  # what came as a copy was recorded by whoever made it
-        self._ledger.add(
-            VersionRecord(effect.table, effect.shard, effect.version, effect.contributors)
-        )
+        of = (effect.table, effect.shard, effect.version)
+        if self._core.specs[effect.table].is_asynchronous and effect.version > 0:
+            for round_, slot, who in effect.contributors:
+                self._ledger.add(AppliedRecord(*of, round_, slot, who))
+            return
+        self._ledger.add(VersionRecord(*of, effect.contributors))
 
     def _record_states(self, ledger: Writer) -> None:
         """What this server holds at the end of the job."""

@@ -15,7 +15,9 @@ from treefold.common.errors import ConfigError, LocalProtocolError, UnsupportedE
 from treefold.common.optim import describe, placement_of
 from treefold.common.spec import (
     BUFFER_GROUP,
+    SYNC,
     WIRES,
+    Consistency,
     Dtype,
     Placement,
     Rule,
@@ -174,6 +176,7 @@ def table_spec(
     optimizer: Optimizer,
     tensors: Sequence[BoundTensor],
     wire: Dtype = Dtype.FLOAT32,
+    consistency: Consistency = SYNC,
 ) -> TableSpec:
     """Describe the table of an optimizer.
 
@@ -187,6 +190,8 @@ def table_spec(
         Parameters group by group, then buffers.
     wire : Dtype
         What gradients and parameters travel as.
+    consistency : Consistency
+        When contributions are applied.
 
     Returns
     -------
@@ -207,7 +212,7 @@ def table_spec(
     described = describe(optimizer)
     specs = [tensor.spec() for tensor in tensors]
     placement = placement_of(described.name, described.groups)
-    return TableSpec(name, Rule.OPTIMIZER, placement, specs, described, wire)
+    return TableSpec(name, Rule.OPTIMIZER, placement, specs, described, wire, consistency)
 
 
 def _has_stepped(optimizer: Optimizer) -> bool:

@@ -13,7 +13,7 @@ from treefold.common.errors import ConfigError, LocalProtocolError, UnsupportedE
 from treefold.torch import session
 from treefold.torch.binding import bind, wire_of
 from treefold.torch.buffers import BufferMode
-from treefold.torch.options import OverlapMode
+from treefold.torch.options import SSP, OverlapMode, consistency_of
 from treefold.torch.table import Owned, Table, TableOptions, load_frozen
 
 
@@ -23,6 +23,7 @@ class OptimizerOptions(TypedDict, total=False):
     buffers: str
     lend: bool
     wire: str
+    consistency: str | SSP | None
 
 
 class DistributedOptimizer(Optimizer):
@@ -60,6 +61,12 @@ class DistributedOptimizer(Optimizer):
         With a narrow one every gradient, every sum of gradients and the parameters that workers
         compute with are rounded to it, the same on any cluster; servers keep float32. Buffers are
         never rounded.
+    consistency : str or SSP
+        When servers apply contributions. ``"sync"``: those of all slots of a round together, once
+        they are all there, with the same bits on any cluster. ``"async"``: each by itself, as it
+        comes; slots are at rounds of their own, and each begins with the newest version. ``"ssp"``
+        or ``SSP(staleness)``: the same, but no slot gets further ahead of the slowest than a bound.
+        The job's setting by default. All optimizers of a job have to be ``"sync"``, or none.
 
     Raises
     ------
@@ -97,6 +104,8 @@ class DistributedOptimizer(Optimizer):
             raise ConfigError(msg)
         mode = BufferMode.of(options.get("buffers", "mean"))
         wire = wire_of(options.get("wire", "float32"))
+        consistency = consistency_of(options.get("consistency"), job.settings)
+        job.check_can_mix(consistency)
         super().__init__([{"params": []}], {})
         self.param_groups = optimizer.param_groups
         self.defaults = optimizer.defaults
@@ -106,7 +115,13 @@ class DistributedOptimizer(Optimizer):
         name = "model" if not job.tables else f"model-{len(job.tables)}"
         known_as = next((t.options.name for t in job.tables if t.owned.model is model), name)
         chosen = TableOptions(
-            name, known_as, OverlapMode.of(overlap), mode, options.get("lend", True), wire
+            name,
+            known_as,
+            OverlapMode.of(overlap),
+            mode,
+            options.get("lend", True),
+            wire,
+            consistency,
         )
         owned = Owned(optimizer, self, model)
         table = Table(job.client, owned, bound, chosen)
@@ -250,12 +265,21 @@ def clip_grad_norm(parameters: Tensor | Iterable[Tensor], max_norm: float) -> No
         ``max_norm`` is not a positive number, or the parameters are not those of one optimizer.
     LocalProtocolError
         The step of this loop body was taken already.
+    UnsupportedError
+        The table is asynchronous.
     """
     if not (math.isfinite(max_norm) and max_norm > 0):
         msg = f"max_norm is {max_norm!r}; it must be a positive, finite number"
         raise ConfigError(msg)
     job = session.current()
     table = _table_of([parameters] if isinstance(parameters, Tensor) else list(parameters))
+    if table.is_asynchronous:
+        text = (
+            "a contribution to an asynchronous table is applied by itself, so there is no round "
+            "with a norm; limit this slot's own gradient with torch.nn.utils.clip_grad_norm_, and "
+            "pass overlap=False to ps.DistributedOptimizer"
+        )
+        raise UnsupportedError(text)
     job.check_can_clip(table)
     table.norm_max = float(max_norm)
 

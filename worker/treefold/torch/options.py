@@ -1,8 +1,73 @@
 """What users choose by name."""
 
+from dataclasses import dataclass
 from enum import Enum
 
+from treefold.common.config import Settings
 from treefold.common.errors import ConfigError
+from treefold.common.spec import Consistency, ConsistencyKind
+
+STALENESS_MAX = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class SSP:
+    """Stale synchronous parallel: no slot gets further ahead of the slowest than a bound.
+
+    A slot begins round ``t`` with a version that has in it every slot's contributions to rounds
+    below ``t - staleness``. Source: Ho et al., More effective distributed ML via a stale
+    synchronous parallel parameter server, NIPS 2013, section 3.
+
+    Parameters
+    ----------
+    staleness : int
+        The bound, in rounds. With 0 all slots are in one round, which is not what ``"sync"`` is:
+        contributions are applied one by one, and slots see those that are in already.
+
+    Raises
+    ------
+    ConfigError
+        It is negative, or no whole number.
+    """
+
+    staleness: int
+
+    def __post_init__(self) -> None:
+        """Check the bound."""
+        value: object = self.staleness
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        if not is_count or not 0 <= self.staleness <= STALENESS_MAX:
+            msg = f"staleness is {value!r}; it is a whole number of rounds, 0 or more"
+            raise ConfigError(msg)
+
+
+def consistency_of(value: object, settings: Settings) -> Consistency:
+    """When contributions are applied, as a user chose.
+
+    Parameters
+    ----------
+    value : str, SSP or None
+        ``"sync"``, ``"async"``, ``"ssp"`` (with the job's staleness); None for the job's.
+    settings : Settings
+        The job's.
+
+    Raises
+    ------
+    ConfigError
+        There is no such mode.
+    """
+    if value is None:
+        value = settings.consistency
+    if value == "ssp":
+        value = SSP(settings.staleness)
+    if isinstance(value, SSP):
+        return Consistency(ConsistencyKind.SSP, value.staleness)
+    if value == "sync":
+        return Consistency()
+    if value == "async":
+        return Consistency(ConsistencyKind.ASYNC)
+    msg = f"consistency={value!r}; it is 'sync', 'async', 'ssp' or ps.SSP(staleness=...)"
+    raise ConfigError(msg)
 
 
 class OverlapMode(Enum):

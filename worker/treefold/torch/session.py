@@ -18,9 +18,11 @@ from treefold.common.errors import (
     LocalProtocolError,
     SchedulerLostError,
     TreefoldError,
+    UnsupportedError,
 )
 from treefold.common.optim import spare_compiler
 from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.spec import Consistency, ConsistencyKind
 from treefold.torch.leaving import ExitWatch, end_with
 from treefold.torch.progress import LossWatch
 from treefold.torch.pushing import Overlap
@@ -95,6 +97,18 @@ class Session:
         if self.mode is not Mode.UNDECIDED:
             text = "make every ps.DistributedOptimizer before the first loop or step"
             raise LocalProtocolError(text)
+
+    def check_can_mix(self, consistency: Consistency) -> None:
+        """Refuse a table whose slots would be at other rounds than those of another one."""
+        is_sync = consistency.kind is ConsistencyKind.SYNC
+        others = [table for table in self.tables if table.is_asynchronous is is_sync]
+        if others:
+            text = (
+                f"table {others[0].options.name!r} is "
+                f"{'not ' if is_sync else ''}synchronous and the next one is the other way round; "
+                "the optimizers of one job are all consistency='sync', or none of them is"
+            )
+            raise UnsupportedError(text)
 
     def is_taken(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to a table already."""
@@ -223,6 +237,12 @@ class Session:
             raise LocalProtocolError(text)
 
     def _begin_loader(self) -> None:
+        if any(t.options.consistency.kind is ConsistencyKind.SSP for t in self.tables):
+            text = (
+                "consistency='ssp' needs ps.batches(): with own loaders nobody else can compute a "
+                "slot whose worker is gone, and all others would wait for it for ever"
+            )
+            raise UnsupportedError(text)
         limits = [table.norm_max for table in self.tables]
         size = self.client.size
         plan = LoopPlan(PlanKind.LOADER, 0, 0, 0, size, 0, size, 0, False, 0)

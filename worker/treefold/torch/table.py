@@ -20,7 +20,7 @@ from treefold.common.optim import hyper_of
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import give_back_freed_memory
 from treefold.common.round_state import RoundState, Schedule
-from treefold.common.spec import Dtype
+from treefold.common.spec import SYNC, Consistency, Dtype
 from treefold.torch.awaiting import Awaiting, can_be_awaited
 from treefold.torch.binding import (
     BoundModel,
@@ -54,6 +54,7 @@ class TableOptions:
     buffers: BufferMode
     is_lent: bool = True
     wire: Dtype = Dtype.FLOAT32
+    consistency: Consistency = SYNC
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,8 @@ class Table:
         Global gradient norm of the last completed round, None if none was asked for.
     norm_max : float
         Limit for that of the round in work, 0 for none.
+    is_asynchronous : bool
+        Whether slots contribute one by one.
     """
 
     def __init__(
@@ -106,7 +109,10 @@ class Table:
         self._client = client
         folded = [] if options.buffers is BufferMode.LOCAL else bound.buffers
         self._tensors: list[BoundTensor] = [*bound.parameters, *folded]
-        spec = table_spec(options.name, owned.inner, self._tensors, options.wire)
+        spec = table_spec(
+            options.name, owned.inner, self._tensors, options.wire, options.consistency
+        )
+        self.is_asynchronous = spec.is_asynchronous
         self.layout = Layout(spec)
         self._pieces: Pieces = cache(self.layout.pieces)
         self.buffers = Buffers(folded, bound.opaque, options.buffers)
@@ -277,11 +283,13 @@ class Table:
         Returns
         -------
         SlotMeta
-            Its state is empty but for slot 0, whose alone counts.
+            Its state is empty but for those slots whose state counts.
         """
-        self.pushing.end(self.buffers.shares(task.slot, share_of(task, plan)))
+        share = 1.0 if self.is_asynchronous else share_of(task, plan)
+        self.pushing.end(self.buffers.shares(task.slot, share))
         groups = self._groups or hyper_of(self.owned.inner)
-        return SlotMeta(groups, self.norm_max, self._next_state() if task.slot == 0 else b"")
+        counts = task.slot == 0 or self.is_asynchronous
+        return SlotMeta(groups, self.norm_max, self._next_state() if counts else b"")
 
     def end_loop(self, is_exact: bool) -> None:
         """Leave the loop with the state of the version it ended at.

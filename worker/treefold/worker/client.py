@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 DRAIN_TEXT = "the worker was asked to stop"
 DECLARE_TRIES_MAX = 100  # of copying a first version while the servers go on
-STANDING_BY = -1  # the core's slot number for "load this and ask again"
 
 
 class Client:
@@ -227,7 +226,7 @@ class Client:
                     self.leave(Outcome.DRAINED, DRAIN_TEXT)
                     raise SystemExit(0)
                 return LoopEnd(answer.value.version, snapshots)
-            if isinstance(answer.value, effects.Task) and answer.value.slot != STANDING_BY:
+            if isinstance(answer.value, effects.Task) and answer.value.slot != effects.STANDING_BY:
                 self._task_ns, self._pushed_ns = time.perf_counter_ns(), self._not_computing_ns()
                 task = answer.value
                 is_lent = self._is_lent(task.round)

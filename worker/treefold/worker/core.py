@@ -29,6 +29,7 @@ from treefold.wire.messages import (
 from treefold.wire.words import Code, Outcome, Phase
 from treefold.worker.declarations import Declarations
 from treefold.worker.effects import (
+    STANDING_BY,
     Complete,
     Contributed,
     DeclareCalled,
@@ -53,6 +54,7 @@ from treefold.worker.limits import ERRORS, PAUSE_FACTOR, WorkerLimits
 from treefold.worker.pulls import Table
 from treefold.worker.rounds import LocalRound
 from treefold.worker.streams import newest_whole
+from treefold.worker.waiting import describe
 
 WAIT_NOTE_S = 30  # a wait this long is told to the operator, with what it waits for
 
@@ -145,16 +147,9 @@ class WorkerCore:
 
     def check_invariants(self) -> None:
         """Raise `InvariantError` if the state contradicts itself."""
-        local = self.local
-        if local is None:
-            return
-        if local.number != self.position:
-            raise errors.InvariantError(
-                f"round {local.number} at version {self.position}", self.story.lines()
-            )
-        payloads = local.payloads()
-        if len(payloads) != len(dict.fromkeys(payloads)):
-            raise errors.InvariantError("a payload is held twice", self.story.lines())
+        wrong = "" if self.local is None else self.local.contradiction(self.position)
+        if wrong:
+            raise errors.InvariantError(wrong, self.story.lines())
 
     # ---- calls of the training thread ---------------------------------------------------------
 
@@ -226,7 +221,7 @@ class WorkerCore:
         if isinstance(message, Grant) and older is not None and message.round == older.number:
             self._turn_back(now_ns, message.slots)
         local = self.local
-        if local is None or message.round != local.number:
+        if local is None or message.round != local.number or self.exchange.asynchronous.is_on:
             return
         if isinstance(message, Grant):
             local.assign(message.slots)
@@ -298,9 +293,8 @@ class WorkerCore:
         self._fail((errors.JobFailedError if is_formed else errors.FormationError)(message.text))
 
     def _finish_leaving(self) -> None:
-        if self._leave_call is not None:
-            self._out.append(Complete(self._leave_call, None))
-            self._leave_call = None
+        call, self._leave_call = self._leave_call, None
+        self._out += [] if call is None else [Complete(call, None)]
 
     def _fail(self, error: Exception) -> None:
         """Nothing can go on: every call that waits fails now, every later one at once."""
@@ -335,25 +329,24 @@ class WorkerCore:
             self._serve_task(now_ns)
         elif self.exchange.is_consistent(now_ns, table):
             call, table.declare_call = table.declare_call, None
-            if table.spec.rule is Rule.OPTIMIZER:
+            if table.spec.rule is Rule.OPTIMIZER and not table.spec.is_asynchronous:
                 self.position = max(self.position, table.pulled_version)
             self._out.append(Complete(call, table.snapshot()))
 
     # ---- rounds -------------------------------------------------------------------------------
 
-    def _is_loop_over(self) -> bool:
-        plan = self.plan
-        return plan is None or (plan.kind is PlanKind.SLOTS and self.position >= plan.end_round)
-
     def _serve_task(self, now_ns: int) -> None:
         """Answer the script's call for its next slot, if there is an answer."""
         if self._task_call is None or self.view is None:
+            return
+        if self.exchange.asynchronous.is_on:
+            self._serve_slot(now_ns)
             return
         self.exchange.catch_up(now_ns, self.position)
         snapshots = self._advance(now_ns)
         if any(table.held != self.position for table in self.exchange.trained()):
             return
-        if self.is_draining or self._is_loop_over():
+        if self.is_draining or self.plan is None or self.plan.is_over(self.position):
             self.exchange.push(self.local.flush() if self.local else [], self.local)
             self._answer_task(LoopEnd(self.position, snapshots, self.is_draining))
             return
@@ -364,12 +357,20 @@ class WorkerCore:
             self._task_ns = now_ns
             self._answer_task(Task(self.position, slot, snapshots, local.keeps(slot)))
         elif snapshots:
-            self._answer_task(Task(self.position, -1, snapshots))
+            self._answer_task(Task(self.position, STANDING_BY, snapshots))
 
-    def _answer_task(self, value: Task | LoopEnd) -> None:
-        if self._task_call is not None:
+    def _serve_slot(self, now_ns: int) -> None:
+        own, leased = self.exchange.asynchronous, self._leased(1 << 62)
+        reply = own.reply(now_ns, self.plan, leased, is_draining=self.is_draining)
+        if isinstance(reply, Task) and reply.slot != STANDING_BY:
+            self.position = self.membership.vitals.round = reply.round
+            self._task_ns = now_ns
+        self._answer_task(reply)
+
+    def _answer_task(self, value: Task | LoopEnd | None) -> None:
+        if self._task_call is not None and value is not None:
             self._out.append(Complete(self._task_call, value))
-        self._task_call = self._wait_note_ns = None
+            self._task_call = self._wait_note_ns = None
 
     def _advance(self, now_ns: int) -> list[Snapshot]:
         """Move on to the newest version that every table is at, if it is a newer one."""
@@ -417,11 +418,10 @@ class WorkerCore:
 
     def _leased(self, round_: int) -> list[int]:
         """The slots of a round that are leased to this worker."""
-        if self.view is None:
+        view, me = self.view, self.membership.incarnation
+        if view is None:
             return []
-        is_newest = round_ >= self.view.leases.from_round
-        leases = self.view.leases if is_newest else self.view.previous
-        me = self.membership.incarnation
+        leases = view.leases if round_ >= view.leases.from_round else view.previous
         return [slot for slot, who in enumerate(leases.workers) if who == me]
 
     def _on_finished(self, now_ns: int, event: SlotFinished) -> None:
@@ -430,6 +430,8 @@ class WorkerCore:
         took_ns = min(took_ns, PAUSE_FACTOR * known_ns)
         self._slot_time_ns = self.membership.vitals.slot_time_ns = (known_ns + took_ns) // 2
         self.exchange.finish(event)
+        if self.exchange.asynchronous.is_on and self.plan is not None:
+            self.exchange.asynchronous.finish(now_ns, self.plan, self._leased(1 << 62))
 
     # ---- time ---------------------------------------------------------------------------------
 
@@ -495,4 +497,4 @@ class WorkerCore:
             return "the scheduler's answer"
         if self._task_call is None and not self.exchange.is_declaring:
             return ""
-        return self.exchange.describe(self.view) or "a slot"
+        return describe(self.tables.values(), self.view) or "a slot"

@@ -153,6 +153,9 @@ class StreamsOver(msgspec.Struct, frozen=True):
     error: Exception | None = None
 
 
+STANDING_BY = -1  # the slot of a task that is none: load the snapshots, and ask again
+
+
 class Task(msgspec.Struct, frozen=True, gc=False):
     """Compute slot ``slot`` of round ``round``, after loading ``snapshots``.
 

@@ -4,9 +4,6 @@ Part of `treefold.worker.core` in a file of its own; just as pure. Effects are a
 core's list.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
-
 from treefold.common.spec import Dtype, Rule
 from treefold.wire.exchange import Send
 from treefold.wire.links import Links
@@ -21,7 +18,8 @@ from treefold.wire.messages import (
     RoundStatus,
     View,
 )
-from treefold.wire.words import INITIAL_ROUND, RUN_PARTS_MAX, Frame, Phase, Role
+from treefold.wire.words import INITIAL_ROUND, Frame, Need, Phase, Role
+from treefold.worker.asynchronous import Asynchronous
 from treefold.worker.effects import (
     Connect,
     Contributed,
@@ -34,10 +32,8 @@ from treefold.worker.effects import (
     SlotFinished,
 )
 from treefold.worker.pulls import ShardPull, Table
-from treefold.worker.rounds import Held, LocalRound, Pushed
-from treefold.worker.streams import Stream
-
-ItemT = TypeVar("ItemT")
+from treefold.worker.rounds import Held, LocalRound, Pushed, runs
+from treefold.worker.streams import Stream, torn_version
 
 NOTHING_HELD = -1
 # A server may hear of a new table, or of a shard that it leads now, a little later than its
@@ -78,6 +74,7 @@ class Exchange:
         self._links = Links()
         self._out = out
         self.stream = Stream(self, out)
+        self.asynchronous = Asynchronous(self)
 
     def trained(self) -> list[Table]:
         """Tables that have rounds."""
@@ -127,6 +124,7 @@ class Exchange:
             moved = table.settle(place)
             if moved:
                 self._out.append(Retire())
+                self.asynchronous.is_moved = True
             for shard in moved:
                 pull = table.pulls.get(shard)
                 if pull is not None and not pull.is_complete:
@@ -213,6 +211,8 @@ class Exchange:
         local, table = self.local, self.tables.get(event.table)
         if local is None or table is None or event.slot != 0 or event.round != local.number:
             return
+        if table.spec.is_asynchronous:
+            return  # nothing is stepped before all of it is there
         local.hypers[event.table] = event
         for shard in table.place.shards if table.place else []:
             self._send_hyper(table, shard.shard, local)
@@ -231,7 +231,8 @@ class Exchange:
                     self.contribute(
                         Contributed(table.number, number, 1, event.round, event.slot, (), [marks])
                     )
-            if event.slot == 0 and table.number in event.metas:
+            counts = event.slot == 0 or table.spec.is_asynchronous
+            if counts and table.number in event.metas:
                 local.metas[table.number] = event.metas[table.number]
                 for shard in table.place.shards if table.place else []:
                     self.send_meta(table, shard.shard, local)
@@ -246,8 +247,9 @@ class Exchange:
         ]
         if not late:
             return
-        trained = [pull for table, _, pull in late if table.spec.rule is Rule.OPTIMIZER]
-        version = self._torn_version(trained)
+        folded = [t for t in self.trained() if not t.spec.is_asynchronous]
+        trained = [pull for table, _, pull in late if table in folded]
+        version = torn_version(self, trained)
         if version is not None:
             for table in self.trained():
                 if table.pulls:
@@ -256,25 +258,6 @@ class Exchange:
         for table, shard, pull in late:
             pull.backoff(now_ns, self.retry_ns)
             self._send_pull(table, shard)
-
-    def _torn_version(self, late: list[ShardPull]) -> int | None:
-        """The version to begin with where some shards have the next and others may never get it.
-
-        Those who computed the round between may be gone. Every shard still has the version before,
-        so a worker that is not in that round itself begins with that and computes the round again.
-        """
-        complete = [
-            pull.version
-            for table in self.trained()
-            for pull in table.pulls.values()
-            if pull.is_complete
-        ]
-        newest = max(complete, default=0)
-        rounds = [pull.status.round for pull in late if pull.status is not None]
-        if newest == 0 or newest - 1 not in rounds:
-            return None
-        is_in_round = self.local is not None and self.local.number >= newest - 1
-        return None if is_in_round else newest - 1
 
     def begin_anew(self, now_ns: int, position: int) -> None:
         """What was pulled is overwritten by now; whatever round it belongs to, others did it."""
@@ -302,8 +285,29 @@ class Exchange:
             table.declare_call = None
             table.pulls = {}
 
+    def ask(self, now_ns: int, need: Need, attempt: int) -> None:
+        """Ask for the newest version of every table, as soon as something is in it."""
+        self.asked_ns = now_ns
+        for table in self.trained():
+            for shard in table.place.shards if table.place else []:
+                pull = ShardPull(0, 0, attempt, 0, 0, need=need)
+                self._begin_pull(now_ns, table, shard.shard, pull)
+
+    def stop_asking(self) -> None:
+        """Ask for nothing any more."""
+        for table in self.trained():
+            for pull in table.pulls.values():
+                self._out += [ReleasePayload(payload) for payload in pull.payloads()]
+            table.pulls = {}
+
     def is_consistent(self, now_ns: int, table: Table) -> bool:
-        """Whether all shards are at one version; pulls those again that lag."""
+        """Whether all shards are at one version; pulls those again that lag.
+
+        Those of an asynchronous table never have to be.
+        """
+        if table.spec.is_asynchronous:
+            self.asynchronous.learn(table)
+            return True
         version = table.pulled_version
         lagging = [shard for shard, pull in table.pulls.items() if pull.version < version]
         for shard in lagging:
@@ -369,13 +373,16 @@ class Exchange:
     def _pull_shard(
         self, now_ns: int, table: Table, shard: int, version: int, attempt: int
     ) -> None:
+        self._begin_pull(now_ns, table, shard, ShardPull(version, 0, attempt, 0, 0))
+
+    def _begin_pull(self, now_ns: int, table: Table, shard: int, pull: ShardPull) -> None:
         old = table.pulls.get(shard)
         if old is not None:
             self._out += [ReleasePayload(payload) for payload in old.payloads()]
         is_first = table.declare_call is not None
-        delay_ns = FIRST_RETRY_MS * MS if is_first else self.retry_ns
-        parts_count = table.parts_of(shard)
-        pull = ShardPull(version, parts_count, attempt, now_ns + delay_ns, delay_ns)
+        pull.delay_ns = FIRST_RETRY_MS * MS if is_first else self.retry_ns
+        pull.deadline_ns = now_ns + pull.delay_ns
+        pull.parts_count = table.parts_of(shard)
         pull.heard_ns = now_ns
         table.pulls[shard] = pull
         self._send_pull(table, shard)
@@ -386,7 +393,7 @@ class Exchange:
             return
         message = Pull(
             self.membership.job, self.membership.origin, place.view, table.number, shard,
-            pull.version, pull.attempt, pull.missing(),
+            pull.version, pull.attempt, pull.missing(), pull.need,
         )  # fmt: skip
         self._out.append(Send(place.server, message))
 
@@ -464,37 +471,6 @@ class Exchange:
         message = RoundMeta(
             self.membership.job, self.membership.origin, place.view, table.number, shard,
             local.number, local.active, meta.groups, meta.norm_max, meta.state,
+            next(iter(local.done), 0) if table.spec.is_asynchronous else 0, local.first,
         )  # fmt: skip
         self._out.append(Send(place.server, message))
-
-    def describe(self, view: View | None) -> str:
-        """What the first pull that is not answered waits for, in words; empty if there is none."""
-        for table in self.tables.values():
-            for shard, pull in table.pulls.items():
-                if not pull.is_complete:
-                    return self._describe(view, table, shard, pull)
-        return ""
-
-    def _describe(self, view: View | None, table: Table, shard: int, pull: ShardPull) -> str:
-        names = {m.incarnation: f"server-{m.rank}" for m in view.members} if view else {}
-        place = table.shard(shard)
-        server = names.get(place.server, "a server that is gone") if place else "no server yet"
-        text = f"version {pull.version} of table {table.spec.name} shard {shard} from {server}"
-        if pull.status is None:
-            return text
-        if not pull.status.missing and not pull.status.is_meta_missing:
-            return f"{text}, which has all of round {pull.status.round} and waits for its chain"
-        slots = sorted({slot: None for missing in pull.status.missing for slot in missing.slots})
-        lacks = ", ".join(map(str, slots)) or "all"
-        return f"{text}, which lacks slots {lacks} of round {pull.status.round}"
-
-
-def runs(items: Sequence[ItemT], is_next: Callable[[ItemT, ItemT], bool]) -> list[list[ItemT]]:
-    """Consecutive items in groups within which each one is the next of the one before."""
-    found: list[list[ItemT]] = []
-    for item in items:
-        if found and len(found[-1]) < RUN_PARTS_MAX and is_next(found[-1][-1], item):
-            found[-1].append(item)
-        else:
-            found.append([item])
-    return found

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass, field
 
 from treefold.common.layout import Layout, ShardSpan
+from treefold.common.round_state import decode_applied
 from treefold.common.spec import Dtype, TableSpec
 from treefold.wire.messages import Published, Pulled, RoundStatus
-from treefold.wire.words import ShardPlace, TablePlace
+from treefold.wire.words import Need, ShardPlace, TablePlace
 from treefold.worker.effects import Effect, ReleasePayload, Snapshot
 
 HANDED_ON = 0  # in the place of the payload of a part that was handed on
@@ -49,6 +50,8 @@ class ShardPull:
         When a server last said anything about the shard.
     is_streaming : bool
         Whether parts are handed on as they come; ``got`` has `HANDED_ON` for them.
+    need : Need or None
+        What must be in the version, for an asynchronous table.
     """
 
     version: int
@@ -65,6 +68,7 @@ class ShardPull:
     norm: float = math.nan
     status: RoundStatus | None = None
     heard_ns: int = 0
+    need: Need | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -104,7 +108,11 @@ class ShardPull:
     def finish(self, published: Published, effects: list[Effect]) -> None:
         """A version is whole, or has begun."""
         self._move_up(published.version, effects)
-        if published.version == self.version:
+        need = self.need
+        if need is not None and not need.is_met(decode_applied(published.state).clocks):
+            if published.version == self.version:  # what was sent before is here once more
+                self._move_up(published.version + 1, effects)
+        elif published.version == self.version:
             self.is_begun = True
             self.is_whole |= published.is_whole
             self.state, self.norm = published.state, published.norm
@@ -205,4 +213,6 @@ class Table:
         first = self.pulls[0]
         self.held = first.version
         self.pulls = {}
-        return Snapshot(self.number, first.version, first.state, first.norm, payloads)
+        is_alone = self.spec.is_asynchronous
+        state = decode_applied(first.state).record if is_alone else first.state
+        return Snapshot(self.number, first.version, state, first.norm, payloads)

@@ -1,12 +1,17 @@
 """What a worker does in one round: its slots, its half of the fold, what it pushed. Pure."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 
 from treefold.common.plan import LoopPlan
 from treefold.common.tree import FoldSet, Node, canonical, root_level, sibling, span
+from treefold.wire.words import RUN_PARTS_MAX
 from treefold.worker.effects import Effect, FoldPayloads, HyperKnown, ReleasePayload, SlotMeta
+
+ItemT = TypeVar("ItemT")
 
 
 class Held(msgspec.Struct, gc=False):
@@ -60,6 +65,7 @@ class LocalRound:
     def __init__(self, number: int, plan: LoopPlan, parts: dict[int, int]) -> None:
         self.number = number
         self.active = plan.active_slots(number)
+        self.first = plan.first_round
         self.assigned: dict[int, None] = {}
         self.done: dict[int, None] = {}
         self.in_hand: int | None = None
@@ -122,6 +128,13 @@ class LocalRound:
         """Whether this part of the slot's contribution was taken in."""
         return slot in self.parts[key].slots
 
+    def contradiction(self, position: int) -> str:
+        """What of this contradicts itself, or the version that the worker is at; or nothing."""
+        payloads = self.payloads()
+        if self.number != position:
+            return f"round {self.number} at version {position}"
+        return "a payload is held twice" if len(payloads) != len(set(payloads)) else ""
+
     def payloads(self) -> list[int]:
         """Every payload that the round still holds."""
         held = [h for part in self.parts.values() for h in part.fold.nodes.values()]
@@ -144,3 +157,14 @@ class LocalRound:
             return False
         low, high = span(sibling(node), self.active)
         return all(slot in self.assigned and slot not in part.gone for slot in range(low, high))
+
+
+def runs(items: Sequence[ItemT], is_next: Callable[[ItemT, ItemT], bool]) -> list[list[ItemT]]:
+    """Consecutive items in groups within which each one is the next of the one before."""
+    found: list[list[ItemT]] = []
+    for item in items:
+        if found and len(found[-1]) < RUN_PARTS_MAX and is_next(found[-1][-1], item):
+            found[-1].append(item)
+        else:
+            found.append([item])
+    return found

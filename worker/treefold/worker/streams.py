@@ -10,6 +10,7 @@ If the worker is to compute another slot of the round before, or servers have go
 not count: `StreamsOver` says so, its contributions are dropped, and the worker begins anew.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from treefold.worker.effects import (
@@ -190,6 +191,26 @@ def newest_whole(rounds: Rounds, now_ns: int) -> int | None:
     if lagging or any(not table.is_pulled for table in trained):
         return None
     return newest
+
+
+def torn_version(rounds: Rounds, late: Sequence[ShardPull]) -> int | None:
+    """The version to begin with where some shards have the next and others may never get it.
+
+    Those who computed the round between may be gone. Every shard still has the version before, so a
+    worker that is not in that round itself begins with that and computes the round again.
+    """
+    complete = [
+        pull.version
+        for table in rounds.trained()
+        for pull in table.pulls.values()
+        if pull.is_complete
+    ]
+    newest = max(complete, default=0)
+    lacking = [pull.status.round for pull in late if pull.status is not None]
+    if newest == 0 or newest - 1 not in lacking:
+        return None
+    is_in_round = rounds.local is not None and rounds.local.number >= newest - 1
+    return None if is_in_round else newest - 1
 
 
 def _is_begun(table: Table, version: int) -> bool:

@@ -1,0 +1,209 @@
+"""Asynchronous tables: every contribution is applied by itself, as a round of one.
+
+Part of `treefold.server.core` in a file of its own; just as pure. Effects are appended to the
+core's list.
+
+A contribution is named by round and slot, as in a synchronous table, and each shard applies it
+once: its clocks say of every slot which rounds are in. Two workers may compute it, from different
+versions; the one that is here first as a whole counts, the other is a duplicate. So leases carry no
+safety here either, and a worker that dies leaves nothing to be settled.
+"""
+
+import msgspec
+
+from treefold.common.round_state import Applied
+from treefold.common.spec import ConsistencyKind
+from treefold.common.tree import Node, span
+from treefold.server import answers
+from treefold.server.checkpoints import Saves
+from treefold.server.effects import Effect, ReleasePayload
+from treefold.server.holding import Shard, Staged, Wait
+from treefold.server.rounds import Arrived, HyperOf
+from treefold.wire.exchange import Peer, Send
+from treefold.wire.messages import PartMissing, Pull, Refused, RoundMeta, RoundStatus
+from treefold.wire.words import INITIAL_ROUND, Code, Need
+
+STAGED_MAX = 4  # contributions of one slot that are on their way at a time; the oldest has to go
+STATUS_PARTS_MAX = 64  # parts named in one RoundStatus; the worker asks again for the rest
+
+
+class Asynchronous:
+    """Contributions on their way to a version each.
+
+    Parameters
+    ----------
+    saves : Saves
+        Told of versions with which a pass over the data ends.
+    out : list of Effect
+        The core's effects.
+
+    Attributes
+    ----------
+    duplicates : int
+        Parts of contributions that were here already.
+    """
+
+    def __init__(self, saves: Saves, out: list[Effect]) -> None:
+        self.duplicates = 0
+        self._saves = saves
+        self._out = out
+
+    # ---- contributions ------------------------------------------------------------------------
+
+    def on_push(self, peer: Peer, shard: Shard, arrived: Arrived) -> None:
+        """Take in parts of a contribution."""
+        push = arrived.push
+        low, high = span(Node(push.level, push.index), push.active)
+        refusal = shard.refusal_of(push)
+        if refusal is None and high - low != 1:
+            text = f"node ({push.level}, {push.index}) is not one slot; nothing is folded here"
+            refusal = Refused(0, Code.BAD_NODE, text)
+        staged = self._stage(shard, push.round, low, push.sender) if refusal is None else None
+        if staged is None:
+            self._out += [ReleasePayload(payload) for payload in arrived.payloads]
+            self._out += [] if refusal is None else [Send(peer, refusal)]
+            self.duplicates += push.count if refusal is None else 0
+            return
+        for number in range(push.count):
+            held, part = arrived.held(number), push.part + number
+            if part not in staged.parts:
+                staged.parts[part] = held
+                continue
+            self.duplicates += 1
+            self._release(held.payload)
+
+    def on_meta(self, peer: Peer, shard: Shard, meta: RoundMeta) -> None:
+        """Take in what goes with a contribution."""
+        refusal = shard.refusal_of_hyper(meta) or _refusal(shard, meta)
+        if refusal is not None:
+            self._out.append(Send(peer, refusal))
+            return
+        staged = self._stage(shard, meta.round, meta.slot, meta.sender)
+        if staged is not None and staged.meta is None:
+            staged.meta = meta
+
+    def _stage(self, shard: Shard, round_: int, slot: int, sender: int) -> Staged | None:
+        """Where a sender's contribution is gathered; None if it is in already, or too old."""
+        if round_ < shard.clock(slot):
+            return None
+        known = shard.staged.get((slot, sender))
+        if known is not None and known.round >= round_:
+            return known if known.round == round_ else None
+        others = [key for key in shard.staged if key[0] == slot]
+        if known is not None:
+            self._drop(shard, (slot, sender))
+        elif len(others) >= STAGED_MAX:
+            self._drop(shard, others[0])
+        shard.staged[slot, sender] = Staged(round_, slot, sender)
+        return shard.staged[slot, sender]
+
+    def begin(self, shard: Shard) -> None:
+        """Make the next contribution that is whole the round that the shard collects."""
+        current = shard.round
+        if current is None or current.active or current.number == INITIAL_ROUND:
+            return
+        if not (shard.chain.is_primary and shard.chain.is_started and shard.is_settled):
+            return
+        for key, one in list(shard.staged.items()):
+            if one.round < shard.clock(one.slot):  # another copy of it is in meanwhile
+                self._drop(shard, key)
+        whole = (one for one in shard.staged.values() if one.is_whole(shard.parts_count))
+        chosen = next(whole, None)
+        if chosen is None or chosen.meta is None:
+            return
+        del shard.staged[chosen.slot, chosen.sender]
+        current.open(1, shard.parts_count)
+        for part in range(shard.parts_count):
+            current.put(part, chosen.parts[part], chosen.sender)
+        current.hyper = HyperOf(chosen.meta.groups, 0.0)
+        state = msgspec.msgpack.encode(_with(shard.applied, chosen, chosen.meta))
+        current.meta = msgspec.structs.replace(chosen.meta, state=state)
+        current.contributed = [(chosen.round, chosen.slot, chosen.sender)]
+
+    def close(self, shard: Shard) -> None:
+        """Let go of what is on its way: workers send it again to whoever leads the shard then."""
+        self._out += [ReleasePayload(payload) for payload in shard.unstage()]
+
+    def _drop(self, shard: Shard, key: tuple[int, int]) -> None:
+        for held in shard.staged.pop(key).parts.values():
+            self._release(held.payload)
+
+    def _release(self, payload: int | None) -> None:
+        if payload is not None:
+            self._out.append(ReleasePayload(payload))
+
+    # ---- pulls --------------------------------------------------------------------------------
+
+    def on_pull(self, peer: Peer, shard: Shard, pull: Pull, parts: list[int]) -> None:
+        """Answer with the newest version, or with the one that the worker has some parts of."""
+        need, is_met = pull.need, _is_met(pull.need, shard.applied)
+        if not shard.is_settled or not is_met:
+            if not is_met or pull.version != shard.version:
+                parts = list(range(shard.parts_count))
+            shard.waits[peer] = Wait(0, dict.fromkeys(parts), need)
+            if pull.attempt > 0 and need is not None:
+                self._out.append(Send(peer, _status(shard, pull, need)))
+            return
+        older = shard.kept.get(pull.version) if pull.parts else None
+        version = pull.version
+        if older is None or not _is_met(need, older.applied):
+            version, parts = shard.version, list(range(shard.parts_count))
+        self._out += answers.of_version(peer, shard, version, parts)
+        self.end_pass(shard, need)
+
+    def end_pass(self, shard: Shard, need: Need | None) -> None:
+        """Note the first time that all of a pass over the data is known to be in."""
+        if need is not None and need.active and need.floor > shard.pass_floor:
+            shard.pass_floor = need.floor
+            self._saves.save_pass(shard)
+
+
+def _refusal(shard: Shard, meta: RoundMeta) -> Refused | None:
+    """Why a contribution must not be applied, None if it may."""
+    where = f"table {shard.spec.name!r} shard {shard.number}"
+    if meta.norm_max > 0:
+        text = f"{where} is asynchronous: gradients have no norm that all slots share"
+        return Refused(0, Code.BAD_MESSAGE, text)
+    rule = shard.spec.consistency
+    if rule.kind is not ConsistencyKind.SSP:
+        return None
+    last = min(range(meta.active), key=shard.clock)
+    ahead = meta.round - max(shard.clock(last), meta.first)
+    if ahead <= rule.staleness:
+        return None
+    text = (
+        f"{where}: slot {meta.slot} is at round {meta.round}, {ahead} ahead of slot {last}, and at "
+        f"most {rule.staleness} (staleness) are allowed"
+    )
+    return Refused(0, Code.FUTURE_ROUND, text)
+
+
+def _is_met(need: Need | None, applied: Applied) -> bool:
+    return need is None or need.is_met(applied.clocks)
+
+
+def _with(applied: Applied, chosen: Staged, meta: RoundMeta) -> Applied:
+    """What is in the version that a contribution makes."""
+    lacking = chosen.slot + 1 - len(applied.clocks)
+    clocks = [*applied.clocks, *([0] * lacking)]
+    clocks[chosen.slot] = chosen.round + 1
+    is_front = chosen.round > applied.front
+    return Applied(
+        clocks,
+        (chosen.round, chosen.slot, chosen.sender),
+        chosen.round if is_front else applied.front,
+        meta.state if is_front else applied.record,
+    )
+
+
+def _status(shard: Shard, pull: Pull, need: Need) -> RoundStatus:
+    """What the shard lacks of the contribution that the worker waits for."""
+    if not need.clock or shard.clock(need.slot) >= need.clock:
+        round_ = max(need.clock - 1, 0)
+        return RoundStatus(shard.table, shard.number, round_, [], is_meta_missing=False)
+    staged = shard.staged.get((need.slot, pull.sender))
+    known = staged.parts if staged is not None and staged.round == need.clock - 1 else {}
+    lacking = [part for part in range(shard.parts_count) if part not in known]
+    missing = [PartMissing(part, []) for part in lacking[:STATUS_PARTS_MAX]]
+    lacks_meta = not known or staged is None or staged.meta is None
+    return RoundStatus(shard.table, shard.number, need.clock - 1, missing, lacks_meta)

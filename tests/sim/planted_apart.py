@@ -1,0 +1,136 @@
+"""Bugs to plant where contributions are applied one by one."""
+
+from tests.sim.planting import Patch, plant
+from tests.sim.scenario import Theme
+from treefold.common.plan import LoopPlan
+from treefold.server import asynchronous as server_asynchronous
+from treefold.server.asynchronous import Asynchronous
+from treefold.server.holding import Shard, Staged, Wait
+from treefold.server.rounds import Round
+from treefold.wire.words import Need
+from treefold.worker import asynchronous as worker_asynchronous
+from treefold.worker.asynchronous import Asynchronous as WorkerAsynchronous
+
+# ---- the server ----------------------------------------------------------------------------------
+
+
+@plant(Theme.APART)
+def what_is_in_is_applied_again(patch: Patch) -> None:
+    def stage(self: Asynchronous, shard: Shard, round_: int, slot: int, sender: int) -> Staged:
+        del self
+        staged = shard.staged.get((slot, sender))
+        if staged is None or staged.round != round_:
+            staged = shard.staged[slot, sender] = Staged(round_, slot, sender)
+        return staged
+
+    def clock(self: Shard, slot: int) -> int:
+        del self, slot
+        return 0
+
+    patch.setattr(Asynchronous, "_stage", stage)
+    patch.setattr(Shard, "clock", clock)
+
+
+@plant(Theme.APART)
+def what_is_in_the_round_before_is_staged_again(patch: Patch) -> None:
+    drop = Asynchronous._drop
+
+    def changed(self: Asynchronous, shard: Shard, key: tuple[int, int]) -> None:
+        if shard.staged[key].round >= shard.clock(key[0]):
+            drop(self, shard, key)
+
+    patch.setattr(Asynchronous, "_drop", changed)
+
+
+@plant(Theme.APART)
+def parts_of_two_workers_are_mixed(patch: Patch) -> None:
+    stage = Asynchronous._stage
+
+    def changed(
+        self: Asynchronous, shard: Shard, round_: int, slot: int, sender: int
+    ) -> Staged | None:
+        known = [one for key, one in shard.staged.items() if key[0] == slot]
+        if known and known[0].round == round_:
+            return known[0]
+        return stage(self, shard, round_, slot, sender)
+
+    patch.setattr(Asynchronous, "_stage", changed)
+
+
+@plant(Theme.APART)
+def a_pull_is_answered_before_what_it_needs_is_in(patch: Patch) -> None:
+    patch.setattr(server_asynchronous, "_is_met", lambda *_: True)
+    patch.setattr(Wait, "is_met", lambda *_: True)
+
+
+@plant(Theme.APART, 200)
+def a_backup_begins_a_version_before_it_has_all_of_it(patch: Patch) -> None:
+    patch.setattr(Round, "is_gathered", property(lambda _: True))
+
+
+@plant(Theme.APART, 100)
+def another_primary_goes_on_with_half_a_version(patch: Patch) -> None:
+    patch.setattr(Shard, "begin_round_anew", lambda _: [])
+
+
+@plant(Theme.APART)
+def a_backup_does_not_know_what_is_in(patch: Patch) -> None:
+    learn = Shard._learn
+
+    def changed(self: Shard) -> None:
+        if self.chain.is_primary:
+            learn(self)
+
+    patch.setattr(Shard, "_learn", changed)
+
+
+# ---- the worker ----------------------------------------------------------------------------------
+
+
+@plant(Theme.APART)
+def a_slot_may_be_one_round_too_far_ahead(patch: Patch) -> None:
+    floor = WorkerAsynchronous._floor
+    patch.setattr(WorkerAsynchronous, "_floor", lambda *given: max(0, floor(*given) - 1))
+    patch.setattr(server_asynchronous, "_refusal", lambda *_: None)
+
+
+@plant(Theme.APART)
+def a_pass_ends_one_round_early(patch: Patch) -> None:
+    end_of = worker_asynchronous._end_of
+
+    def changed(plan: LoopPlan) -> Need:
+        need = end_of(plan)
+        return Need(0, 0, max(0, need.floor - 1), need.active, need.slots)
+
+    patch.setattr(worker_asynchronous, "_end_of", changed)
+
+
+@plant(Theme.APART)
+def a_slot_that_has_come_here_is_waited_for(patch: Patch) -> None:
+    ask = WorkerAsynchronous._ask
+
+    def changed(self: WorkerAsynchronous, now_ns: int, plan: LoopPlan, leased: list[int]) -> None:
+        tables = self._rounds.trained()
+        if all(not table.pulls or table.is_pulled for table in tables):
+            ask(self, now_ns, plan, leased)
+
+    patch.setattr(WorkerAsynchronous, "_ask", changed)
+
+
+@plant(Theme.APART)
+def a_version_that_lacks_the_workers_own_is_good_enough(patch: Patch) -> None:
+    wanted = WorkerAsynchronous._wanted
+
+    def changed(self: WorkerAsynchronous, plan: LoopPlan, leased: list[int]) -> Need:
+        need = wanted(self, plan, leased)
+        if self._pushed is None:
+            return need
+        self._rounds.drop_round()
+        lacking = need.slot + 1 - min(map(len, self._clocks.values()), default=0)
+        for known in self._clocks.values():
+            known.extend([0] * lacking)
+            known[need.slot] = need.clock
+        self._pushed = None
+        return Need(0, 0, need.floor, 0, need.slots)
+
+    patch.setattr(WorkerAsynchronous, "_wanted", changed)

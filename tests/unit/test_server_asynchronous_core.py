@@ -1,0 +1,232 @@
+"""A server's decisions about asynchronous tables: what is applied, once, and who is answered."""
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from tests.unit.server_driver import (
+    GROUPS,
+    JOB,
+    SPEC,
+    WORKER,
+    control,
+    data,
+    member,
+    meta,
+    of,
+    push,
+    sent,
+    view,
+)
+from treefold.common import layout
+from treefold.common.round_state import decode_applied
+from treefold.common.spec import Consistency, ConsistencyKind
+from treefold.server.asynchronous import STAGED_MAX
+from treefold.server.core import ServerCore
+from treefold.server.effects import Effect, MakeParts, RecordVersion, ReleasePayload
+from treefold.wire.exchange import Received
+from treefold.wire.messages import (
+    AssignTable,
+    Published,
+    Pull,
+    Refused,
+    RoundStatus,
+)
+from treefold.wire.words import Code, Need
+
+ASYNC = Consistency(ConsistencyKind.ASYNC)
+OTHER = b"other"
+
+
+@pytest.fixture(autouse=True)
+def _tiny_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight elements make two parts of one block each."""
+    monkeypatch.setattr(layout, "BLOCK_ELEMENTS", 4)
+    monkeypatch.setattr(layout, "PART_BLOCKS_MAX", 1)
+
+
+def begun(rule: Consistency = ASYNC) -> ServerCore:
+    """A server whose shard has its initial values."""
+    core = member()
+    control(core, AssignTable(0, replace(SPEC, consistency=rule)))
+    control(core, view(2))
+    for part in (0, 1):
+        data(core, push(-1, 0, part=part, active=1), part + 1)
+    return core
+
+
+def contribute(core: ServerCore, round_: int, slot: int, sender: int = 5) -> list[Effect]:
+    """Send all of a contribution; returns what its last message makes the server do."""
+    for part in (0, 1):
+        first = 1000 * sender + 100 * round_ + 10 * slot
+        data(core, push(round_, slot, part=part, sender=sender), first + part)
+    return data(core, meta(round_, slot=slot, sender=sender, state=b"%d" % round_))
+
+
+def ask(
+    core: ServerCore, need: Need | None, attempt: int = 0, peer: bytes = WORKER
+) -> list[Effect]:
+    """Pull with a need."""
+    pull = Pull(JOB, 5, 2, 0, 0, 0, attempt, [], need)
+    return core.handle(0, Received(peer, pull))
+
+
+def versions(effects: list[Effect]) -> list[int]:
+    """Versions that are told of."""
+    return [one.version for one in sent(effects, Published) if isinstance(one, Published)]
+
+
+def test_a_contribution_is_applied_as_soon_as_all_of_it_is_here() -> None:
+    core = begun()
+    effects = data(core, meta(0, slot=1))
+    effects += data(core, push(0, 1, part=0), 10)
+    assert not of(effects, MakeParts)
+    effects = data(core, push(0, 1, part=1), 11)
+    (made,) = of(effects, MakeParts)
+    assert isinstance(made, MakeParts)
+    assert (made.version, made.groups) == (1, GROUPS)
+    assert [part.root for part in made.parts] == [10, 11]
+    assert core.shards[0, 0].version == 1
+
+
+def test_contributions_of_slots_are_applied_in_the_order_in_which_they_are_whole() -> None:
+    core = begun()
+    data(core, push(0, 0, part=0), 10)
+    contribute(core, 0, 1)
+    effects = data(core, push(0, 0, part=1), 11) + data(core, meta(0))
+    assert core.shards[0, 0].applied.clocks == [1, 1]
+    (record,) = of(effects, RecordVersion)
+    assert isinstance(record, RecordVersion)
+    assert (record.version, record.contributors) == (2, [(0, 0, 5)])
+
+
+def test_a_contribution_that_comes_twice_is_applied_once() -> None:
+    core = begun()
+    contribute(core, 0, 1)
+    effects = contribute(core, 0, 1)
+    again = data(core, push(0, 1, part=0), 77)
+    assert not of(effects, MakeParts)
+    assert ReleasePayload(77) in again
+    assert core.shards[0, 0].version == 1
+
+
+def test_of_two_workers_with_one_slot_the_first_that_is_whole_counts() -> None:
+    core = begun()
+    data(core, push(0, 1, part=0, sender=6), 60)
+    effects = contribute(core, 0, 1, sender=5)
+    (made,) = of(effects, MakeParts)
+    assert isinstance(made, MakeParts)
+    assert [part.root for part in made.parts] == [5010, 5011]
+    assert ReleasePayload(60) in effects
+    assert ReleasePayload(61) in data(core, push(0, 1, part=1, sender=6), 61)
+
+
+def test_contributions_that_never_become_whole_do_not_pile_up() -> None:
+    core = begun()
+    released = []
+    for sender in range(10, 10 + STAGED_MAX + 2):
+        released += of(data(core, push(0, 1, part=0, sender=sender), sender), ReleasePayload)
+    assert released == [ReleasePayload(10), ReleasePayload(11)]
+    assert of(contribute(core, 0, 1, sender=5), MakeParts)
+
+
+def test_a_pull_waits_for_what_it_needs_and_gets_the_newest_version() -> None:
+    core = begun()
+    assert versions(ask(core, Need(1, 1))) == []
+    assert versions(contribute(core, 0, 0)) == []
+    effects = contribute(core, 0, 1)
+    assert versions(effects) == [2]
+    (word,) = sent(effects, Published)
+    assert isinstance(word, Published)
+    assert decode_applied(word.state).clocks == [1, 1]
+    assert versions(ask(core, None)) == [2]
+
+
+def test_the_end_of_a_pass_waits_for_every_slot_that_takes_part_in_its_last_round() -> None:
+    core = begun()
+    for round_, slot in ((0, 0), (0, 1), (0, 2), (1, 0)):
+        contribute_of_three(core, round_, slot)
+    assert versions(ask(core, Need(0, 0, 1, 1, 3))) == [4]  # the last round has one slot
+    assert versions(ask(core, Need(0, 0, 1, 2, 3))) == []
+    assert versions(contribute_of_three(core, 1, 1)) == [5]
+
+
+def contribute_of_three(core: ServerCore, round_: int, slot: int) -> list[Effect]:
+    """The same in a job with three slots."""
+    for part in (0, 1):
+        payload = 100 * round_ + 10 * slot + part + 50
+        data(core, push(round_, slot, part=part, active=3), payload)
+    return data(core, meta(round_, slot=slot, active=3))
+
+
+def test_who_asks_again_is_told_what_is_lacking_of_the_contribution() -> None:
+    core = begun()
+    data(core, push(0, 1, part=1), 10)
+    (status,) = sent(ask(core, Need(1, 1), attempt=1), RoundStatus)
+    assert isinstance(status, RoundStatus)
+    assert (status.round, [one.part for one in status.missing]) == (0, [0])
+    assert status.is_meta_missing
+    contribute(core, 0, 1)
+    assert versions(ask(core, Need(1, 1), attempt=2)) == [1]
+
+
+def test_with_a_bound_no_slot_gets_further_ahead_than_it_says() -> None:
+    core = begun(Consistency(ConsistencyKind.SSP, 1))
+    contribute(core, 0, 0)
+    assert of(contribute(core, 1, 0), MakeParts)
+    (refused,) = sent(contribute(core, 2, 0), Refused)
+    assert isinstance(refused, Refused)
+    assert refused.code is Code.FUTURE_ROUND
+    assert "slot 0 is at round 2, 2 ahead of slot 1, and at most 1 (staleness)" in refused.text
+    contribute(core, 0, 1)
+    assert of(contribute(core, 2, 0), MakeParts)
+
+
+def test_without_a_bound_a_slot_may_be_as_far_ahead_as_it_gets() -> None:
+    core = begun()
+    for round_ in range(5):
+        assert of(contribute(core, round_, 0), MakeParts)
+
+
+def test_a_pass_begins_at_its_first_round_whatever_slots_did_before() -> None:
+    core = begun(Consistency(ConsistencyKind.SSP, 0))
+    contribute(core, 0, 0)  # the only slot of the last round of a pass before
+    effects = data(core, meta(1, slot=0, first=1))
+    assert not sent(effects, Refused)
+    assert sent(data(core, meta(2, slot=0, first=1)), Refused)
+
+
+def test_folded_nodes_and_norm_limits_are_refused_by_name() -> None:
+    core = begun()
+    (folded,) = sent(data(core, push(0, 0, level=1), 9), Refused)
+    assert isinstance(folded, Refused)
+    assert "is not one slot" in folded.text
+    (limited,) = sent(data(core, meta(0, norm_max=1.0)), Refused)
+    assert isinstance(limited, Refused)
+    assert "no norm that all slots share" in limited.text
+
+
+def test_what_goes_with_a_version_is_of_the_slot_that_is_furthest_ahead() -> None:
+    core = begun()
+    for round_, slot in ((0, 0), (1, 0), (0, 1)):
+        contribute(core, round_, slot)
+    shard = core.shards[0, 0]
+    assert (shard.applied.front, shard.applied.record) == (1, b"1")
+    assert shard.applied.last == (0, 1, 5)
+
+
+def test_a_synchronous_table_folds_as_before() -> None:
+    core = begun(Consistency())
+    effects = data(core, push(0, 1, part=0), 10) + data(core, meta(0, slot=1))
+    assert not of(effects, MakeParts)
+    assert core.shards[0, 0].staged == {}
+
+
+def test_needs_are_met_by_clocks_of_slots_that_may_not_have_contributed() -> None:
+    assert Need(0, 0).is_met([])
+    assert not Need(1, 1).is_met([5])
+    assert Need(1, 1).is_met([0, 1])
+    assert Need(0, 0, 2, 0, 2).is_met([2, 2])
+    assert not Need(0, 0, 2, 0, 3).is_met([2, 2])
+    assert not Need(0, 0, 2, 2, 2).is_met([3, 2])
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(Need(1, 2)), type=Need) == Need(1, 2)

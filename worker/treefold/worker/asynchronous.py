@@ -1,0 +1,196 @@
+"""A worker's slots where tables are asynchronous: which one is next, and what has to be in first.
+
+Part of `treefold.worker.core` in a file of its own; just as pure.
+
+Slots are at rounds of their own. A worker takes the one of its slots that is furthest behind,
+computes it with the newest version that it has, and asks for a version that has that in it. What is
+in is said by clocks, which come with every version of every shard.
+"""
+
+from typing import Protocol
+
+from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.round_state import decode_applied
+from treefold.common.spec import ConsistencyKind
+from treefold.wire.words import Need
+from treefold.worker.effects import STANDING_BY, LoopEnd, Task
+from treefold.worker.pulls import Table
+from treefold.worker.rounds import LocalRound
+
+
+class Rounds(Protocol):
+    """What this needs of the `treefold.worker.exchange.Exchange` that it is part of."""
+
+    local: LocalRound | None
+
+    def trained(self) -> list[Table]:
+        """Tables that have rounds."""
+
+    def drop_round(self) -> None:
+        """Let go of what this worker has of the round it was in."""
+
+    def ask(self, now_ns: int, need: Need, attempt: int) -> None:
+        """Ask for the newest version of every table, as soon as something is in it."""
+
+    def stop_asking(self) -> None:
+        """Ask for nothing any more."""
+
+
+class Asynchronous:
+    """Slots at rounds of their own.
+
+    Parameters
+    ----------
+    rounds : Rounds
+        The exchange.
+
+    Attributes
+    ----------
+    is_moved : bool
+        Whether a shard has another primary than when this worker pushed to it.
+    """
+
+    def __init__(self, rounds: Rounds) -> None:
+        self.is_moved = False
+        self._rounds = rounds
+        self._clocks: dict[int, list[int]] = {}
+        self._pushed: tuple[int, int] | None = None
+        self._asked: Need | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the job's tables are asynchronous."""
+        return any(table.spec.is_asynchronous for table in self._rounds.trained())
+
+    def clock(self, slot: int) -> int:
+        """The round after the last one of a slot that is in all shards, as far as is known."""
+        known = self._clocks.values()
+        return min((clocks[slot] if slot < len(clocks) else 0 for clocks in known), default=0)
+
+    def learn(self, table: Table) -> None:
+        """Take in what is in the version of a table that was pulled."""
+        shards = [decode_applied(pull.state).clocks for pull in table.pulls.values()]
+        slots = range(max(map(len, shards), default=0))
+        self._clocks[table.number] = [
+            min(clocks[slot] if slot < len(clocks) else 0 for clocks in shards) for slot in slots
+        ]
+
+    def reply(
+        self, now_ns: int, plan: LoopPlan | None, leased: list[int], *, is_draining: bool
+    ) -> Task | LoopEnd | None:
+        """Answer the script's call for its next slot, if there is an answer by now."""
+        if plan is None:
+            return LoopEnd(0, [], is_draining)
+        trained = self._rounds.trained()
+        is_here = all(not table.pulls or table.is_pulled for table in trained)
+        if is_here:
+            self._take_in(trained)
+        chosen = None if is_draining else self._choose(plan, leased)
+        if not is_here and (self._pushed or not (is_draining or chosen)):
+            if self._wanted(plan, leased) != self._asked:  # the slot to wait for may be ours by now
+                self._ask(now_ns, plan, leased)
+            return None
+        is_over = is_draining or self._is_over(plan)
+        if not is_here:
+            self._rounds.stop_asking()  # slots of others have come, and what is here will do
+        snapshots = [table.snapshot() for table in trained if table.pulls]
+        if chosen is None and not is_over:
+            if snapshots:  # the script has to have what this knows of
+                return Task(plan.first_round, STANDING_BY, snapshots)
+            if plan.kind is not PlanKind.LOADER:
+                self._ask(now_ns, plan, leased)
+            return None
+        if chosen is None:
+            return LoopEnd(plan.end_round, snapshots, is_draining)
+        self._open(plan, chosen)
+        return Task(*chosen, snapshots)
+
+    def finish(self, now_ns: int, plan: LoopPlan, leased: list[int]) -> None:
+        """The loop body is over and on its way: ask for a version that has it in it."""
+        local = self._rounds.local
+        if local is None:
+            return
+        self._pushed = (local.number, next(iter(local.assigned)))
+        self._ask(now_ns, plan, leased)
+
+    # ---- insides ------------------------------------------------------------------------------
+
+    def _take_in(self, trained: list[Table]) -> None:
+        """Everything that was asked for is here: what this worker has pushed may be in."""
+        for table in [table for table in trained if table.pulls]:
+            self.learn(table)
+        if self._pushed is not None and self.clock(self._pushed[1]) > self._pushed[0]:
+            self._rounds.drop_round()
+            self._pushed = None
+
+    def _choose(self, plan: LoopPlan, leased: list[int]) -> tuple[int, int] | None:
+        """Round and slot of the next loop body; None if there is none, or none may begin."""
+        found = self._furthest_behind(plan, leased)
+        return found if found is not None and self._is_within(plan, found[0]) else None
+
+    def _open(self, plan: LoopPlan, chosen: tuple[int, int]) -> None:
+        """Begin a loop body."""
+        self.is_moved = False
+        parts = {table.number: len(table.parts) for table in self._rounds.trained()}
+        local = LocalRound(chosen[0], plan, parts)
+        local.assign([chosen[1]])
+        local.in_hand = chosen[1]
+        self._rounds.local = local
+
+    def _is_over(self, plan: LoopPlan) -> bool:
+        """Whether the whole pass over the data is in."""
+        if plan.kind is PlanKind.LOADER:
+            return False
+        count = max(map(len, self._clocks.values()), default=0)
+        return _end_of(plan).is_met([self.clock(slot) for slot in range(count)])
+
+    def _ask(self, now_ns: int, plan: LoopPlan, leased: list[int]) -> None:
+        self._asked = self._wanted(plan, leased)
+        self._rounds.ask(now_ns, self._asked, int(self.is_moved))
+
+    def _wanted(self, plan: LoopPlan, leased: list[int]) -> Need:
+        """What must be in the version that this worker goes on with."""
+        following = self._furthest_behind(plan, leased)
+        floor = 0 if following is None else self._floor(plan, following[0])
+        slots = _most_slots(plan) if floor else 0
+        if self._pushed is not None:
+            round_, slot = self._pushed
+            return Need(slot, round_ + 1, floor, 0, slots)
+        return _end_of(plan) if following is None else Need(0, 0, floor, 0, slots)
+
+    def _furthest_behind(self, plan: LoopPlan, leased: list[int]) -> tuple[int, int] | None:
+        found: list[tuple[int, int]] = []
+        for slot in leased:
+            round_ = max(self.clock(slot), plan.first_round)
+            if self._pushed is not None and self._pushed[1] == slot:
+                round_ = max(round_, self._pushed[0] + 1)
+            is_endless = plan.kind is PlanKind.LOADER
+            if is_endless or (round_ < plan.end_round and slot < plan.active_slots(round_)):
+                found.append((round_, slot))
+        return min(found, default=None)
+
+    def _floor(self, plan: LoopPlan, round_: int) -> int:
+        """Every slot has to have this many rounds in before one may begin; 0 for any number."""
+        rules = [table.spec.consistency for table in self._rounds.trained()]
+        bounds = [rule.staleness for rule in rules if rule.kind is ConsistencyKind.SSP]
+        floor = round_ - min(bounds, default=round_)
+        return floor if floor > plan.first_round else 0  # the pass before is all in
+
+    def _is_within(self, plan: LoopPlan, round_: int) -> bool:
+        floor = self._floor(plan, round_)
+        return not floor or all(self.clock(slot) >= floor for slot in range(_most_slots(plan)))
+
+
+def _end_of(plan: LoopPlan) -> Need:
+    """What is in a version with which a pass over the data ends.
+
+    A slot that the last round left out has all before that; in a pass of one round, nothing.
+    """
+    last = plan.end_round - 1
+    active = plan.active_slots(last)
+    return Need(0, 0, last, active, _most_slots(plan) if plan.rounds > 1 else active)
+
+
+def _most_slots(plan: LoopPlan) -> int:
+    """How many slots take part in a pass; only its last round may have fewer."""
+    return plan.active_slots(plan.first_round)
