@@ -1,10 +1,13 @@
 """Options of the simulator, beside ``--seeds N`` of all tests, and its line in their summary."""
 
 import gc
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from tests.sim.runs import TALLY
+from tests.sim.runs import PROCESSORS, TALLY
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,3 +31,11 @@ def seeds(pytestconfig: pytest.Config) -> range:
     gc.freeze()  # what torch imported need not be looked at again and again
     first = int(pytestconfig.getoption("--first-seed", 0))
     return range(first, first + int(pytestconfig.getoption("--seeds")))
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    """A process for each processor; a seed does not know which one runs it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSORS, context) as executor:
+        yield executor

@@ -1,6 +1,7 @@
 """Runs of many seeds one after the other, and what they come to."""
 
 import gc
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from tests.sim.drawing import draw
 from tests.sim.scenario import Kind, Theme
 from tests.sim.world import Violation
 
+PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 COLLECTED_EVERY = 20  # seeds; what one leaves behind is a few MB
 HOUR_NS = 3_600 * 10**9
 FAULTS = (

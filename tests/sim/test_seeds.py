@@ -1,16 +1,13 @@
 """Many seeds, each with a mix of its own, and none of them breaks a promise."""
 
-import multiprocessing
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
 from tests.sim.planted import folded_in_arrival_order
-from tests.sim.runs import FAULTS, TALLY, Tally, each, tally
+from tests.sim.runs import FAULTS, PROCESSORS, TALLY, Tally, each, tally
 
 BATCHES = 10  # no test may take for ever
 FAILURES_MAX = 3  # of each batch, enough to see a pattern
@@ -22,19 +19,11 @@ EXPECTED = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    """A process for each processor; a seed does not know which one runs it."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as executor:
-        yield executor
-
-
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_no_seed_breaks_a_promise(
     batch: int, seeds: range, pool: ProcessPoolExecutor, pytestconfig: pytest.Config
 ) -> None:
-    share, count = seeds[batch::BATCHES], len(os.sched_getaffinity(0))
+    share, count = seeds[batch::BATCHES], PROCESSORS
     runs = [pool.submit(tally, share[first::count], FAILURES_MAX) for first in range(count)]
     found = Tally()
     for run in runs:

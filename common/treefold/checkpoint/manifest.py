@@ -48,7 +48,8 @@ class TableEntry(msgspec.Struct, frozen=True):
     version : int
         The checkpoint's, or 0 for a table without rounds.
     state : bytes
-        A `treefold.common.round_state.RoundState`, or empty.
+        A `treefold.common.round_state.RoundState`, of an asynchronous table an ``Applied``, or
+        empty.
     norm : float or None
         Gradient norm of the round that made the version, if it was limited.
     files : list of FileEntry

@@ -285,8 +285,8 @@ class ShardSaved(Message, tag=25, frozen=True):
     """A server to the scheduler: a shard is in a file of a checkpoint. Repeated until answered.
 
     ``path`` is the file's place in the folder of checkpoints. ``state`` and ``norm`` are those of
-    `Published`; only shard 0 of a table brings the state. With a ``text`` the file could not be
-    written, which is why.
+    `Published`; of a synchronous table only shard 0 brings the state. With a ``text`` the file
+    could not be written, which is why.
     """
 
     incarnation: Count

@@ -9,7 +9,8 @@ Part of `treefold.scheduler.core` in a file of its own; just as pure.
 import math
 
 from treefold.checkpoint.manifest import FileEntry, Manifest, TableEntry
-from treefold.common.spec import Rule
+from treefold.common.round_state import decode_applied
+from treefold.common.spec import Rule, TableSpec
 from treefold.scheduler.admission import SchedulerLimits
 from treefold.scheduler.declared import Declared
 from treefold.scheduler.effects import Effect, WriteManifest
@@ -164,7 +165,7 @@ class Checkpoints:
                 return None
             files = [self.saved.get((own, number, place.shard)) for place in table.place.shards]
             known = [one for one in files if one is not None]
-            if len(known) < len(files):
+            if len(known) < len(files) or not _is_cut(table.spec, known):
                 return None
             first = known[0]
             entries = [
@@ -205,3 +206,9 @@ class Checkpoints:
             plans=list(self._declared.plans.values()),
             tables=tables,
         )
+
+
+def _is_cut(spec: TableSpec, files: list[ShardSaved]) -> bool:
+    """Whether the shards of a table belong together: the same contributions are in all of them."""
+    clocks = [decode_applied(one.state).clocks for one in files if spec.is_asynchronous]
+    return all(one == clocks[0] for one in clocks)

@@ -1,0 +1,170 @@
+"""Asynchronous jobs of real processes: what they learn, count, and come back to."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import MEASURED
+from tests.integration.jobs.whole_numbers import expected
+from tests.integration.test_cli import QUICK, Shell, shell
+from tests.integration.test_survival import found
+from tests.support.exactness import complaints_one_by_one
+from tests.support.processes import Cluster
+from treefold.checkpoint.store import Store
+
+__all__ = ["shell"]
+
+MakeCluster = Callable[..., Cluster]
+BAND = 0.03  # of accuracy, beside that of one process
+SLOWER = 8.0  # ms per loop body on the slow worker, where others take 2
+
+COUNTING = """
+import sys, time, torch
+from torch import nn
+import treefold.torch as ps
+from torch.utils.data import TensorDataset
+
+sys.path.insert(0, "ROOT")
+from tests.integration.jobs.whole_numbers import KINDS, SLOTS, expected, gradient_of
+
+ELEMENTS, ROUNDS, PASSES = 140_000, 12, 5
+ps.init(slots=SLOTS)
+gradients = torch.stack([gradient_of(kind, ELEMENTS) for kind in range(KINDS)]).float()
+weights = nn.Linear(ELEMENTS, 1, bias=False)
+nn.init.zeros_(weights.weight)
+optimizer = ps.DistributedOptimizer(torch.optim.SGD(weights.parameters(), lr=1.0), weights)
+kinds = TensorDataset(torch.arange(ROUNDS * SLOTS) % KINDS)
+for epoch in range(PASSES):
+    for (kind,) in ps.batches(kinds, batch_size=SLOTS, epoch=epoch):
+        print("round", ps.round(), flush=True)
+        time.sleep(PAUSE)
+        optimizer.zero_grad()
+        (weights.weight[0] * gradients[kind[0]]).sum().backward()
+        optimizer.step()
+found = weights.weight.detach()[0].to(torch.int64)
+is_exact = torch.equal(found, PASSES * expected(ROUNDS * SLOTS, ELEMENTS))
+print("sum", "exact" if is_exact else "wrong", flush=True)
+"""
+PASS = 12 * 8  # contributions of a pass
+SUM = r"worker-\d \| (sum .*)"
+
+
+def counting(shell: Shell, pause_s: float) -> str:
+    """A job whose parameters say which samples were counted, in five passes."""
+    root = str(Path(__file__).parents[2])
+    return shell.script(COUNTING.replace("ROOT", root).replace("PAUSE", str(pause_s)))
+
+
+@pytest.fixture(scope="module")
+def baseline() -> list[str]:
+    """The accuracy that one process comes to, once it was measured."""
+    return []
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("consistency", ["sync", "ssp", "async"])
+def test_every_mode_learns_what_one_process_does_with_a_slow_worker_among_four(
+    consistency: str,
+    cluster: MakeCluster,
+    data_dir: Path,
+    baseline: list[str],
+    pytestconfig: pytest.Config,
+) -> None:
+    command = ["clothes.py", f"--data={data_dir}"]
+    if not baseline:
+        with cluster(1, 1) as job:
+            baseline.append(job.worker(*command, "--pause-ms=0").line(r"^accuracy (\S+) at")[1])
+            job.end()
+    (alone,) = baseline
+    with cluster(2, 4, consistency=consistency, staleness=2) as job:
+        for pause_ms in (2.0, 2.0, 2.0, SLOWER):
+            job.worker(*command, f"--pause-ms={pause_ms}")
+        job.end()
+        finals = {worker.line("^final (.*)$")[1] for worker in job.workers}
+        told = [worker.line(r"^accuracy (\S+) at (\S+)") for worker in job.workers]
+    assert len(finals) == 1, "workers left with different parameters"
+    accuracy, rate = float(told[0][1]), min(float(line[2]) for line in told)
+    assert abs(accuracy - float(alone)) <= BAND
+    line = f"{consistency}, four workers, one slow: accuracy {accuracy}, one process {alone}"
+    pytestconfig.stash.setdefault(MEASURED, []).append(f"{line}; {rate:.0f} samples/s")
+
+
+@pytest.mark.parametrize("consistency", ["async", "ssp"])
+def test_everything_counts_once_without_trouble_too(
+    consistency: str, cluster: MakeCluster, tmp_path: Path
+) -> None:
+    folder, slow = str(tmp_path / "ledger"), tmp_path / "slow"
+    settings = {"consistency": consistency, "staleness": 1}
+    with cluster(3, 3, ledger=folder, **settings) as job:
+        for _ in range(3):
+            job.worker("whole_numbers.py", "--rounds=25", f"--slow={slow}")
+        job.end()
+        assert {worker.line("^final (.*)$")[1] for worker in job.workers} == {"exact"}
+    assert complaints_one_by_one(folder, 25) == []
+    assert complaints_one_by_one(folder, 26) != []
+
+
+def test_a_lost_server_takes_an_asynchronous_job_back_to_the_end_of_a_pass(shell: Shell) -> None:
+    run = shell.start(
+        "run", "--servers", "2", "--workers", "2", *QUICK, "--consistency", "async",
+        "--server-dead-after-ms", "4000", "--checkpoint", str(shell.folder / "ckpt"),
+        counting(shell, 0.01),
+    )  # fmt: skip
+    run.line(f"checkpoint of version {2 * PASS} is written")
+    run.line(r"\| round 27$")
+    found(shell, "server-0").kill()
+    back = run.line(r"the job goes back to version (\d+): \d+ rounds are computed again")
+    assert int(back[1]) % PASS == 0
+    assert run.end() == 0, run.transcript()
+    assert {text for (text,) in run.all(SUM)} == {"sum exact"}
+    assert shell.left() == []
+
+
+def test_an_asynchronous_job_goes_on_from_its_checkpoint_on_another_cluster(shell: Shell) -> None:
+    folder = shell.folder / "ckpt"
+    run = shell.start(
+        "run", "--servers", "2", "--workers", "2", *QUICK, "--consistency", "ssp",
+        "--checkpoint", str(folder), counting(shell, 0.01),
+    )  # fmt: skip
+    run.line(f"checkpoint of version {2 * PASS} is written")
+    run.signal(signal.SIGINT)
+    assert run.end() == 128 + signal.SIGINT
+    assert not run.all(SUM), "the job was over before it was stopped"
+    begun = Store(str(folder)).versions()[0]
+    assert begun % PASS == 0
+    verified = shell.run("checkpoint", "verify", str(folder))
+    assert verified.returncode == 0, verified.stdout
+    exported = shell.folder / "exported"
+    made = shell.run("checkpoint", "export", str(folder), str(exported), "--format", "safetensors")
+    assert made.returncode == 0, made.stderr
+    (weights,) = load_file(exported).values()
+    wanted = begun // PASS * expected(PASS, weights.numel())
+    assert weights[0].to(torch.int64).equal(wanted)
+    run = shell.start(
+        "run", "--servers", "3", "--workers", "1", *QUICK, "--consistency", "ssp",
+        "--resume", str(folder), counting(shell, 0.0),
+    )  # fmt: skip
+    assert run.end() == 0, run.transcript()
+    assert {text for (text,) in run.all(SUM)} == {"sum exact"}
+    first = min(int(number) for (number,) in run.all(r"\| round (\d+)"))
+    assert first == begun // 8
+
+
+def test_the_status_says_what_an_asynchronous_worker_waits_for(shell: Shell) -> None:
+    root = str(Path(__file__).parents[2])
+    body = COUNTING.replace("ROOT", root).replace("PAUSE", "0.01 if ps.rank() else 5.0")
+    run = shell.start(
+        "run", "--workers", "2", *QUICK, "--consistency", "ssp", "--staleness", "0",
+        shell.script(body),
+    )  # fmt: skip
+    run.line(r"worker-0 \| round 0$")
+    text = ""
+    while "all slots up to round 0 of table model" not in text and run.status is None:
+        text = shell.run("status").stdout
+    assert run.status is None, run.transcript()
+    run.signal(signal.SIGINT)
+    run.end()

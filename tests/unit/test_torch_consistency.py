@@ -1,0 +1,93 @@
+"""Which mode a script gets, from where, and what is refused by name."""
+
+import pytest
+import torch
+
+import treefold.torch as ps
+from tests.support.reference import ReferenceJob
+from tests.support.sessions import backward, bare, dataset, joined, loss_of
+from treefold.common.config import Settings, load
+from treefold.common.errors import ConfigError, UnsupportedError
+from treefold.common.spec import SYNC, Consistency, ConsistencyKind
+from treefold.torch.options import consistency_of
+
+SETTINGS = Settings()
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The user's own."""
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, SYNC),
+        ("sync", SYNC),
+        ("async", Consistency(ConsistencyKind.ASYNC)),
+        ("ssp", Consistency(ConsistencyKind.SSP, 4)),
+        (ps.SSP(staleness=0), Consistency(ConsistencyKind.SSP, 0)),
+        (ps.SSP(7), Consistency(ConsistencyKind.SSP, 7)),
+    ],
+)
+def test_a_mode_has_a_name(value: object, expected: Consistency) -> None:
+    assert consistency_of(value, SETTINGS) == expected
+
+
+def test_a_script_that_says_nothing_gets_the_jobs_mode() -> None:
+    settings = load({"consistency": "ssp", "staleness": 2}).settings
+    assert consistency_of(None, settings) == Consistency(ConsistencyKind.SSP, 2)
+    assert consistency_of("sync", settings) == SYNC
+
+
+@pytest.mark.parametrize("value", ["asynchronous", "SSP", 3, True, ps.SSP])
+def test_an_unknown_mode_is_refused_by_name(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"it is 'sync', 'async', 'ssp' or ps.SSP"):
+        consistency_of(value, SETTINGS)
+
+
+@pytest.mark.parametrize("staleness", [-1, 1.5, "4", True, 1 << 40])
+def test_a_bound_that_is_none_is_refused_by_name(staleness: int) -> None:
+    with pytest.raises(ConfigError, match=f"staleness is {staleness!r}"):
+        ps.SSP(staleness=staleness)
+
+
+def test_settings_that_are_no_mode_or_bound_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="consistency is 'quorum'; it is sync, async or ssp"):
+        load({"consistency": "quorum"})
+    with pytest.raises(ConfigError, match="staleness"):
+        load({"staleness": -1})
+
+
+@pytest.mark.parametrize("consistency", ["async", "ssp", ps.SSP(0)])
+def test_a_table_is_declared_with_its_mode(consistency: str | ps.SSP) -> None:
+    with joined(ReferenceJob(slots=2)):
+        model = bare()
+        optimizer = ps.DistributedOptimizer(sgd(model), model, consistency=consistency)
+        assert optimizer.table.is_asynchronous
+
+
+def test_tables_of_different_modes_are_refused_by_name() -> None:
+    with joined(ReferenceJob(slots=2)):
+        first, second = bare(), bare()
+        ps.DistributedOptimizer(sgd(first), first, consistency="async")
+        with pytest.raises(UnsupportedError, match="table 'model' is not synchronous"):
+            ps.DistributedOptimizer(sgd(second), second)
+
+
+def test_a_norm_over_all_slots_is_refused_where_there_is_none() -> None:
+    with joined(ReferenceJob(slots=2)):
+        model = bare()
+        ps.DistributedOptimizer(sgd(model), model, consistency="async")
+        with pytest.raises(UnsupportedError, match=r"torch.nn.utils.clip_grad_norm_"):
+            ps.clip_grad_norm(model.parameters(), 1.0)
+
+
+def test_a_bound_needs_slots_that_can_move() -> None:
+    with joined(ReferenceJob(slots=2)):
+        model = bare()
+        optimizer = ps.DistributedOptimizer(sgd(model), model, consistency=ps.SSP(1))
+        batch = [torch.stack([dataset()[n][0] for n in range(4)]), torch.arange(4) % 3]
+        backward(loss_of(model, batch))
+        with pytest.raises(UnsupportedError, match=r"needs ps.batches\(\)"):
+            optimizer.step()
