@@ -42,7 +42,7 @@ def what_is_in_the_round_before_is_staged_again(patch: Patch) -> None:
     patch.setattr(Asynchronous, "_drop", changed)
 
 
-@plant(Theme.APART)
+@plant(Theme.APART, 250)
 def parts_of_two_workers_are_mixed(patch: Patch) -> None:
     stage = Asynchronous._stage
 
@@ -68,7 +68,7 @@ def a_backup_begins_a_version_before_it_has_all_of_it(patch: Patch) -> None:
     patch.setattr(Round, "is_gathered", property(lambda _: True))
 
 
-@plant(Theme.APART, 100)
+@plant(Theme.APART, 250)
 def another_primary_goes_on_with_half_a_version(patch: Patch) -> None:
     patch.setattr(Shard, "begin_round_anew", lambda _: [])
 
