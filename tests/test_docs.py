@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 ENUMS = (
     words.Role, words.Code, words.Outcome, words.Phase,
-    spec.Dtype, spec.Rule, spec.Placement, spec.ConsistencyKind, plan.PlanKind,
+    spec.Dtype, spec.Rule, spec.Placement, spec.ConsistencyKind, spec.Compensation,
+    plan.PlanKind,
 )  # fmt: skip
 STRUCTS = (
     words.Frame, words.Member, words.ShardPlace, words.TablePlace, words.Source,

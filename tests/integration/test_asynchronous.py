@@ -1,5 +1,6 @@
 """Asynchronous jobs of real processes: what they learn, count, and come back to."""
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -166,5 +167,8 @@ def test_the_status_says_what_an_asynchronous_worker_waits_for(shell: Shell) -> 
     while "all slots up to round 0 of table model" not in text and run.status is None:
         text = shell.run("status").stdout
     assert run.status is None, run.transcript()
+    (table,) = json.loads(shell.run("status", "--json").stdout)["tables"]
+    assert table["consistency"] == "ssp(0)"
+    assert table["staleness"]["worker-1"]["contributions"] > 0
     run.signal(signal.SIGINT)
     run.end()

@@ -7,7 +7,7 @@ import msgspec
 
 from tests.sim.scenario import Scenario, Theme, passes, table
 from tests.sim.world import MS
-from treefold.common.spec import Consistency, ConsistencyKind, Rule
+from treefold.common.spec import Compensation, Consistency, ConsistencyKind, Rule
 
 LIKE = (Theme.MIXED, Theme.FENCED, Theme.DYING, Theme.ENDING, Theme.LAGGING, *[Theme.CHAINED] * 3)
 
@@ -23,6 +23,8 @@ def apart(job: Scenario) -> Scenario:
     rule = Consistency(ConsistencyKind.ASYNC)
     if rng.random() < 0.5 and not job.loader_rounds:
         rule = Consistency(ConsistencyKind.SSP, rng.choice((0, 0, 1, 2, 5)))
+    if rng.random() < 0.3:
+        rule = msgspec.structs.replace(rule, compensation=Compensation.LR_STALENESS)
     tables = tuple(
         msgspec.structs.replace(spec, consistency=rule) if spec.rule is Rule.OPTIMIZER else spec
         for spec in job.tables

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from tests.sim.checks import Checks
 from tests.sim.world import Violation
 from treefold.common.round_state import decode_applied
-from treefold.common.spec import ConsistencyKind, Hyper
+from treefold.common.spec import Compensation, ConsistencyKind, Hyper
 from treefold.server.effects import MakeParts, RecordVersion, ReleaseVersion
 from treefold.server.holding import Shard
 from treefold.wire.messages import Published
@@ -62,10 +62,13 @@ class Contributions(Checks):
         The published versions from 1 on.
     drafts : dict of (shard, version) to Draft
         What each server makes.
+    begun : dict of Which to dict
+        Versions of all shards that the loop body of a contribution began with.
     """
 
     histories: dict[tuple[int, int], list[Made]] = field(default_factory=dict)
     drafts: dict[tuple[int, int], Draft] = field(default_factory=dict)
+    begun: dict[Which, dict[tuple[int, int], int]] = field(default_factory=dict)
 
     # ---- servers ---------------------------------------------------------------------------------
 
@@ -139,9 +142,9 @@ class Contributions(Checks):
         draft = self._draft(shard, effect.version)
         if draft.which and which not in draft.which:
             raise Violation(f"{where} is said to be {which}, and made of {list(draft.which)}")
-        expected = self.reference.meta(effect.table, which[0], which[1])
-        if draft.groups not in (None, expected.groups):  # None: all of it was copied here
-            raise Violation(f"{where} is made with {draft.groups}, not {expected.groups}")
+        expected = self._groups(effect, which)
+        if draft.groups not in (None, expected):  # None: all of it was copied here
+            raise Violation(f"{where} is made with {draft.groups}, not {expected}")
         for part, before in draft.before.items():
             start = shard.parts[part][0]
             if not self.is_version((*key, start), part, effect.version - 1, before):
@@ -153,6 +156,16 @@ class Contributions(Checks):
         front = which if is_front else history[-1].front
         history.append(Made(which, dict(draft.names), clocks, front))
         known[key] = effect.version
+
+    def _groups(self, effect: RecordVersion, which: Which) -> list[Hyper]:
+        """What a version is stepped with, by how stale its contribution is."""
+        groups = self.reference.meta(effect.table, which[0], which[1]).groups
+        rule = self.reference.scenario.tables[effect.table].consistency
+        begun = self.begun[which][effect.table, effect.shard]
+        stale = effect.version - 1 - begun
+        if rule.compensation is Compensation.NONE or stale < 2:
+            return groups
+        return [{"lr": float(str(group["lr"])) / stale} for group in groups]
 
     def _check_turn(self, where: str, which: Which, history: Sequence[Made]) -> None:
         round_, slot, sender = which
@@ -211,8 +224,12 @@ class Contributions(Checks):
             raise Violation(f"{snapshot} of versions {versions}")
         return versions
 
-    def check_begun(self, held: dict[int, dict[int, int]], round_: int, slot: int) -> None:
+    def check_begun(self, held: dict[int, dict[int, int]], which: Which) -> None:
         """A loop body begins with what has been promised to be in."""
+        round_, slot, _ = which
+        self.begun[which] = {
+            (table, shard): version for table in held for shard, version in held[table].items()
+        }
         for table in self.reference.trained:
             rule = self.reference.scenario.tables[table].consistency
             floor = round_ - rule.staleness if rule.kind is ConsistencyKind.SSP else 0

@@ -442,7 +442,8 @@ class Trainer:
         versions = [self.held.get(table) for table in self.reference.trained]
         checks = self.process.checks
         if isinstance(checks, Contributions):
-            checks.check_begun(self.versions, task.round, task.slot)
+            origin = self.process.worker.membership.origin
+            checks.check_begun(self.versions, (task.round, task.slot, origin))
         elif any(version != task.round for version in versions):
             raise Violation(f"{task} with versions {versions} loaded")
         if (task.round, task.slot) in self.done:

@@ -20,13 +20,15 @@ from tests.unit.server_driver import (
 )
 from treefold.common import layout
 from treefold.common.round_state import decode_applied
-from treefold.common.spec import Consistency, ConsistencyKind
+from treefold.common.spec import Compensation, Consistency, ConsistencyKind
 from treefold.server.asynchronous import STAGED_MAX
 from treefold.server.core import ServerCore
 from treefold.server.effects import Effect, MakeParts, RecordVersion, ReleasePayload
-from treefold.wire.exchange import Received
+from treefold.wire.exchange import Received, Tick
 from treefold.wire.messages import (
     AssignTable,
+    Heartbeat,
+    HeartbeatSeen,
     Published,
     Pull,
     Refused,
@@ -213,6 +215,34 @@ def test_what_goes_with_a_version_is_of_the_slot_that_is_furthest_ahead() -> Non
     shard = core.shards[0, 0]
     assert (shard.applied.front, shard.applied.record) == (1, b"1")
     assert shard.applied.last == (0, 1, 5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "rates"),
+    [
+        (ASYNC, [0.1, 0.1, 0.1]),
+        (replace(ASYNC, compensation=Compensation.LR_STALENESS), [0.1, 0.1, 0.1 / 2]),
+    ],
+)
+def test_stale_contributions_are_counted_and_compensated_as_the_table_says(
+    rule: Consistency, rates: list[float]
+) -> None:
+    core = begun(rule)
+    found = []
+    for slot, base in enumerate((0, 0, 0)):
+        for part in (0, 1):
+            data(core, push(0, slot, part=part, active=3), 10 * slot + part + 50)
+        effects = data(core, meta(0, slot=slot, active=3, base=base))
+        (made,) = of(effects, MakeParts)
+        assert isinstance(made, MakeParts)
+        assert made.groups is not None
+        found.append(made.groups[0]["lr"])
+    assert found == rates
+    assert core.exchange.asynchronous.stale[0, 5][:4] == [1, 1, 1, 0]
+    control(core, HeartbeatSeen(3, 2))
+    (beat,) = sent(core.handle(10**9, Tick()), Heartbeat)
+    assert isinstance(beat, Heartbeat)
+    assert beat.staleness[0][:2] == (0, 5)
 
 
 def test_a_synchronous_table_folds_as_before() -> None:

@@ -8,7 +8,7 @@ from tests.support.reference import ReferenceJob
 from tests.support.sessions import backward, bare, dataset, joined, loss_of
 from treefold.common.config import Settings, load
 from treefold.common.errors import ConfigError, UnsupportedError
-from treefold.common.spec import SYNC, Consistency, ConsistencyKind
+from treefold.common.spec import SYNC, Compensation, Consistency, ConsistencyKind
 from treefold.torch.options import consistency_of
 
 SETTINGS = Settings()
@@ -50,6 +50,20 @@ def test_an_unknown_mode_is_refused_by_name(value: object) -> None:
 def test_a_bound_that_is_none_is_refused_by_name(staleness: int) -> None:
     with pytest.raises(ConfigError, match=f"staleness is {staleness!r}"):
         ps.SSP(staleness=staleness)
+
+
+def test_a_compensation_has_a_name_and_is_refused_where_nothing_is_stale() -> None:
+    rule = consistency_of("async", SETTINGS, "lr-staleness")
+    assert rule == Consistency(ConsistencyKind.ASYNC, 0, Compensation.LR_STALENESS)
+    settings = load({"compensation": "lr-staleness"}).settings
+    assert consistency_of("ssp", settings).compensation is Compensation.LR_STALENESS
+    assert consistency_of("sync", settings) == SYNC
+    with pytest.raises(ConfigError, match="needs consistency 'async' or 'ssp'"):
+        consistency_of("sync", SETTINGS, "lr-staleness")
+    with pytest.raises(ConfigError, match="compensation='lr'; it is one of 'none', 'lr-staleness'"):
+        consistency_of("async", SETTINGS, "lr")
+    with pytest.raises(ConfigError, match="compensation is 'lr'; it is none or lr-staleness"):
+        load({"compensation": "lr"})
 
 
 def test_settings_that_are_no_mode_or_bound_are_refused_by_name() -> None:

@@ -66,6 +66,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         When contributions are applied, unless the script says it: ``sync``, ``async`` or ``ssp``.
     staleness : int
         How many rounds a slot may be ahead of the slowest one with ``ssp``.
+    compensation : str
+        What is done about stale contributions, unless the script says it: ``none``, or
+        ``lr-staleness``, which divides the learning rate by the staleness.
     heartbeat_ms : int
         Milliseconds between two signs of life of a member.
     dead_after_ms : int
@@ -116,6 +119,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)] = 0
     consistency: str = "sync"
     staleness: NotNegative = 4
+    compensation: str = "none"
     heartbeat_ms: Positive = 500
     dead_after_ms: Positive = 2_000
     server_dead_after_ms: Positive = 10_000
@@ -151,6 +155,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(msg)
         if self.consistency not in ("sync", "async", "ssp"):
             msg = f"consistency is {self.consistency!r}; it is sync, async or ssp"
+            raise ConfigError(msg)
+        if self.compensation not in ("none", "lr-staleness"):
+            msg = f"compensation is {self.compensation!r}; it is none or lr-staleness"
             raise ConfigError(msg)
         if self.lane not in ("auto", "socket"):
             msg = f"lane is {self.lane!r}; it is auto or socket"

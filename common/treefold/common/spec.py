@@ -56,6 +56,17 @@ class ConsistencyKind(IntEnum):
     SSP = 3  # the same, and no slot gets further ahead of the slowest one than a bound
 
 
+class Compensation(IntEnum):
+    """What is done about contributions that were computed with an older version.
+
+    A contribution is as stale as versions were made between the one that it was computed with and
+    the one that it is applied to.
+    """
+
+    NONE = 1
+    LR_STALENESS = 2  # the learning rate is divided by the staleness, where that is more than 1
+
+
 class Consistency(msgspec.Struct, frozen=True, array_like=True):
     """When contributions are applied, and how far slots may be apart.
 
@@ -64,6 +75,7 @@ class Consistency(msgspec.Struct, frozen=True, array_like=True):
 
     kind: ConsistencyKind = ConsistencyKind.SYNC
     staleness: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
+    compensation: Compensation = Compensation.NONE
 
 
 SYNC = Consistency()

@@ -92,6 +92,7 @@ class Vitals:
     spent_ns: dict[str, int] = field(default_factory=dict)
     norms: list[tuple[int, int, float]] = field(default_factory=list)
     saving: int = 0
+    staleness: list[tuple[int, int, list[int]]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -238,6 +239,7 @@ class Membership:
             dict(v.spent_ns),
             v.norms,
             v.saving,
+            v.staleness,
         )
 
     def _register(self) -> Register:

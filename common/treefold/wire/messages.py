@@ -46,6 +46,7 @@ from treefold.wire.words import (
     Slot,
     Slots,
     Spent,
+    StaleCounts,
     State,
     TableNumber,
     TablePlace,
@@ -104,7 +105,8 @@ class Heartbeat(Message, tag=4, frozen=True):
     or the server's oldest open one; ``waiting`` says in words what the member waits for, empty if
     for nothing. ``norms`` are ``(table, round, norm)`` of the newest norms that a server knows, for
     a scheduler that was started again. ``saving`` counts shards that a server is writing to a
-    checkpoint, or has written and the scheduler has not said that it knows.
+    checkpoint, or has written and the scheduler has not said that it knows. ``staleness`` is, of
+    shard 0 of asynchronous tables, how many contributions of each worker were how stale.
     """
 
     incarnation: Count
@@ -120,6 +122,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     spent_ns: Spent = msgspec.field(default_factory=dict)
     norms: Norms = msgspec.field(default_factory=list)
     saving: Count = 0
+    staleness: StaleCounts = msgspec.field(default_factory=list)
 
 
 class HeartbeatSeen(Message, tag=5, frozen=True):
@@ -377,7 +380,8 @@ class RoundMeta(Message, tag=33, frozen=True):
     ``norm_max`` is the limit for the global gradient norm, 0 for none. ``state`` is the worker's
     own record of what the next round starts from (LR schedulers, integer buffers), opaque to
     servers. A round is complete only with it. For asynchronous tables every slot sends it; all
-    rounds below ``first``, where the pass over the data began, are in then.
+    rounds below ``first``, where the pass over the data began, are in then, and ``base`` is the
+    version of the shard that its loop body began with.
     """
 
     job: Count
@@ -392,6 +396,7 @@ class RoundMeta(Message, tag=33, frozen=True):
     state: State
     slot: Slot = 0
     first: Count = 0
+    base: Count = 0
 
 
 class Pull(Message, tag=34, frozen=True):

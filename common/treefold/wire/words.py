@@ -37,6 +37,12 @@ SlotCount = Annotated[int, Meta(ge=0, le=SLOTS_MAX)]
 Address = Annotated[str, Meta(max_length=1_024)]
 Spent = Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)]
 Norms = Annotated[list[tuple[TableNumber, Round, float]], Meta(max_length=TABLES_MAX)]
+STALE_CLASSES = 33  # of staleness: 0, 1, 2 to 3, 4 to 7 and so on
+StaleCounts = Annotated[
+    list[tuple[TableNumber, Count, Annotated[list[Count], Meta(max_length=STALE_CLASSES)]]],
+    Meta(max_length=MEMBERS_MAX),
+]
+"""Table, worker, and how many of its contributions were of each class of staleness."""
 Marks = Annotated[bytes, Meta(max_length=ABSENT_BYTES_MAX)]
 State = Annotated[bytes, Meta(max_length=STATE_BYTES_MAX + CLOCKS_BYTES_MAX)]
 Incarnations = Annotated[list[Count], Meta(max_length=REPLICAS_MAX)]

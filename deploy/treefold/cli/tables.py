@@ -128,4 +128,8 @@ def _table(table: TableStatus) -> Text:
     optimizer = f", {table.optimizer}" if table.optimizer else ""
     shards = [f"{s.shard} on {_chain(s)} ({s.blocks} blocks)" for s in table.shards]
     text = f"table {table.name}: {table.tensors} tensors, {table.elements:,} elements{optimizer}"
-    return Text(f"{text}; shards {', '.join(shards) or 'not placed yet'}")
+    text += f"; shards {', '.join(shards) or 'not placed yet'}"
+    if table.consistency != "sync":
+        stale = [f"{who} {one.median} (p99 {one.p99})" for who, one in table.staleness.items()]
+        text += f"; {table.consistency}, staleness {', '.join(stale) or 'not known yet'}"
+    return Text(text)

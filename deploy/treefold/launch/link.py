@@ -51,6 +51,14 @@ class ShardStatus(msgspec.Struct, frozen=True):
     joining: list[str] = msgspec.field(default_factory=list)
 
 
+class WorkerStaleness(msgspec.Struct, frozen=True):
+    """How stale a worker's contributions to an asynchronous table were."""
+
+    contributions: int
+    median: int
+    p99: int
+
+
 class TableStatus(msgspec.Struct, frozen=True):
     """One table and its shards."""
 
@@ -60,6 +68,8 @@ class TableStatus(msgspec.Struct, frozen=True):
     tensors: int
     elements: int
     shards: list[ShardStatus]
+    consistency: str = "sync"
+    staleness: dict[str, WorkerStaleness] = {}
 
 
 class PlanStatus(msgspec.Struct, frozen=True):

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from treefold.common.spec import ConsistencyKind
 from treefold.wire.words import Role
 
 if TYPE_CHECKING:
+    from treefold.common.spec import Consistency
     from treefold.scheduler.core import SchedulerCore
     from treefold.scheduler.members import MemberState
 
@@ -100,6 +102,8 @@ def _table(core: SchedulerCore, number: int) -> dict[str, object]:
         "optimizer": table.spec.optimizer.name if table.spec.optimizer else None,
         "tensors": len(table.spec.tensors),
         "elements": sum(tensor.elements for tensor in table.spec.tensors),
+        "consistency": _consistency(table.spec.consistency),
+        "staleness": _staleness(core, number, names),
         "shards": [
             {
                 "shard": place.shard,
@@ -112,3 +116,38 @@ def _table(core: SchedulerCore, number: int) -> dict[str, object]:
             for place in shards
         ],
     }
+
+
+def _consistency(rule: Consistency) -> str:
+    kind = rule.kind.name.lower()
+    return f"{kind}({rule.staleness})" if rule.kind is ConsistencyKind.SSP else kind
+
+
+def _staleness(
+    core: SchedulerCore, number: int, names: dict[int, str]
+) -> dict[str, dict[str, int]]:
+    """How stale the contributions of each worker were, as its shard 0 has counted them."""
+    totals: dict[int, list[int]] = {}
+    for state in core.roster.by_incarnation.values():
+        for table, worker, counts in state.beat.staleness if state.beat else ():
+            if table == number:
+                known = totals.setdefault(worker, [0] * len(counts))
+                totals[worker] = [sum(pair) for pair in zip(known, counts, strict=True)]
+    return {
+        names.get(worker, str(worker)): {
+            "contributions": sum(counts),
+            "median": _quantile(counts, 50),
+            "p99": _quantile(counts, 99),
+        }
+        for worker, counts in totals.items()
+    }
+
+
+def _quantile(counts: list[int], percent: int) -> int:
+    """The most that so many in a hundred are; classes are 0, 1, 2 to 3, 4 to 7 and so on."""
+    wanted, seen = sum(counts) * percent, 0
+    for order, count in enumerate(counts):
+        seen += count
+        if 100 * seen >= wanted:
+            return (1 << order) - 1
+    return 0

@@ -12,7 +12,7 @@ safety here either, and a worker that dies leaves nothing to be settled.
 import msgspec
 
 from treefold.common.round_state import Applied
-from treefold.common.spec import ConsistencyKind
+from treefold.common.spec import Compensation, Consistency, ConsistencyKind, Hyper
 from treefold.common.tree import Node, span
 from treefold.server import answers
 from treefold.server.checkpoints import Saves
@@ -21,7 +21,7 @@ from treefold.server.holding import Shard, Staged, Wait
 from treefold.server.rounds import Arrived, HyperOf
 from treefold.wire.exchange import Peer, Send
 from treefold.wire.messages import PartMissing, Pull, Refused, RoundMeta, RoundStatus
-from treefold.wire.words import INITIAL_ROUND, Code, Need
+from treefold.wire.words import INITIAL_ROUND, STALE_CLASSES, Code, Need
 
 STAGED_MAX = 4  # contributions of one slot that are on their way at a time; the oldest has to go
 STATUS_PARTS_MAX = 64  # parts named in one RoundStatus; the worker asks again for the rest
@@ -41,10 +41,13 @@ class Asynchronous:
     ----------
     duplicates : int
         Parts of contributions that were here already.
+    stale : dict of (table, worker) to list of int
+        Contributions to shard 0 by class of staleness.
     """
 
     def __init__(self, saves: Saves, out: list[Effect]) -> None:
         self.duplicates = 0
+        self.stale: dict[tuple[int, int], list[int]] = {}
         self._saves = saves
         self._out = out
 
@@ -115,10 +118,22 @@ class Asynchronous:
         current.open(1, shard.parts_count)
         for part in range(shard.parts_count):
             current.put(part, chosen.parts[part], chosen.sender)
-        current.hyper = HyperOf(chosen.meta.groups, 0.0)
+        stale = max(0, shard.version - chosen.meta.base)
+        self._count(shard, chosen.sender, stale)
+        groups = _compensated(shard.spec.consistency, chosen.meta.groups, stale)
+        current.hyper = HyperOf(groups, 0.0)
         state = msgspec.msgpack.encode(_with(shard.applied, chosen, chosen.meta))
         current.meta = msgspec.structs.replace(chosen.meta, state=state)
         current.contributed = [(chosen.round, chosen.slot, chosen.sender)]
+
+    def _count(self, shard: Shard, worker: int, stale: int) -> None:
+        if shard.number == 0:
+            counts = self.stale.setdefault((shard.table, worker), [0] * STALE_CLASSES)
+            counts[min(stale.bit_length(), STALE_CLASSES - 1)] += 1
+
+    def counts(self) -> list[tuple[int, int, list[int]]]:
+        """The same for a heartbeat."""
+        return [(table, worker, list(counts)) for (table, worker), counts in self.stale.items()]
 
     def close(self, shard: Shard) -> None:
         """Let go of what is on its way: workers send it again to whoever leads the shard then."""
@@ -207,3 +222,18 @@ def _status(shard: Shard, pull: Pull, need: Need) -> RoundStatus:
     missing = [PartMissing(part, []) for part in lacking[:STATUS_PARTS_MAX]]
     lacks_meta = not known or staged is None or staged.meta is None
     return RoundStatus(shard.table, shard.number, need.clock - 1, missing, lacks_meta)
+
+
+def _compensated(rule: Consistency, groups: list[Hyper], stale: int) -> list[Hyper]:
+    """Hyper-parameters that a contribution is stepped with.
+
+    Source of ``LR_STALENESS``: Zhang et al., Staleness-aware async-SGD for distributed deep
+    learning, IJCAI 2016, section 3.
+    """
+    if rule.compensation is Compensation.NONE or stale <= 1:
+        return groups
+    changed: list[Hyper] = []
+    for group in groups:
+        lr = group.get("lr")
+        changed.append(group | {"lr": lr / stale} if isinstance(lr, int | float) else group)
+    return changed

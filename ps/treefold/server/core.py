@@ -455,6 +455,7 @@ class ServerCore:
             vitals.round = max([shard.version for shard in self.shards.values()], default=0)
             waits = (self.exchange.waiting_for(shard) for shard in self.shards.values())
             vitals.norms = self.exchange.norms()
+            vitals.staleness = self.exchange.asynchronous.counts()
             vitals.waiting = next((text for text in waits if text), "")
             self._out += self.membership.tick(now_ns)
 

@@ -24,6 +24,7 @@ class OptimizerOptions(TypedDict, total=False):
     lend: bool
     wire: str
     consistency: str | SSP | None
+    compensation: str | None
 
 
 class DistributedOptimizer(Optimizer):
@@ -67,6 +68,10 @@ class DistributedOptimizer(Optimizer):
         comes; slots are at rounds of their own, and each begins with the newest version. ``"ssp"``
         or ``SSP(staleness)``: the same, but no slot gets further ahead of the slowest than a bound.
         The job's setting by default. All optimizers of a job have to be ``"sync"``, or none.
+    compensation : str
+        What servers do about contributions that were computed with an older version than they are
+        applied to: ``"none"``, or ``"lr-staleness"``, which divides the learning rate by the number
+        of versions in between. The job's setting by default.
 
     Raises
     ------
@@ -104,7 +109,9 @@ class DistributedOptimizer(Optimizer):
             raise ConfigError(msg)
         mode = BufferMode.of(options.get("buffers", "mean"))
         wire = wire_of(options.get("wire", "float32"))
-        consistency = consistency_of(options.get("consistency"), job.settings)
+        consistency = consistency_of(
+            options.get("consistency"), job.settings, options.get("compensation")
+        )
         job.check_can_mix(consistency)
         super().__init__([{"params": []}], {})
         self.param_groups = optimizer.param_groups

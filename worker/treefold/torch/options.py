@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from enum import Enum
 
+import msgspec
+
 from treefold.common.config import Settings
 from treefold.common.errors import ConfigError
-from treefold.common.spec import Consistency, ConsistencyKind
+from treefold.common.spec import Compensation, Consistency, ConsistencyKind
 
 STALENESS_MAX = 1 << 31
 
@@ -41,7 +43,7 @@ class SSP:
             raise ConfigError(msg)
 
 
-def consistency_of(value: object, settings: Settings) -> Consistency:
+def consistency_of(value: object, settings: Settings, compensation: object = None) -> Consistency:
     """When contributions are applied, as a user chose.
 
     Parameters
@@ -50,12 +52,30 @@ def consistency_of(value: object, settings: Settings) -> Consistency:
         ``"sync"``, ``"async"``, ``"ssp"`` (with the job's staleness); None for the job's.
     settings : Settings
         The job's.
+    compensation : str or None
+        ``"none"`` or ``"lr-staleness"``; None for the job's.
 
     Raises
     ------
     ConfigError
-        There is no such mode.
+        There is no such mode or compensation, or they do not go together.
     """
+    rule = _rule_of(value, settings)
+    chosen = settings.compensation if compensation is None else compensation
+    names = {one.name.lower().replace("_", "-"): one for one in Compensation}
+    known = names.get(chosen) if isinstance(chosen, str) else None
+    if known is None:
+        msg = f"compensation={chosen!r}; it is one of {', '.join(map(repr, names))}"
+        raise ConfigError(msg)
+    if known is not Compensation.NONE and rule.kind is ConsistencyKind.SYNC:
+        if compensation is None:  # the job's is for those of its tables that can be stale
+            return rule
+        msg = f"compensation={chosen!r} needs consistency 'async' or 'ssp': a round is never stale"
+        raise ConfigError(msg)
+    return msgspec.structs.replace(rule, compensation=known)
+
+
+def _rule_of(value: object, settings: Settings) -> Consistency:
     if value is None:
         value = settings.consistency
     if value == "ssp":

@@ -48,10 +48,13 @@ class Asynchronous:
     ----------
     is_moved : bool
         Whether a shard has another primary than when this worker pushed to it.
+    bases : dict of (table, shard) to int
+        Versions that the script has.
     """
 
     def __init__(self, rounds: Rounds) -> None:
         self.is_moved = False
+        self.bases: dict[tuple[int, int], int] = {}
         self._rounds = rounds
         self._clocks: dict[int, list[int]] = {}
         self._pushed: tuple[int, int] | None = None
@@ -75,6 +78,15 @@ class Asynchronous:
             min(clocks[slot] if slot < len(clocks) else 0 for clocks in shards) for slot in slots
         ]
 
+    def declared(self, table: Table) -> None:
+        """The script gets its first version of a table."""
+        self.learn(table)
+        self._note_bases(table)
+
+    def _note_bases(self, table: Table) -> None:
+        for shard, pull in table.pulls.items():
+            self.bases[table.number, shard] = pull.version
+
     def reply(
         self, now_ns: int, plan: LoopPlan | None, leased: list[int], *, is_draining: bool
     ) -> Task | LoopEnd | None:
@@ -93,6 +105,8 @@ class Asynchronous:
         is_over = is_draining or self._is_over(plan)
         if not is_here:
             self._rounds.stop_asking()  # slots of others have come, and what is here will do
+        for table in [table for table in trained if table.pulls]:
+            self._note_bases(table)
         snapshots = [table.snapshot() for table in trained if table.pulls]
         if chosen is None and not is_over:
             if snapshots:  # the script has to have what this knows of

@@ -306,7 +306,7 @@ class Exchange:
         Those of an asynchronous table never have to be.
         """
         if table.spec.is_asynchronous:
-            self.asynchronous.learn(table)
+            self.asynchronous.declared(table)
             return True
         version = table.pulled_version
         lagging = [shard for shard, pull in table.pulls.items() if pull.version < version]
@@ -472,5 +472,6 @@ class Exchange:
             self.membership.job, self.membership.origin, place.view, table.number, shard,
             local.number, local.active, meta.groups, meta.norm_max, meta.state,
             next(iter(local.done), 0) if table.spec.is_asynchronous else 0, local.first,
+            self.asynchronous.bases.get((table.number, shard), 0),
         )  # fmt: skip
         self._out.append(Send(place.server, message))
