@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from tests.unit.server_driver import (
     GROUPS,
     JOB,
+    ME,
     SPEC,
     WORKER,
     control,
@@ -24,20 +25,32 @@ from treefold.common.spec import Compensation, Consistency, ConsistencyKind
 from treefold.server.asynchronous import STAGED_MAX
 from treefold.server.core import ServerCore
 from treefold.server.effects import Effect, MakeParts, RecordVersion, ReleasePayload
+from treefold.wire.chain import ChainApplied
 from treefold.wire.exchange import Received, Tick
 from treefold.wire.messages import (
     AssignTable,
+    ChainDiffers,
     Heartbeat,
     HeartbeatSeen,
     Published,
     Pull,
     Refused,
     RoundStatus,
+    View,
 )
-from treefold.wire.words import Code, Need
+from treefold.wire.words import (
+    Code,
+    Leases,
+    Member,
+    Need,
+    Phase,
+    Role,
+    ShardPlace,
+    TablePlace,
+)
 
 ASYNC = Consistency(ConsistencyKind.ASYNC)
-OTHER = b"other"
+BACKUP = 7
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +256,33 @@ def test_stale_contributions_are_counted_and_compensated_as_the_table_says(
     (beat,) = sent(core.handle(10**9, Tick()), Heartbeat)
     assert isinstance(beat, Heartbeat)
     assert beat.staleness[0][:2] == (0, 5)
+
+
+def test_a_copy_that_has_applied_what_nobody_else_has_does_not_count() -> None:
+    core = member()
+    control(core, AssignTable(0, replace(SPEC, consistency=ASYNC)))
+    place = ShardPlace(0, 2, 0, 2, ME, 2, [BACKUP])
+    table = TablePlace(0, "t", 5, [place])
+    leased = Leases(0, [])
+    backup = Member(Role.SERVER, 1, BACKUP, "tcp://10.0.0.2:1", "host", 1)
+    control(core, View(2, Phase.RUNNING, 5, [backup], [table], leased, leased))
+    control(core, HeartbeatSeen(ME, 2, 2))
+    for part in (0, 1):
+        data(core, push(-1, 0, part=part, active=1), part + 1)
+    core.handle(0, Received(BACKUP, applied(0, (0, 0, 0))))
+    contribute(core, 0, 1)
+    ask(core, Need(1, 1))
+    effects = core.handle(0, Received(BACKUP, applied(1, (0, 0, 9))))
+    assert sent(effects, ChainDiffers)
+    assert not versions(effects)
+    effects = core.handle(0, Received(BACKUP, applied(1, (0, 1, 5))))
+    assert not sent(effects, ChainDiffers)
+    assert versions(effects) == [1]
+
+
+def applied(version: int, last: tuple[int, int, int]) -> ChainApplied:
+    """The backup says what it holds."""
+    return ChainApplied(JOB, BACKUP, 2, 0, 0, 0, version, b"", last)
 
 
 def test_a_synchronous_table_folds_as_before() -> None:
