@@ -405,7 +405,10 @@ class Cluster:
                 is_able = not shard.chain.is_joining and shard.version >= self.checks.versions.get(
                     key, -1
                 )
-                if is_able and shard.chain.is_confirmed:
+                table, number = key
+                place = self.scheduler.scheduler.tables[table].place
+                assert place is not None
+                if is_able and server.server.membership.incarnation in place.shards[number].backups:
                     raise Violation(f"shard {key} is given up, but {server.name} holds it")
 
     def _check_failed(self) -> None:

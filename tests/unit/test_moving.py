@@ -11,7 +11,7 @@ from treefold.common.spec import (
 )
 from treefold.scheduler.chains import Chains
 from treefold.scheduler.declared import Declared, TableState
-from treefold.scheduler.members import Happening, Roster
+from treefold.scheduler.members import Happening, MemberState, Roster
 from treefold.scheduler.moving import REST_MS, ROUNDS_MIN, Moves
 from treefold.wire.membership import MS
 from treefold.wire.messages import ChainSynced, Heartbeat
@@ -41,6 +41,12 @@ class Cluster:
     def join(self) -> None:
         """One more server, with the next incarnation."""
         self.roster.enroll(Member(Role.SERVER, -1, 0, "", "", 0), None, 0, 0)
+
+    def lose(self, state: MemberState) -> None:
+        """A server falls silent, and chains go on without it."""
+        self.roster.part(state, Happening.SILENCE, None)
+        self.view += 1
+        self.chains.mend(self.view)
 
     def settle(self) -> None:
         """Let every step be taken, every copy arrive and every chain be confirmed."""
@@ -152,3 +158,38 @@ def test_a_move_to_a_server_that_dies_is_forgotten() -> None:
     cluster.settle()
     assert cluster.chains.moving == {}
     assert cluster.load == [32]
+
+
+def test_a_backup_that_nobody_has_confirmed_is_promoted_if_it_alone_is_left() -> None:
+    cluster = Cluster(2, replicas=2)
+    first, second = cluster.roster.live()
+    cluster.lose(second)
+    cluster.join()
+    cluster.view += 1
+    cluster.chains.mend(cluster.view)
+    (place, *_) = cluster.declared.places[0].shards
+    server, (new,) = first.member.incarnation, place.joining
+    cluster.chains.on_synced(
+        ChainSynced(server, 0, place.shard, place.chain_view, new), cluster.view
+    )
+    cluster.lose(first)
+    places = cluster.declared.places[0].shards
+    assert places[0].server == new
+    assert cluster.chains.lost == [(0, number) for number in range(1, SHARDS)]
+
+
+def test_a_backup_that_was_confirmed_is_promoted_before_one_that_was_not() -> None:
+    cluster = Cluster(3, replicas=3)
+    place = cluster.declared.places[0].shards[0]
+    leader = cluster.roster.by_incarnation[place.server]
+    gone = cluster.roster.by_incarnation[place.backups[0]]
+    cluster.lose(gone)
+    cluster.join()
+    cluster.view += 1
+    cluster.chains.mend(cluster.view)
+    place = cluster.declared.places[0].shards[0]
+    confirmed, (new,) = place.backups[0], place.joining
+    synced = ChainSynced(place.server, 0, place.shard, place.chain_view, new)
+    cluster.chains.on_synced(synced, cluster.view)
+    cluster.lose(leader)
+    assert cluster.declared.places[0].shards[0].server == confirmed

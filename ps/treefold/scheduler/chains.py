@@ -2,8 +2,9 @@
 
 A chain changes step by step, each step a view: a server joins and is copied to, is in sync, is
 promoted, is dropped. Fail-over, recovery, draining and moving are these steps in turn. What a step
-may rely on is the last chain that its primary has confirmed: only those who were in sync in that
-one are promoted, and nobody is dropped from a chain that is not confirmed.
+may rely on is the last chain that its primary has confirmed: those who were in sync in that one are
+promoted, others only if none of these is left, and nobody is dropped from a chain that is not
+confirmed.
 
 Part of `treefold.scheduler.core` in a file of its own; just as pure.
 """
@@ -143,6 +144,9 @@ class Chains:
         if server not in live:
             _, synced = self.confirmed[key]
             able = [who for who in backups if who in synced]
+            # Who was added since then was in sync when the primary said so, and was waited for from
+            # then on. It comes second, since the primary could have said meanwhile that it differs.
+            able = able or backups
             if not able:
                 return None
             server = able[0]
