@@ -211,6 +211,18 @@ def test_a_pass_begins_at_its_first_round_whatever_slots_did_before() -> None:
     assert sent(data(core, meta(2, slot=0, first=1)), Refused)
 
 
+def test_rounds_of_a_slot_come_in_turn_and_only_of_slots_that_there_are() -> None:
+    core = begun()
+    (early,) = sent(data(core, meta(1, slot=1)), Refused)
+    assert isinstance(early, Refused)
+    assert early.code is Code.FUTURE_ROUND
+    assert "slot 1 is at round 0, round 1 is not its turn" in early.text
+    (beyond,) = sent(data(core, meta(0, slot=2)), Refused)
+    assert isinstance(beyond, Refused)
+    assert "round 0 has 2 active slots, no slot 2" in beyond.text
+    assert not sent(data(core, meta(7, slot=1, first=7)), Refused)
+
+
 def test_folded_nodes_and_norm_limits_are_refused_by_name() -> None:
     core = begun()
     (folded,) = sent(data(core, push(0, 0, level=1), 9), Refused)

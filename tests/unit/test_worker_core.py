@@ -444,7 +444,20 @@ def test_a_slot_that_was_held_up_says_little_of_how_long_the_next_one_takes() ->
     driver.contribute(0, 0)
     driver.wait(20 * SECOND)
     driver.contribute(0, 1)
-    assert driver.core.membership.vitals.slot_time_ns == 250 * MS
+    assert driver.core.membership.vitals.slot_time_ns == 100 * MS
+
+
+def test_a_worker_that_has_become_slower_is_known_as_such_a_few_slots_later() -> None:
+    driver = Driver()
+    driver.declare()
+    driver.enter([ME])
+    told = []
+    for round_, took_ms in enumerate([100] * 7 + [400] * 4):
+        driver.wait(took_ms * MS)
+        driver.contribute(round_, 0)
+        driver.pulled(0, 0, round_ + 1)
+        told.append(driver.core.membership.vitals.slot_time_ns // MS)
+    assert told[6:] == [100, 100, 100, 100, 400]
 
 
 def test_a_worker_says_in_its_heartbeat_what_it_waits_for() -> None:

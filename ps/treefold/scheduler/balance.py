@@ -130,8 +130,11 @@ class Balance:
         """Who cannot get a version that others have, a server being out of reach, counts as slow.
 
         It computes nothing meanwhile, so that no slow slot would show, and answers the scheduler.
-        One that does go on may be many rounds behind here, its heartbeat being older.
+        One that does go on may be many rounds behind here, its heartbeat being older; and where
+        slots are at rounds of their own, nothing follows from who is how far.
         """
+        if self._declared.is_asynchronous:
+            return
         newest = self._round_seen[0]
         for state in self._workers():
             is_behind = state.beat is not None and 0 < state.beat.round < newest - ROUNDS_APART_MAX

@@ -52,6 +52,11 @@ class Declared:
         return next(iter(self.plans.values())).slots if self.plans else 0
 
     @property
+    def is_asynchronous(self) -> bool:
+        """Whether slots are at rounds of their own."""
+        return any(table.spec.is_asynchronous for table in self.tables)
+
+    @property
     def is_loader(self) -> bool:
         """Whether every worker is one slot, with its own loader."""
         return any(plan.kind is PlanKind.LOADER for plan in self.plans.values())

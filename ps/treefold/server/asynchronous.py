@@ -179,6 +179,13 @@ def _refusal(shard: Shard, meta: RoundMeta) -> Refused | None:
     if meta.norm_max > 0:
         text = f"{where} is asynchronous: gradients have no norm that all slots share"
         return Refused(0, Code.BAD_MESSAGE, text)
+    if meta.slot >= meta.active:
+        text = f"{where}: round {meta.round} has {meta.active} active slots, no slot {meta.slot}"
+        return Refused(0, Code.BAD_NODE, text)
+    due = max(shard.clock(meta.slot), meta.first)
+    if meta.round > due:
+        text = f"{where}: slot {meta.slot} is at round {due}, round {meta.round} is not its turn"
+        return Refused(0, Code.FUTURE_ROUND, text)
     rule = shard.spec.consistency
     if rule.kind is not ConsistencyKind.SSP:
         return None

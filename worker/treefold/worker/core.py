@@ -50,7 +50,8 @@ from treefold.worker.effects import (
     TaskCalled,
 )
 from treefold.worker.exchange import Exchange
-from treefold.worker.limits import ERRORS, PAUSE_FACTOR, WorkerLimits
+from treefold.worker.forecast import MedianForecast
+from treefold.worker.limits import ERRORS, WorkerLimits
 from treefold.worker.pulls import Table
 from treefold.worker.rounds import LocalRound
 from treefold.worker.streams import newest_whole
@@ -82,7 +83,8 @@ class WorkerCore:
         self._task_call: int | None = None
         self._leave_call: int | None = None
         self._join_call: int | None = None
-        self._task_ns = self._slot_time_ns = 0
+        self._task_ns = 0
+        self._forecast = MedianForecast()
         self._wait_note_ns: int | None = None
         self._started_ns: int | None = None
         self._server_ns = 0
@@ -425,10 +427,7 @@ class WorkerCore:
         return [slot for slot, who in enumerate(leases.workers) if who == me]
 
     def _on_finished(self, now_ns: int, event: SlotFinished) -> None:
-        took_ns = max(1, now_ns - self._task_ns)
-        known_ns = self._slot_time_ns or took_ns
-        took_ns = min(took_ns, PAUSE_FACTOR * known_ns)
-        self._slot_time_ns = self.membership.vitals.slot_time_ns = (known_ns + took_ns) // 2
+        self.membership.vitals.slot_time_ns = self._forecast.add(now_ns - self._task_ns)
         self.exchange.finish(event)
         if self.exchange.asynchronous.is_on and self.plan is not None:
             self.exchange.asynchronous.finish(now_ns, self.plan, self._leased(1 << 62))
@@ -441,9 +440,8 @@ class WorkerCore:
             self.membership.vitals.tables = len(self.tables)
             self.membership.vitals.waiting = self._waiting_for()
             if self.local is not None and self.local.in_hand is not None:
-                # A slot that does not end shows in no finished one; leases must move all the same.
                 so_far_ns = now_ns - self._task_ns
-                self.membership.vitals.slot_time_ns = max(self._slot_time_ns, so_far_ns)
+                self.membership.vitals.slot_time_ns = self._forecast.while_in_hand(so_far_ns)
             self._out += self.membership.tick(now_ns)
         self.declarations.retry(now_ns)
         self.exchange.retry(now_ns)

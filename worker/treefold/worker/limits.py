@@ -6,9 +6,6 @@ from treefold.common import errors
 from treefold.wire.membership import MS
 from treefold.wire.words import Code
 
-# A slot that took more times as long as usual was held up, by a stop or a cut: that says little of
-# the next one. Who has really become slower is known as such a few slots later.
-PAUSE_FACTOR = 4
 ERRORS: dict[Code, type[errors.TreefoldError]] = {
     Code.PROTOCOL_VERSION: errors.RemoteProtocolError,
     Code.JOB_MISMATCH: errors.JobFailedError,
