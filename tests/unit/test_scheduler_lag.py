@@ -1,6 +1,9 @@
 """A worker that is a member but gets no further: its slots go to others until it does."""
 
+import msgspec
+
 from tests.unit.scheduler_driver import Driver
+from treefold.common.spec import Consistency, ConsistencyKind
 from treefold.wire.membership import MS
 
 
@@ -28,4 +31,18 @@ def test_a_worker_whose_heartbeats_are_older_keeps_its_slots() -> None:
         driver.wait(400 * MS)
         driver.beat(2, round_ + 8, slot_ns=10 * MS)
     driver.wait(450 * MS)
+    assert driver.leases.workers == [2, 2, 3, 3]
+
+
+def test_where_slots_are_at_rounds_of_their_own_nobody_is_thought_to_stand_still() -> None:
+    driver = Driver()
+    driver.train()
+    (table,) = driver.core.declared.tables
+    rule = Consistency(ConsistencyKind.ASYNC)
+    table.spec = msgspec.structs.replace(table.spec, consistency=rule)
+    for round_ in range(5, 9):
+        driver.wait(500 * MS)
+        driver.beat(2, round_, slot_ns=10 * MS)
+        driver.beat(3, 5, slot_ns=10 * MS)  # at the slot that is furthest behind
+    driver.wait(500 * MS)
     assert driver.leases.workers == [2, 2, 3, 3]
