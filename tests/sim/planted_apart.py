@@ -6,7 +6,6 @@ from treefold.common.plan import LoopPlan
 from treefold.server import asynchronous as server_asynchronous
 from treefold.server.asynchronous import Asynchronous
 from treefold.server.holding import Shard, Staged, Wait
-from treefold.server.rounds import Round
 from treefold.wire.words import Need
 from treefold.worker import asynchronous as worker_asynchronous
 from treefold.worker.asynchronous import Asynchronous as WorkerAsynchronous
@@ -63,11 +62,6 @@ def a_pull_is_answered_before_what_it_needs_is_in(patch: Patch) -> None:
     patch.setattr(Wait, "is_met", lambda *_: True)
 
 
-@plant(Theme.APART, 200)
-def a_backup_begins_a_version_before_it_has_all_of_it(patch: Patch) -> None:
-    patch.setattr(Round, "is_gathered", property(lambda _: True))
-
-
 @plant(Theme.APART, 250)
 def another_primary_goes_on_with_half_a_version(patch: Patch) -> None:
     patch.setattr(Shard, "begin_round_anew", lambda _: [])
@@ -105,7 +99,7 @@ def a_pass_ends_one_round_early(patch: Patch) -> None:
     patch.setattr(worker_asynchronous, "_end_of", changed)
 
 
-@plant(Theme.APART)
+@plant(Theme.APART, 250)
 def a_slot_that_has_come_here_is_waited_for(patch: Patch) -> None:
     ask = WorkerAsynchronous._ask
 

@@ -168,14 +168,3 @@ def views_are_not_written_down(patch: Patch) -> None:
 @plant(Theme.CHAINED)
 def a_promoted_server_speaks_of_its_version_at_once(patch: Patch) -> None:
     patch.setattr(Shard, "can_tell", lambda *_: True)
-
-
-@plant(Theme.CHAINED, 300)
-def a_chain_counts_as_confirmed_at_once(patch: Patch) -> None:
-    adopt = Chain.adopt
-
-    def sure(self: Chain, place: ShardPlace) -> None:
-        adopt(self, place)
-        self.is_confirmed, self.former = True, {}
-
-    patch.setattr(Chain, "adopt", sure)

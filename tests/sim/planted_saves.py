@@ -72,7 +72,7 @@ def a_server_takes_part_before_it_is_restored(patch: Patch) -> None:
     patch.setattr(ServerCore, "_open_shards", hasty)
 
 
-@plant(Theme.SAVED, 700)
+@plant(Theme.SAVED, 800)
 def nothing_of_before_the_way_back_is_fenced(patch: Patch) -> None:
     patch.setattr(server_core, "refusal_of_view", lambda *_: None)
 

@@ -30,7 +30,7 @@ def servers_say_that_a_version_has_begun_without_its_state(patch: Patch) -> None
     patch.setattr(Round, "is_begun", property(lambda current: bool(current.made)))
 
 
-@plant(Theme.STREAMING, 120)
+@plant(Theme.STREAMING, 300)
 def contributions_are_sent_before_their_version_is_whole(patch: Patch) -> None:
     patch.setattr(Stream, "is_held_back", lambda *_: False)
 

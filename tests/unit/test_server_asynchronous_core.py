@@ -1,5 +1,7 @@
 """A server's decisions about asynchronous tables: what is applied, once, and who is answered."""
 
+import math
+
 import msgspec
 import pytest
 from msgspec.structs import replace
@@ -20,12 +22,12 @@ from tests.unit.server_driver import (
     view,
 )
 from treefold.common import layout
-from treefold.common.round_state import decode_applied
+from treefold.common.round_state import Applied, decode_applied
 from treefold.common.spec import Compensation, Consistency, ConsistencyKind
 from treefold.server.asynchronous import STAGED_MAX
 from treefold.server.core import ServerCore
 from treefold.server.effects import Effect, MakeParts, RecordVersion, ReleasePayload
-from treefold.wire.chain import ChainApplied
+from treefold.wire.chain import ChainApplied, ChainRound
 from treefold.wire.exchange import Received, Tick
 from treefold.wire.messages import (
     AssignTable,
@@ -290,6 +292,37 @@ def test_a_copy_that_has_applied_what_nobody_else_has_does_not_count() -> None:
     effects = core.handle(0, Received(BACKUP, applied(1, (0, 1, 5))))
     assert not sent(effects, ChainDiffers)
     assert versions(effects) == [1]
+
+
+def test_a_backup_makes_nothing_of_a_version_before_it_has_all_of_it() -> None:
+    core = member()
+    control(core, AssignTable(0, replace(SPEC, consistency=ASYNC)))
+    place = ShardPlace(0, 2, 0, 2, BACKUP, 2, [ME])
+    table = TablePlace(0, "t", 5, [place])
+    primary = Member(Role.SERVER, 1, BACKUP, "tcp://10.0.0.2:1", "host", 1)
+    control(core, View(2, Phase.RUNNING, 5, [primary], [table], Leases(0, []), Leases(0, [])))
+    relayed = {"sender": BACKUP, "active": 1}
+    for part in (0, 1):
+        core.handle(0, Received(b"chain", push(-1, 0, part=part, **relayed), (part + 1,)))
+    core.handle(0, Received(b"chain", chain_round(-1, b"")))
+    assert core.shards[0, 0].version == 0
+    state = msgspec.msgpack.encode(Applied([0, 1], (0, 1, 5), 0, b""))
+    first = core.handle(0, Received(b"chain", push(0, 0, part=0, **relayed), (10,)))
+    said = core.handle(0, Received(b"chain", chain_round(0, state)))
+    assert not of(first + said, MakeParts)
+    last = core.handle(0, Received(b"chain", push(0, 0, part=1, **relayed), (11,)))
+    (made,) = of(last, MakeParts)
+    assert isinstance(made, MakeParts)
+    assert [part.root for part in made.parts] == [10, 11]
+    assert core.shards[0, 0].applied.clocks == [0, 1]
+
+
+def chain_round(round_: int, state: bytes) -> ChainRound:
+    """The primary says that a round is complete."""
+    groups = [] if round_ < 0 else GROUPS
+    return ChainRound(
+        JOB, BACKUP, 2, 0, 0, round_, 1, groups, 0.0, math.nan, state, None, [(0, 1, 5)]
+    )
 
 
 def applied(version: int, last: tuple[int, int, int]) -> ChainApplied:
