@@ -330,6 +330,13 @@ def applied(version: int, last: tuple[int, int, int]) -> ChainApplied:
     return ChainApplied(JOB, BACKUP, 2, 0, 0, 0, version, b"", last)
 
 
+def test_a_server_waits_for_no_slot_in_particular() -> None:
+    core = begun()
+    assert core.exchange.waiting_for(core.shards[0, 0]) == ""
+    rounds = begun(Consistency())
+    assert rounds.exchange.waiting_for(rounds.shards[0, 0]) == "table t shard 0 round 0: any slot"
+
+
 def test_a_synchronous_table_folds_as_before() -> None:
     core = begun(Consistency())
     effects = data(core, push(0, 1, part=0), 10) + data(core, meta(0, slot=1))

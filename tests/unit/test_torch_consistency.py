@@ -57,9 +57,10 @@ def test_a_compensation_has_a_name_and_is_refused_where_nothing_is_stale() -> No
     assert rule == Consistency(ConsistencyKind.ASYNC, 0, Compensation.LR_STALENESS)
     settings = load({"compensation": "lr-staleness"}).settings
     assert consistency_of("ssp", settings).compensation is Compensation.LR_STALENESS
-    assert consistency_of("sync", settings) == SYNC
-    with pytest.raises(ConfigError, match="needs consistency 'async' or 'ssp'"):
-        consistency_of("sync", SETTINGS, "lr-staleness")
+    assert consistency_of("sync", settings, "none") == SYNC
+    for given in (("sync", SETTINGS, "lr-staleness"), ("sync", settings), (None, settings)):
+        with pytest.raises(ConfigError, match="needs consistency 'async' or 'ssp'"):
+            consistency_of(*given)
     with pytest.raises(ConfigError, match="compensation='lr'; it is one of 'none', 'lr-staleness'"):
         consistency_of("async", SETTINGS, "lr")
     with pytest.raises(ConfigError, match="compensation is 'lr'; it is none or lr-staleness"):

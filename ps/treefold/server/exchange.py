@@ -373,4 +373,5 @@ class Exchange:
             return ""
         if not chain.is_started:
             return f"table {shard.spec.name} shard {shard.number}: the values of its checkpoint"
-        return self.replication.describe(shard) or shard.waiting_for()
+        is_idle = shard.spec.is_asynchronous and shard.version != INITIAL_ROUND
+        return self.replication.describe(shard) or ("" if is_idle else shard.waiting_for())

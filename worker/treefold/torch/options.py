@@ -68,8 +68,6 @@ def consistency_of(value: object, settings: Settings, compensation: object = Non
         msg = f"compensation={chosen!r}; it is one of {', '.join(map(repr, names))}"
         raise ConfigError(msg)
     if known is not Compensation.NONE and rule.kind is ConsistencyKind.SYNC:
-        if compensation is None:  # the job's is for those of its tables that can be stale
-            return rule
         msg = f"compensation={chosen!r} needs consistency 'async' or 'ssp': a round is never stale"
         raise ConfigError(msg)
     return msgspec.structs.replace(rule, compensation=known)
