@@ -282,11 +282,16 @@ def _on_a_side_stream(
 
 
 def _script(
-    body: Body, dtype: torch.dtype = torch.float32, wire: str = "float32"
+    body: Body,
+    dtype: torch.dtype = torch.float32,
+    wire: str = "float32",
+    consistency: str = "sync",
 ) -> tuple[dict[str, bytes], Overlap]:
     """Three epochs on the GPU: every bit that they end with, and whether parts left early."""
     model = _Model().to("cuda", dtype)
-    optimizer = ps.DistributedOptimizer(adamw(parameters_of(model)), model, wire=wire)
+    optimizer = ps.DistributedOptimizer(
+        adamw(parameters_of(model)), model, wire=wire, consistency=consistency
+    )
     for epoch in range(3):
         model.later.requires_grad_(epoch > 0)
         for number, batch in enumerate(ps.batches(dataset(), BATCH, epoch, drop_last=True)):
@@ -335,6 +340,25 @@ def test_a_cluster_makes_the_same_bits_however_copies_are_made(wire: str, pinned
     with _poisoned(pinned_from):
         found, reached = run()
     assert reached is Overlap.ON
+    assert found == wanted
+
+
+@LANES
+@pytest.mark.parametrize("consistency", ["async", "ssp"])
+def test_an_asynchronous_cluster_makes_the_same_bits_however_copies_are_made(
+    consistency: str, pinned_from: int
+) -> None:
+    def run() -> tuple[dict[str, bytes], Overlap]:
+        ps.init(slots=2)
+        try:
+            return _script(_plain, consistency=consistency)
+        finally:
+            ps.shutdown()
+
+    with _unstaged():
+        wanted, _ = run()
+    with _poisoned(pinned_from):
+        found, _ = run()
     assert found == wanted
 
 
