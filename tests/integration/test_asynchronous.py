@@ -50,6 +50,48 @@ found = weights.weight.detach()[0].to(torch.int64)
 is_exact = torch.equal(found, PASSES * expected(ROUNDS * SLOTS, ELEMENTS))
 print("sum", "exact" if is_exact else "wrong", flush=True)
 """
+STALE = """
+import sys, time
+from pathlib import Path
+import torch
+from torch import nn
+import treefold.torch as ps
+from torch.utils.data import TensorDataset
+
+FOLDER = Path(sys.argv[1])
+ps.init(slots=2)
+weights = nn.Linear(1, 1, bias=False)
+nn.init.ones_(weights.weight)
+inner = torch.optim.SGD(weights.parameters(), lr=0.125)
+optimizer = ps.DistributedOptimizer(
+    inner, weights, consistency="async", compensation=COMPENSATION
+)
+
+
+def wait_for(name):
+    while not (FOLDER / name).exists():
+        time.sleep(0.005)
+
+
+for (number,) in ps.batches(TensorDataset(torch.arange(6)), batch_size=2, shuffle=False):
+    slot, gradient = int(number[0]) % 2, 0.0
+    if slot == 0 and ps.round() == 0:  # of version 0, applied to version 2
+        (FOLDER / "begun").touch()
+        wait_for("moved")
+        gradient = 2.0
+    elif slot == 1 and ps.round() < 2:
+        wait_for("begun")
+        gradient = -1.0
+    elif slot == 1:
+        (FOLDER / "moved").touch()
+        wait_for("applied")
+    else:
+        (FOLDER / "applied").touch()
+    optimizer.zero_grad()
+    (weights.weight * gradient).sum().backward()
+    optimizer.step()
+print("weight", weights.weight.item(), flush=True)
+"""
 PASS = 12 * 8  # contributions of a pass
 SUM = r"worker-\d \| (sum .*)"
 
@@ -107,6 +149,25 @@ def test_everything_counts_once_without_trouble_too(
         assert {worker.line("^final (.*)$")[1] for worker in job.workers} == {"exact"}
     assert complaints_one_by_one(folder, 25) == []
     assert complaints_one_by_one(folder, 26) != []
+
+
+@pytest.mark.parametrize(
+    ("compensation", "weight"),
+    [
+        ("'none'", 1 + 0.125 - 0.125),
+        ("'lr-staleness'", 1 + 0.125 - 0.125 / 2),
+        ("ps.DCASGD(strength=1)", 1 + 0.125 - 0.125 * (1 + 2 * 0.125)),
+        ("ps.DCASGD(strength=1, adaptive=True)", 0.94223),
+    ],
+)
+def test_a_stale_contribution_is_compensated_as_the_script_says(
+    compensation: str, weight: float, shell: Shell
+) -> None:
+    script = shell.script(STALE.replace("COMPENSATION", compensation))
+    run = shell.start("run", "--servers", "1", "--workers", "2", script, str(shell.folder))
+    assert run.end() == 0, run.transcript()
+    found = [float(text) for (text,) in run.all(r"weight (\S+)$")]
+    assert found == pytest.approx([weight] * 2, abs=1e-5)
 
 
 def test_a_lost_server_takes_an_asynchronous_job_back_to_the_end_of_a_pass(shell: Shell) -> None:

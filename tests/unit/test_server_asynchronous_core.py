@@ -26,7 +26,7 @@ from treefold.common.round_state import Applied, decode_applied
 from treefold.common.spec import Compensation, Consistency, ConsistencyKind
 from treefold.server.asynchronous import STAGED_MAX
 from treefold.server.core import ServerCore
-from treefold.server.effects import Effect, MakeParts, RecordVersion, ReleasePayload
+from treefold.server.effects import CorrectParts, Effect, MakeParts, RecordVersion, ReleasePayload
 from treefold.wire.chain import ChainApplied, ChainRound
 from treefold.wire.exchange import Received, Tick
 from treefold.wire.messages import (
@@ -270,6 +270,21 @@ def test_stale_contributions_are_counted_and_compensated_as_the_table_says(
     (beat,) = sent(core.handle(10**9, Tick()), Heartbeat)
     assert isinstance(beat, Heartbeat)
     assert beat.staleness[0][:2] == (0, 5)
+
+
+def test_a_correction_is_made_of_the_only_contribution_before_it_is_stepped() -> None:
+    rule = replace(ASYNC, compensation=Compensation.DC_ASGD, strength=0.5, versions=2)
+    core = begun(rule)
+    contribute(core, 0, 1)
+    for part in (0, 1):
+        data(core, push(0, 2, part=part, active=3), 70 + part)
+    effects = data(core, meta(0, slot=2, active=3, base=0))
+    corrected, made = [e for e in effects if isinstance(e, CorrectParts | MakeParts)]
+    assert isinstance(corrected, CorrectParts)
+    assert isinstance(made, MakeParts)
+    assert (corrected.base, corrected.active, made.version) == (0, 3, 2)
+    assert corrected.parts == made.parts
+    assert [one.root for one in made.parts] == [70, 71]
 
 
 def test_a_copy_that_has_applied_what_nobody_else_has_does_not_count() -> None:

@@ -1,5 +1,8 @@
 """Which mode a script gets, from where, and what is refused by name."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
@@ -63,8 +66,43 @@ def test_a_compensation_has_a_name_and_is_refused_where_nothing_is_stale() -> No
             consistency_of(*given)
     with pytest.raises(ConfigError, match="compensation='lr'; it is one of 'none', 'lr-staleness'"):
         consistency_of("async", SETTINGS, "lr")
-    with pytest.raises(ConfigError, match="compensation is 'lr'; it is none or lr-staleness"):
+    with pytest.raises(ConfigError, match="compensation is 'lr'; it is one of none, lr-staleness"):
         load({"compensation": "lr"})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("momentum", (Compensation.MOMENTUM, 0.0, 0)),
+        ("dc-asgd", (Compensation.DC_ASGD, 0.04, 16)),
+        ("dc-asgd-adaptive", (Compensation.DC_ASGD_ADAPTIVE, 2.0, 16)),
+        (ps.DCASGD(strength=0.5, versions=3), (Compensation.DC_ASGD, 0.5, 3)),
+        (ps.DCASGD(adaptive=True), (Compensation.DC_ASGD_ADAPTIVE, 2.0, 16)),
+    ],
+)
+def test_corrections_have_names_and_strengths(
+    value: object, expected: tuple[Compensation, float, int]
+) -> None:
+    found = consistency_of("async", SETTINGS, value)
+    assert (found.compensation, found.strength, found.versions) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"strength": -1}, {"strength": "2"}, {"strength": math.nan}, {"versions": 0},
+     {"versions": 2.0}, {"versions": 1 << 20}, {"adaptive": 1}],
+)  # fmt: skip
+def test_a_correction_that_is_none_is_refused_by_name(arguments: dict[str, Any]) -> None:
+    ((name, value),) = arguments.items()
+    with pytest.raises(ConfigError, match=f"{name} is {value!r}"):
+        ps.DCASGD(**arguments)
+
+
+def test_a_momentum_that_is_corrected_has_to_be_there() -> None:
+    with joined(ReferenceJob(slots=2)):
+        model = bare()
+        with pytest.raises(ConfigError, match="needs an optimizer with a momentum above 0"):
+            ps.DistributedOptimizer(sgd(model), model, consistency="async", compensation="momentum")
 
 
 def test_settings_that_are_no_mode_or_bound_are_refused_by_name() -> None:

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from treefold.common.errors import ConfigError
+from treefold.common.spec import COMPENSATIONS
 
 FILE_NAME = "treefold.toml"
 PREFIX = "TREEFOLD_"
@@ -67,8 +68,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     staleness : int
         How many rounds a slot may be ahead of the slowest one with ``ssp``.
     compensation : str
-        What is done about stale contributions, unless the script says it: ``none``, or
-        ``lr-staleness``, which divides the learning rate by the staleness.
+        What is done about stale contributions, unless the script says it: one of `COMPENSATIONS`.
     heartbeat_ms : int
         Milliseconds between two signs of life of a member.
     dead_after_ms : int
@@ -156,8 +156,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.consistency not in ("sync", "async", "ssp"):
             msg = f"consistency is {self.consistency!r}; it is sync, async or ssp"
             raise ConfigError(msg)
-        if self.compensation not in ("none", "lr-staleness"):
-            msg = f"compensation is {self.compensation!r}; it is none or lr-staleness"
+        if self.compensation not in COMPENSATIONS:
+            msg = f"compensation is {self.compensation!r}; it is one of {', '.join(COMPENSATIONS)}"
             raise ConfigError(msg)
         if self.lane not in ("auto", "socket"):
             msg = f"lane is {self.lane!r}; it is auto or socket"

@@ -65,17 +65,34 @@ class Compensation(IntEnum):
 
     NONE = 1
     LR_STALENESS = 2  # the learning rate is divided by the staleness, where that is more than 1
+    DC_ASGD = 3  # the gradient is corrected by how far parameters have moved since
+    DC_ASGD_ADAPTIVE = 4  # the same, less where gradients are large
+    MOMENTUM = 5  # what being asynchronous adds to the momentum is taken off it
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether servers need the values that a gradient was computed with."""
+        return self in (Compensation.DC_ASGD, Compensation.DC_ASGD_ADAPTIVE)
+
+
+COMPENSATIONS = {one.name.lower().replace("_", "-"): one for one in Compensation}
+"""By the names that users give them."""
+VERSIONS_MAX = 4096  # older versions that a server may be asked to keep
 
 
 class Consistency(msgspec.Struct, frozen=True, array_like=True):
     """When contributions are applied, and how far slots may be apart.
 
-    ``staleness`` is the bound of `ConsistencyKind.SSP` in rounds, 0 for other kinds.
+    ``staleness`` is the bound of `ConsistencyKind.SSP` in rounds, 0 for other kinds. With
+    compensations that correct gradients ``strength`` is how much of the correction counts, and
+    ``versions`` how many older versions servers keep for it.
     """
 
     kind: ConsistencyKind = ConsistencyKind.SYNC
     staleness: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
     compensation: Compensation = Compensation.NONE
+    strength: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    versions: Annotated[int, Meta(ge=0, le=VERSIONS_MAX)] = 0
 
 
 SYNC = Consistency()

@@ -12,11 +12,12 @@ safety here either, and a worker that dies leaves nothing to be settled.
 import msgspec
 
 from treefold.common.round_state import Applied
-from treefold.common.spec import Compensation, Consistency, ConsistencyKind, Hyper
+from treefold.common.spec import ConsistencyKind
 from treefold.common.tree import Node, span
 from treefold.server import answers
 from treefold.server.checkpoints import Saves
-from treefold.server.effects import Effect, ReleasePayload
+from treefold.server.compensation import compensated
+from treefold.server.effects import CorrectParts, Effect, ReleasePayload
 from treefold.server.holding import Shard, Staged, Wait
 from treefold.server.rounds import Arrived, HyperOf
 from treefold.wire.exchange import Peer, Send
@@ -120,13 +121,18 @@ class Asynchronous:
             current.put(part, chosen.parts[part], chosen.sender)
         stale = max(0, shard.version - chosen.meta.base)
         self._count(shard, chosen.sender, stale)
-        groups = _compensated(shard.spec.consistency, chosen.meta.groups, stale)
+        rule = shard.spec.consistency.compensation
+        groups = compensated(rule, chosen.meta.groups, stale, shard.staleness.value)
         current.hyper = HyperOf(groups, 0.0)
+        if rule.is_delayed:
+            of = shard.table, shard.number, current.ready()
+            self._out.append(CorrectParts(*of, chosen.meta.base, chosen.meta.active))
         state = msgspec.msgpack.encode(_with(shard.applied, chosen, chosen.meta))
         current.meta = msgspec.structs.replace(chosen.meta, state=state)
         current.contributed = [(chosen.round, chosen.slot, chosen.sender)]
 
     def _count(self, shard: Shard, worker: int, stale: int) -> None:
+        shard.staleness.add(stale)
         if shard.number == 0:
             counts = self.stale.setdefault((shard.table, worker), [0] * STALE_CLASSES)
             counts[min(stale.bit_length(), STALE_CLASSES - 1)] += 1
@@ -229,18 +235,3 @@ def _status(shard: Shard, pull: Pull, need: Need) -> RoundStatus:
     missing = [PartMissing(part, []) for part in lacking[:STATUS_PARTS_MAX]]
     lacks_meta = not known or staged is None or staged.meta is None
     return RoundStatus(shard.table, shard.number, need.clock - 1, missing, lacks_meta)
-
-
-def _compensated(rule: Consistency, groups: list[Hyper], stale: int) -> list[Hyper]:
-    """Hyper-parameters that a contribution is stepped with.
-
-    Source of ``LR_STALENESS``: Zhang et al., Staleness-aware async-SGD for distributed deep
-    learning, IJCAI 2016, section 3.
-    """
-    if rule.compensation is Compensation.NONE or stale <= 1:
-        return groups
-    changed: list[Hyper] = []
-    for group in groups:
-        lr = group.get("lr")
-        changed.append(group | {"lr": lr / stale} if isinstance(lr, int | float) else group)
-    return changed

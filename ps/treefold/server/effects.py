@@ -131,6 +131,19 @@ class MakeParts(msgspec.Struct, frozen=True, gc=False):
     keeps_roots: bool = False
 
 
+class CorrectParts(msgspec.Struct, frozen=True, gc=False):
+    """Correct the only contribution to a version for what moved since version ``base``.
+
+    It has its share of a round of ``active`` slots. Its payloads stay, with other values.
+    """
+
+    table: int
+    shard: int
+    parts: list[ReadyPart]
+    base: int
+    active: int
+
+
 class ComputeDigest(msgspec.Struct, frozen=True, gc=False):
     """Sum up values and optimizer state of a shard; answered by `DigestComputed`."""
 
@@ -269,6 +282,7 @@ Effect = (
     | ReleasePayload
     | ComputeNorm
     | MakeParts
+    | CorrectParts
     | ComputeDigest
     | CopyUnit
     | LoadUnit

@@ -8,6 +8,7 @@ from treefold.common.round_state import NOTHING_APPLIED, Applied, decode_applied
 from treefold.common.spec import Dtype, Placement, Rule, TableSpec
 from treefold.common.tree import Node, is_valid
 from treefold.server.chains import Chain
+from treefold.server.compensation import StalenessMean
 from treefold.server.rounds import Held, Round, RoundState
 from treefold.wire.exchange import Peer
 from treefold.wire.messages import PartMissing, Push, Refused, RoundHyper, RoundMeta, RoundStatus
@@ -102,6 +103,8 @@ class Shard:
         Contributions to an asynchronous table that are on their way.
     pass_floor : int
         The last round of the newest pass over the data that is known to be in, -1 if there is none.
+    staleness : StalenessMean
+        Of contributions to an asynchronous table since this server leads the shard.
     """
 
     table: int
@@ -130,6 +133,7 @@ class Shard:
     applied: Applied = NOTHING_APPLIED
     staged: dict[tuple[int, int], Staged] = field(default_factory=dict)
     pass_floor: int = -1
+    staleness: StalenessMean = field(default_factory=StalenessMean)
 
     def __post_init__(self) -> None:
         """A shard begins by collecting its initial values."""

@@ -117,7 +117,7 @@ class ShardState:
         if list(values.shape) != [stop - start]:
             text = f"initial values of shape {list(values.shape)}, expected [{stop - start}]"
             raise DataError(self._text(text))
-        self._of(part).copy_(values)
+        self.values(part).copy_(values)
 
     def step(
         self, folded: Sequence[FoldedPart], groups: Sequence[Hyper], coefficient: float = 1.0
@@ -175,6 +175,11 @@ class ShardState:
         sums = [self._units[part.part].block_sums(self._or_zeros(part)) for part in folded]
         return [value for part in sums for value in part]
 
+    def values(self, part: int) -> Tensor:
+        """The newest values of a part, float32 [part]: the living ones, not a copy."""
+        start, stop = self.parts[part]
+        return self._master[start - self._start : stop - self._start]
+
     def copy_part(self, part: int, out: Tensor) -> None:
         """Copy the newest values of a part.
 
@@ -185,7 +190,7 @@ class ShardState:
         out : Tensor [part]
             Gets them, rounded if it is of a narrower type.
         """
-        out.copy_(self._of(part))
+        out.copy_(self.values(part))
 
     def copy_to(self, out: Tensor) -> None:
         """Copy the newest version.
@@ -246,7 +251,7 @@ class ShardState:
         """
         if self._units:
             return self._units[unit].export_state()
-        return pack(self.parts[unit][0], self._of(unit), [])
+        return pack(self.parts[unit][0], self.values(unit), [])
 
     def import_unit(self, unit: int, state: UnitState) -> None:
         """Take over what another server exported of this unit; nothing was stepped here before.
@@ -263,7 +268,7 @@ class ShardState:
         values, states = unpack(state)
         if (state.header.start, state.header.stop, states) != (start, stop, []):
             raise DataError(self._text(f"a state that is not of constants [{start}, {stop})"))
-        self._of(unit).copy_(values)
+        self.values(unit).copy_(values)
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of values and optimizer state, not copied, in an order of their own."""
@@ -292,10 +297,6 @@ class ShardState:
     def _refuse_constant(self) -> None:
         if self.spec.rule is Rule.CONSTANT:
             raise DataError(self._text("it is constant and has no rounds"))
-
-    def _of(self, part: int) -> Tensor:
-        start, stop = self.parts[part]
-        return self._master[start - self._start : stop - self._start]
 
     def _prepare(self, groups: Sequence[Hyper]) -> None:
         """Work out the hyper-parameters of a round, once for all of its parts."""

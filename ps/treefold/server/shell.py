@@ -14,7 +14,6 @@ from treefold.common.config import Settings
 from treefold.common.errors import DataError, UnsupportedError
 from treefold.common.failpoints import arm
 from treefold.common.fold import Folder, Payload
-from treefold.common.ledger import AppliedRecord, StateRecord, VersionRecord, Writer
 from treefold.common.log import logger
 from treefold.common.optim import spare_compiler
 from treefold.common.process import (
@@ -27,13 +26,15 @@ from treefold.common.process import (
 from treefold.common.spec import Dtype, Rule
 from treefold.common.unit_state import UnitState, decode_header, encode_header, flat_elements
 from treefold.server.core import ServerCore
-from treefold.server.digest import block_digests, checksum
+from treefold.server.delays import Delays
+from treefold.server.digest import checksum
 from treefold.server.effects import (
     CloseShard,
     ComputeDigest,
     ComputeNorm,
     Connect,
     CopyUnit,
+    CorrectParts,
     DigestComputed,
     Disconnect,
     Effect,
@@ -59,6 +60,7 @@ from treefold.server.effects import (
 from treefold.server.limits import ServerLimits
 from treefold.server.points import POINTS
 from treefold.server.published import Published
+from treefold.server.recording import Recording
 from treefold.server.saving import Restored, ShardFiles
 from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
 from treefold.transport.carrier import Carrier, Destination, Held
@@ -80,6 +82,9 @@ from treefold.wire.messages import AnyMessage, Pulled, Push
 from treefold.wire.words import Frame, Role
 
 LISTENER = "listener"
+TensorWork = (
+    OpenShard | ComputeNorm | MakeParts | CorrectParts | ComputeDigest | CopyUnit | LoadUnit
+)
 
 
 class ServerShell:
@@ -119,6 +124,7 @@ class ServerShell:
             int(settings.connect_timeout_s * 1000) * MS, check_every=settings.check_every
         )
         self._core = ServerCore(Membership(identity), limits)
+        self._recording = Recording(settings.ledger, self._core)
         self._carrier = Carrier(self._outbox, lane_settings(settings))
         self._loop: Loop[Event, Effect] = Loop(
             self._hub, self._outbox, self._core, self._perform, self._carrier
@@ -128,13 +134,13 @@ class ServerShell:
         self._widened: list[torch.Tensor] = []
         self._folder = Folder()
         self._states: dict[tuple[int, int], ShardState] = {}
+        self._delays: dict[tuple[int, int], Delays] = {}
         self._files = ShardFiles(self._hub.bell.ring)
         self._published: dict[tuple[int, int], Published] = {}
         self._halt: Halt | None = None
         self._figures = ProcessFigures()
         self._spent = Spent()
         self._log = logger("server")
-        self._ledger: Writer | None = None
         self._is_drain_asked = self._is_named = False
 
     @property
@@ -161,10 +167,7 @@ class ServerShell:
             if self._is_drain_asked:
                 self._is_drain_asked = False
                 self._loop.feed(ServerDrainAsked())
-        if self._ledger is not None:
-            if not self._halt.status:
-                self._record_states(self._ledger)
-            self._ledger.close()
+        self._recording.end({} if self._halt.status else self._states)
         self._loop.flush()
         self._files.end()
         self._carrier.lanes.close()
@@ -179,6 +182,9 @@ class ServerShell:
     # ---- effects ------------------------------------------------------------------------------
 
     def _perform(self, effect: Effect) -> list[Event]:
+        if isinstance(effect, TensorWork):
+            self._outbox.flush()
+            return self._guarded(effect)
         match effect:
             case Send():
                 return self._send(effect)
@@ -188,18 +194,9 @@ class ServerShell:
                     self._fold(left, right)
             case ReleasePayload(payload):
                 self._release(payload)
-            case (
-                OpenShard()
-                | ComputeNorm()
-                | MakeParts()
-                | ComputeDigest()
-                | CopyUnit()
-                | LoadUnit()
-            ):
-                self._outbox.flush()
-                return self._guarded(effect)
             case CloseShard(table, shard):
                 del self._states[table, shard]
+                self._delays.pop((table, shard), None)
                 self._files.close((table, shard))
                 del self._published[table, shard]
             case SaveShard() | RestoreShard():
@@ -209,12 +206,17 @@ class ServerShell:
             case ReleaseVersion(table, shard, version):
                 self._published[table, shard].drop(version)
             case RecordVersion():
-                self._record(effect)
+                self._on_version(effect)
             case Note(level, text):
                 self._log.log(level, text)
             case Halt():
                 self._halt = self._halt or effect  # what came in the same batch changes nothing
         return []
+
+    def _on_version(self, effect: RecordVersion) -> None:
+        if effect.version == 0:  # the initial values came at once, gradients will come in turn
+            give_back_freed_memory()
+        self._recording.record(effect)
 
     def _link(self, effect: Connect | Disconnect) -> None:
         if isinstance(effect, Connect):
@@ -281,9 +283,7 @@ class ServerShell:
         if owner is not None:
             self._pool.give(owner)
 
-    def _guarded(
-        self, effect: OpenShard | ComputeNorm | MakeParts | ComputeDigest | CopyUnit | LoadUnit
-    ) -> list[Event]:
+    def _guarded(self, effect: TensorWork) -> list[Event]:
         """Tensor work that may find that what the job asks for cannot be done."""
         try:
             if isinstance(effect, OpenShard):
@@ -297,6 +297,8 @@ class ServerShell:
                 return [DigestComputed(effect.table, effect.shard, effect.version, digest)]
             elif isinstance(effect, LoadUnit):
                 self._load(effect)
+            elif isinstance(effect, CorrectParts):
+                self._correct(effect)
             else:
                 self._make(effect)
         except (DataError, UnsupportedError) as error:
@@ -309,6 +311,8 @@ class ServerShell:
         self._carrier.lanes.name = f"treefold-{self._core.membership.job:x}-server"
         is_constant = effect.spec.rule is Rule.CONSTANT
         self._states[key] = state
+        if effect.spec.is_asynchronous and effect.spec.consistency.compensation.is_delayed:
+            self._delays[key] = Delays(state, effect.spec.consistency)
         self._published[key] = Published(
             self._carrier,
             state.layout,
@@ -361,6 +365,9 @@ class ServerShell:
             if effect.groups is None:
                 self._initialize(state, effect.parts)
             else:
+                if key in self._delays:
+                    for ready in effect.parts:
+                        self._delays[key].keep(ready.part, effect.version - 1)
                 folded = [self._folded(ready, is_kept=is_kept) for ready in effect.parts]
                 limit = effect.norm_max
                 coefficient = clip_coefficient(limit, effect.norm) if limit > 0 else 1.0
@@ -370,6 +377,17 @@ class ServerShell:
                 state.copy_part(ready.part, published.part(effect.version, ready.part))
                 if ready.root is not None and not is_kept:
                     self._release(ready.root)
+        while self._widened:
+            self._pool.give(self._widened.pop())
+
+    def _correct(self, effect: CorrectParts) -> None:
+        """Correct a stale contribution, to values of its wire type, which copies get as well."""
+        delays = self._delays[effect.table, effect.shard]
+        for ready in effect.parts:
+            gradient = self._folded(ready, is_kept=True).gradient
+            if gradient is not None and ready.root is not None:
+                delays.correct(ready.part, gradient, effect.base, effect.active)
+                self._carrier.held(ready.root).payload.tensor.copy_(gradient)
         while self._widened:
             self._pool.give(self._widened.pop())
 
@@ -416,32 +434,6 @@ class ServerShell:
             if ready.root is not None:
                 tensor, scale = self._carrier.held(ready.root).payload
                 state.initialize(ready.part, tensor if scale == 1.0 else tensor * scale)
-
-    def _record(self, effect: RecordVersion) -> None:
-        if effect.version == 0:  # the initial values came at once, gradients will come in turn
-            give_back_freed_memory()
-        if not self._settings.ledger:
-            return
-        if self._ledger is None:
-            name = f"server-{self._core.membership.incarnation}"
-            self._ledger = Writer(self._settings.ledger, name)
-        if not effect.is_primary or (effect.version > 0 and not effect.contributors):
-            return  # what came as a copy was recorded by whoever made it
-        of = (effect.table, effect.shard, effect.version)
-        if self._core.specs[effect.table].is_asynchronous and effect.version > 0:
-            for round_, slot, who in effect.contributors:
-                self._ledger.add(AppliedRecord(*of, round_, slot, who))
-            return
-        self._ledger.add(VersionRecord(*of, effect.contributors))
-
-    def _record_states(self, ledger: Writer) -> None:
-        """What this server holds at the end of the job."""
-        for (table, shard), state in self._states.items():
-            if self._core.shards[table, shard].chain.is_joining:
-                continue  # not all of it is here
-            version = self._core.shards[table, shard].version
-            first = self._core.places[table, shard].first_block
-            ledger.add(StateRecord(table, shard, version, first, block_digests(state)))
 
 
 def main(settings: Settings, announce: Callable[[str], None]) -> int:

@@ -13,7 +13,7 @@ from treefold.common.errors import ConfigError, LocalProtocolError, UnsupportedE
 from treefold.torch import session
 from treefold.torch.binding import bind, wire_of
 from treefold.torch.buffers import BufferMode
-from treefold.torch.options import SSP, OverlapMode, consistency_of
+from treefold.torch.options import DCASGD, SSP, OverlapMode, check_compensation, consistency_of
 from treefold.torch.table import Owned, Table, TableOptions, load_frozen
 
 
@@ -24,7 +24,7 @@ class OptimizerOptions(TypedDict, total=False):
     lend: bool
     wire: str
     consistency: str | SSP | None
-    compensation: str | None
+    compensation: str | DCASGD | None
 
 
 class DistributedOptimizer(Optimizer):
@@ -68,10 +68,12 @@ class DistributedOptimizer(Optimizer):
         comes; slots are at rounds of their own, and each begins with the newest version. ``"ssp"``
         or ``SSP(staleness)``: the same, but no slot gets further ahead of the slowest than a bound.
         The job's setting by default. All optimizers of a job have to be ``"sync"``, or none.
-    compensation : str
+    compensation : str or DCASGD
         What servers do about contributions that were computed with an older version than they are
-        applied to: ``"none"``, or ``"lr-staleness"``, which divides the learning rate by the number
-        of versions in between. The job's setting by default.
+        applied to: ``"none"``; ``"lr-staleness"``, which divides the learning rate by the number of
+        versions in between; ``"dc-asgd"``, ``"dc-asgd-adaptive"`` or ``DCASGD(...)``, which correct
+        gradients; ``"momentum"``, which takes off the momentum what being asynchronous adds to it.
+        The job's setting by default.
 
     Raises
     ------
@@ -112,6 +114,7 @@ class DistributedOptimizer(Optimizer):
         consistency = consistency_of(
             options.get("consistency"), job.settings, options.get("compensation")
         )
+        check_compensation(consistency, optimizer.param_groups)
         job.check_can_mix(consistency)
         super().__init__([{"params": []}], {})
         self.param_groups = optimizer.param_groups

@@ -1,5 +1,6 @@
 """What users choose by name."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -7,9 +8,17 @@ import msgspec
 
 from treefold.common.config import Settings
 from treefold.common.errors import ConfigError
-from treefold.common.spec import Compensation, Consistency, ConsistencyKind
+from treefold.common.spec import (
+    COMPENSATIONS,
+    VERSIONS_MAX,
+    Compensation,
+    Consistency,
+    ConsistencyKind,
+)
 
 STALENESS_MAX = 1 << 31
+STRENGTH_MAX = 1e9
+_DELAYED = {False: Compensation.DC_ASGD, True: Compensation.DC_ASGD_ADAPTIVE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +52,58 @@ class SSP:
             raise ConfigError(msg)
 
 
+@dataclass(frozen=True, slots=True)
+class DCASGD:
+    """Delay compensation: stale gradients are corrected by how far parameters have moved since.
+
+    Servers add ``strength * g * g * (w - w_old)`` to a gradient ``g`` that was computed at
+    ``w_old`` and is applied to ``w``, element by element. Source: Zheng et al., Asynchronous
+    stochastic gradient descent with delay compensation, ICML 2017.
+
+    Parameters
+    ----------
+    strength : float, optional
+        How much of it; 0.04 by default, or 2 with ``adaptive``.
+    adaptive : bool
+        Divide it by the root of the mean square of each element's gradients.
+    versions : int
+        Older versions of the parameters that servers keep, each as large as the parameters. A
+        gradient that is staler is corrected for as many. With W workers about W are needed.
+
+    Raises
+    ------
+    ConfigError
+        A value is of the wrong kind, or out of range.
+    """
+
+    strength: float | None = None
+    adaptive: bool = False
+    versions: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        strength: object = self.strength
+        is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
+        if strength is not None and not (is_number and 0 <= self.factor <= STRENGTH_MAX):
+            msg = f"strength is {strength!r}; it is a number from 0 to {STRENGTH_MAX:g}"
+            raise ConfigError(msg)
+        adaptive: object = self.adaptive
+        if not isinstance(adaptive, bool):
+            msg = f"adaptive is {adaptive!r}; it is True or False"
+            raise ConfigError(msg)
+        count: object = self.versions
+        is_count = isinstance(count, int) and not isinstance(count, bool)
+        if not is_count or not 1 <= self.versions <= VERSIONS_MAX:
+            msg = f"versions is {count!r}; it is a whole number from 1 to {VERSIONS_MAX}"
+            raise ConfigError(msg)
+
+    @property
+    def factor(self) -> float:
+        """The strength, chosen or not."""
+        default = 2.0 if self.adaptive else 0.04
+        return default if self.strength is None else float(self.strength)
+
+
 def consistency_of(value: object, settings: Settings, compensation: object = None) -> Consistency:
     """When contributions are applied, as a user chose.
 
@@ -52,8 +113,8 @@ def consistency_of(value: object, settings: Settings, compensation: object = Non
         ``"sync"``, ``"async"``, ``"ssp"`` (with the job's staleness); None for the job's.
     settings : Settings
         The job's.
-    compensation : str or None
-        ``"none"`` or ``"lr-staleness"``; None for the job's.
+    compensation : str, DCASGD or None
+        A name of `COMPENSATIONS`, or more exactly; None for the job's.
 
     Raises
     ------
@@ -62,15 +123,37 @@ def consistency_of(value: object, settings: Settings, compensation: object = Non
     """
     rule = _rule_of(value, settings)
     chosen = settings.compensation if compensation is None else compensation
-    names = {one.name.lower().replace("_", "-"): one for one in Compensation}
-    known = names.get(chosen) if isinstance(chosen, str) else None
+    if chosen == "dc-asgd":
+        chosen = DCASGD()
+    elif chosen == "dc-asgd-adaptive":
+        chosen = DCASGD(adaptive=True)
+    if isinstance(chosen, DCASGD):
+        known: Compensation | None = _DELAYED[chosen.adaptive]
+        rule = msgspec.structs.replace(rule, strength=chosen.factor, versions=chosen.versions)
+    else:
+        known = COMPENSATIONS.get(chosen) if isinstance(chosen, str) else None
     if known is None:
-        msg = f"compensation={chosen!r}; it is one of {', '.join(map(repr, names))}"
+        names = ", ".join(map(repr, COMPENSATIONS))
+        msg = f"compensation={chosen!r}; it is one of {names}, or ps.DCASGD(...)"
         raise ConfigError(msg)
     if known is not Compensation.NONE and rule.kind is ConsistencyKind.SYNC:
         msg = f"compensation={chosen!r} needs consistency 'async' or 'ssp': a round is never stale"
         raise ConfigError(msg)
     return msgspec.structs.replace(rule, compensation=known)
+
+
+def check_compensation(rule: Consistency, groups: Sequence[Mapping[str, object]]) -> None:
+    """Refuse a correction of the momentum where there is none.
+
+    Raises
+    ------
+    ConfigError
+        No param group has a momentum.
+    """
+    has_momentum = any(group.get("momentum") for group in groups)
+    if rule.compensation is Compensation.MOMENTUM and not has_momentum:
+        msg = "compensation='momentum' needs an optimizer with a momentum above 0"
+        raise ConfigError(msg)
 
 
 def _rule_of(value: object, settings: Settings) -> Consistency:
