@@ -16,6 +16,7 @@ from tests.integration.test_survival import found
 from tests.support.exactness import complaints_one_by_one
 from tests.support.processes import Cluster
 from treefold.checkpoint.store import Store
+from treefold.cli.main import USAGE
 
 __all__ = ["shell"]
 
@@ -96,10 +97,11 @@ PASS = 12 * 8  # contributions of a pass
 SUM = r"worker-\d \| (sum .*)"
 
 
-def counting(shell: Shell, pause_s: float) -> str:
+def counting(shell: Shell, pause_s: float, elements: int = 140_000) -> str:
     """A job whose parameters say which samples were counted, in five passes."""
     root = str(Path(__file__).parents[2])
-    return shell.script(COUNTING.replace("ROOT", root).replace("PAUSE", str(pause_s)))
+    text = COUNTING.replace("ROOT", root).replace("PAUSE", str(pause_s))
+    return shell.script(text.replace("140_000", str(elements)))
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,28 @@ def test_an_asynchronous_job_goes_on_from_its_checkpoint_on_another_cluster(shel
     assert {text for (text,) in run.all(SUM)} == {"sum exact"}
     first = min(int(number) for (number,) in run.all(r"\| round (\d+)"))
     assert first == begun // 8
+
+
+def test_a_recorded_job_comes_to_the_same_bits_again(shell: Shell) -> None:
+    tape, target = shell.folder / "run.tape", shell.folder / "exported"
+    run = shell.start(
+        "run", "--servers", "2", "--workers", "3", "--replicas", "2", *QUICK,
+        "--consistency", "async", "--tape", str(tape),
+        counting(shell, 0.003, elements=3_000),
+    )  # fmt: skip
+    run.line(r"\| round 20$")
+    found(shell, "server-0").kill()
+    assert run.end() == 0, run.transcript()
+    assert len(list(shell.folder.glob("run.tape.server-*"))) == 3, "one died, and came again"
+    again = shell.run("replay", str(tape), "--export", str(target))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f" {5 * PASS} " in again.stdout
+    assert "the same bits as 2 servers had" in again.stdout
+    (weights,) = load_file(target).values()
+    assert weights[0].to(torch.int64).equal(5 * expected(PASS, weights.numel()))
+    once_more = shell.run("run", "--tape", str(tape), str(shell.folder / "script.py"))
+    assert once_more.returncode == USAGE
+    assert "is of another run: move it, or choose another name" in once_more.stderr
 
 
 def test_the_status_says_what_an_asynchronous_worker_waits_for(shell: Shell) -> None:

@@ -97,6 +97,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Whether the scheduler stays when the job is over, so that its status can be read.
     ledger : str
         Folder in which the samples and slots of every version are recorded; empty: none.
+    tape : str
+        Name of the files in which servers record everything that they step, for ``treefold
+        replay``; empty: none.
+    tape_bytes_max : int
+        Bytes that each server may record.
     log_level : str
         ``debug``, ``info``, ``warning`` or ``error``.
     """
@@ -133,6 +138,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_restarts: NotNegative = 0
     linger: bool = False
     ledger: str = ""
+    tape: str = ""
+    tape_bytes_max: Annotated[int, Meta(ge=1, le=1 << 50)] = 1 << 34
     log_level: str = "info"
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ COMMANDS = {
     "status": "say who is there, what is where, and what is waited for",
     "drain": "let others take over a member's work, and the member leave",
     "checkpoint": "list, inspect, verify or export checkpoints",
+    "replay": "step again what a job recorded, and compare",
     "doctor": "check the installation with a push and pull round trip",
     "config": "show every setting and where its value comes from",
 }

@@ -13,6 +13,7 @@ from treefold.cli.flags import Parser
 from treefold.cli.main import NOT_STARTED
 from treefold.common.config import KEYS, Loaded, Settings
 from treefold.common.errors import ConfigError
+from treefold.common.tape import check_is_new
 from treefold.launch.commands import TRANSPORTS, LaunchPlan
 from treefold.launch.shell import Launcher
 
@@ -110,6 +111,7 @@ def settings_of(loaded: Loaded) -> Settings:
     So each may wait for the others as long as the cluster may take to form.
     """
     settings = _resumed(loaded)
+    check_is_new(settings.tape)
     waits = ["connect_timeout_s"] + (["rejoin_grace_s"] if settings.is_recoverable else [])
     longer = {
         key: max(getattr(settings, key), settings.form_timeout_s)

@@ -15,7 +15,7 @@ DESCRIPTION = (
 )
 FLAGS = (
     "scheduler", "bind", "advertise", "insecure", "rank", "connect_timeout_s", "lane",
-    "lane_bytes_max", "check_every", "ledger", "log_level",
+    "lane_bytes_max", "check_every", "ledger", "tape", "tape_bytes_max", "log_level",
 )  # fmt: skip
 
 

@@ -124,7 +124,7 @@ class ServerShell:
             int(settings.connect_timeout_s * 1000) * MS, check_every=settings.check_every
         )
         self._core = ServerCore(Membership(identity), limits)
-        self._recording = Recording(settings.ledger, self._core)
+        self._recording = Recording(settings, self._core)
         self._carrier = Carrier(self._outbox, lane_settings(settings))
         self._loop: Loop[Event, Effect] = Loop(
             self._hub, self._outbox, self._core, self._perform, self._carrier
@@ -216,7 +216,7 @@ class ServerShell:
     def _on_version(self, effect: RecordVersion) -> None:
         if effect.version == 0:  # the initial values came at once, gradients will come in turn
             give_back_freed_memory()
-        self._recording.record(effect)
+        self._recording.version(effect)
 
     def _link(self, effect: Connect | Disconnect) -> None:
         if isinstance(effect, Connect):
@@ -232,6 +232,7 @@ class ServerShell:
             key = event.table, event.shard
             if self._states.get(key) is not done.state:
                 return  # it was closed meanwhile
+            self._recording.restored(event, done.state)
             published = self._published[key]
             for part in range(len(done.state.parts)):
                 done.state.copy_part(part, published.part(event.version, part))
@@ -311,6 +312,7 @@ class ServerShell:
         self._carrier.lanes.name = f"treefold-{self._core.membership.job:x}-server"
         is_constant = effect.spec.rule is Rule.CONSTANT
         self._states[key] = state
+        self._recording.opened(effect)
         if effect.spec.is_asynchronous and effect.spec.consistency.compensation.is_delayed:
             self._delays[key] = Delays(state, effect.spec.consistency)
         self._published[key] = Published(
@@ -363,7 +365,7 @@ class ServerShell:
             self._files.keep(key, [state.unit_of(ready.part) for ready in effect.parts])
         with self._spent.on("optimizer"):
             if effect.groups is None:
-                self._initialize(state, effect.parts)
+                self._initialize(state, effect)
             else:
                 if key in self._delays:
                     for ready in effect.parts:
@@ -371,6 +373,7 @@ class ServerShell:
                 folded = [self._folded(ready, is_kept=is_kept) for ready in effect.parts]
                 limit = effect.norm_max
                 coefficient = clip_coefficient(limit, effect.norm) if limit > 0 else 1.0
+                self._recording.step(effect, folded, coefficient)
                 state.step(folded, effect.groups, coefficient)
         with self._spent.on("publish"):
             for ready in effect.parts:
@@ -429,11 +432,15 @@ class ServerShell:
                 published.part(effect.version - 1, part).copy_(older[at : at + stop - start])
                 at += stop - start
 
-    def _initialize(self, state: ShardState, parts: list[ReadyPart]) -> None:
-        for ready in parts:
+    def _initialize(self, state: ShardState, effect: MakeParts) -> None:
+        folded: list[FoldedPart] = []
+        for ready in effect.parts:
             if ready.root is not None:
                 tensor, scale = self._carrier.held(ready.root).payload
-                state.initialize(ready.part, tensor if scale == 1.0 else tensor * scale)
+                values = tensor if scale == 1.0 else tensor * scale
+                state.initialize(ready.part, values)
+                folded.append(FoldedPart(ready.part, values, ready.absent))
+        self._recording.step(effect, folded, 1.0)
 
 
 def main(settings: Settings, announce: Callable[[str], None]) -> int:
