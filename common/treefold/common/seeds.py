@@ -21,7 +21,7 @@ def derive(job_seed: int, purpose: int, *path: int) -> int:
     purpose : int
         `COMPUTE`, `DATA` or `SHUFFLE`, so that streams for different uses never meet.
     *path : int
-        What the stream belongs to: ``(round, slot)`` or ``(epoch,)``.
+        What the stream belongs to: ``(round, slot)``, ``(epoch,)`` or ``(epoch, data shard)``.
 
     Returns
     -------

@@ -93,6 +93,8 @@ class Vitals:
     norms: list[tuple[int, int, float]] = field(default_factory=list)
     saving: int = 0
     staleness: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    spare: list[int] = field(default_factory=list)
+    is_idle: bool = False
 
 
 @dataclass(slots=True)
@@ -240,6 +242,8 @@ class Membership:
             v.norms,
             v.saving,
             v.staleness,
+            v.spare,
+            v.is_idle,
         )
 
     def _register(self) -> Register:

@@ -106,7 +106,8 @@ class Heartbeat(Message, tag=4, frozen=True):
     for nothing. ``norms`` are ``(table, round, norm)`` of the newest norms that a server knows, for
     a scheduler that was started again. ``saving`` counts shards that a server is writing to a
     checkpoint, or has written and the scheduler has not said that it knows. ``staleness`` is, of
-    shard 0 of asynchronous tables, how many contributions of each worker were how stale.
+    shard 0 of asynchronous tables, how many contributions of each worker were how stale. ``spare``
+    are leased slots with data shards of which nothing is begun; ``is_idle``: none is left to do.
     """
 
     incarnation: Count
@@ -123,6 +124,8 @@ class Heartbeat(Message, tag=4, frozen=True):
     norms: Norms = msgspec.field(default_factory=list)
     saving: Count = 0
     staleness: StaleCounts = msgspec.field(default_factory=list)
+    spare: Slots = msgspec.field(default_factory=list)
+    is_idle: bool = False
 
 
 class HeartbeatSeen(Message, tag=5, frozen=True):

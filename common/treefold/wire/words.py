@@ -174,7 +174,8 @@ class Need(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What must be applied to a shard of an asynchronous table before a pull is answered.
 
     Of slot ``slot`` all rounds below ``clock``; of each of ``slots`` slots all below ``floor``, and
-    of the first ``active`` of them round ``floor`` as well.
+    of the first ``active`` of them round ``floor`` as well. With ``ends`` no slot needs more than
+    the rounds below its end.
     """
 
     slot: Slot
@@ -182,6 +183,7 @@ class Need(msgspec.Struct, frozen=True, array_like=True, gc=False):
     floor: Count = 0
     active: SlotCount = 0
     slots: SlotCount = 0
+    ends: Annotated[list[Count], Meta(max_length=SLOTS_MAX)] = msgspec.field(default_factory=list)
 
     def is_met(self, clocks: Sequence[int]) -> bool:
         """Whether clocks, one for every slot that has contributed, satisfy this."""
@@ -189,7 +191,10 @@ class Need(msgspec.Struct, frozen=True, array_like=True, gc=False):
         if self.clock and (self.slot >= known or clocks[self.slot] < self.clock):
             return False
         for slot in range(self.slots if self.floor or self.active else 0):
-            if (clocks[slot] if slot < known else 0) < self.floor + (slot < self.active):
+            wanted = self.floor + (slot < self.active)
+            if self.ends:
+                wanted = min(wanted, self.ends[slot]) if slot < len(self.ends) else 0
+            if (clocks[slot] if slot < known else 0) < wanted:
                 return False
         return True
 

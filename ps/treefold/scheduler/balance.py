@@ -5,6 +5,7 @@ workers may compute one slot, and the second copy is a duplicate. So everything 
 wrong without harm.
 """
 
+from treefold.common.plan import Policy
 from treefold.scheduler import leases
 from treefold.scheduler.backup import Backups
 from treefold.scheduler.declared import Declared
@@ -45,7 +46,10 @@ class Balance:
             return current if len(current) == slots else live[:slots]
         if not live or (current and all(who in live for who in current)):
             return current
-        return leases.lay_out(leases.counts(self._declared.slots, self._speeds()))
+        speeds = self._speeds()
+        if self._declared.policy is not Policy.PREDICTIVE:
+            speeds = dict.fromkeys(live, 1)
+        return leases.lay_out(leases.counts(self._declared.slots, speeds))
 
     def repaired(self, previous: Leases, wanted: list[int]) -> Leases:
         """Leases of the rounds before the newest leases begin, without workers that are gone."""
@@ -62,6 +66,9 @@ class Balance:
         self._measure_lags()
         if self._declared.is_loader or not self._workers():
             return None
+        if self._declared.policy is not Policy.PREDICTIVE:
+            wanted = self._dealt(current) if self._declared.policy is Policy.QUEUE else current
+            return None if wanted == current else (wanted, 0)
         idle = [s for s in self._workers() if s.member.incarnation not in current]
         for state in idle:
             state.slot_time_ns = int(state.slot_time_ns * UNMEASURED_DECAY)
@@ -72,13 +79,28 @@ class Balance:
             return None
         return wanted, self._round_seen[0] + int(self.round_rate * LEASE_LEAD_MS / 1e3) + 1
 
+    def _dealt(self, current: list[int]) -> list[int]:
+        """Leases in which each idle worker has a slot that another one has not begun."""
+        wanted = list(current)
+        beats = {s.member.incarnation: s.beat for s in self._workers() if s.beat is not None}
+        spare = {
+            who: [slot for slot in beat.spare if slot < len(current) and current[slot] == who]
+            for who, beat in beats.items()
+        }
+        for who in [who for who, beat in beats.items() if beat.is_idle]:
+            richest = max(spare, key=lambda other: len(spare[other]), default=who)
+            if spare.get(richest):
+                wanted[spare[richest].pop()] = who
+        return wanted
+
     def help(
         self, now_ns: int, late: RoundLate, view: View
     ) -> list[tuple[MemberState, Grant | Flush]]:
         """Give missing slots of a late round to workers that owe none, where that helps."""
         is_newest = late.round >= view.leases.from_round
         current = (view.leases if is_newest else view.previous).workers
-        if self._declared.is_loader or not current:
+        is_static = self._declared.policy is Policy.STATIC
+        if self._declared.is_loader or is_static or not current:
             return []
         missing = late.missing or range(self._declared.active_slots(late.round))
         owners = {slot: current[slot] for slot in missing if slot < len(current)}

@@ -5,7 +5,7 @@ Part of `treefold.scheduler.core` in a file of its own; just as pure.
 
 from dataclasses import dataclass, field
 
-from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.plan import LoopPlan, PlanKind, Policy
 from treefold.common.spec import Rule, TableSpec, differences
 from treefold.scheduler import placement
 from treefold.wire.messages import Accepted, DeclarePlan, DeclareTable, Refused
@@ -60,6 +60,11 @@ class Declared:
     def is_loader(self) -> bool:
         """Whether every worker is one slot, with its own loader."""
         return any(plan.kind is PlanKind.LOADER for plan in self.plans.values())
+
+    @property
+    def policy(self) -> Policy:
+        """What moves slots in the newest pass over the data."""
+        return self.plans[max(self.plans)].policy if self.plans else Policy.PREDICTIVE
 
     def active_slots(self, round_: int) -> int:
         """Slots that have samples in a round; all of them if its pass is not known."""

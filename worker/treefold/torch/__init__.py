@@ -22,14 +22,18 @@ from treefold.torch.options import DCASGD, SSP
 from treefold.torch.saving import save, state_dict
 from treefold.torch.session import init, is_chief, rank, shutdown, size
 from treefold.torch.session import round_number as round  # noqa: A004 # ps.round() reads as it is
+from treefold.torch.shards import DataShard, DataShards, data_shards
 
 __all__ = [
     "DCASGD",
     "SSP",
     "Batches",
+    "DataShard",
+    "DataShards",
     "DistributedOptimizer",
     "batches",
     "clip_grad_norm",
+    "data_shards",
     "init",
     "is_chief",
     "rank",

@@ -51,7 +51,7 @@ def seed_between_loops(job_seed: int, round_: int) -> None:
     seed_all(derive(job_seed, COMPUTE, round_, _AFTER))
 
 
-def permutation(samples: int, seed: int, epoch: int) -> torch.Tensor:
+def permutation(samples: int, seed: int, epoch: int, *path: int) -> torch.Tensor:
     """The order of an epoch.
 
     Parameters
@@ -62,11 +62,13 @@ def permutation(samples: int, seed: int, epoch: int) -> torch.Tensor:
         The sampler's seed.
     epoch : int
         Which pass.
+    *path : int
+        Of what in it, if the whole pass has no one order.
 
     Returns
     -------
     Tensor, int64 [samples]
         Each number below ``samples`` once.
     """
-    generator = torch.Generator().manual_seed(derive(seed, SHUFFLE, epoch))
+    generator = torch.Generator().manual_seed(derive(seed, SHUFFLE, epoch, *path))
     return torch.randperm(samples, generator=generator)

@@ -352,8 +352,9 @@ def share_of(task: Task, plan: LoopPlan) -> float:
     """A slot's share of its round's samples."""
     if plan.kind is PlanKind.LOADER:
         return 1.0 / plan.slots
-    start, stop = plan.slot_range(task.round, task.slot)
-    return (stop - start) / plan.round_samples(task.round)
+    if plan.is_shared:  # each slot has parameters of its own, the more so the fewer it shares
+        return 1.0
+    return plan.slot_samples(task.round, task.slot) / plan.round_samples(task.round)
 
 
 def load_frozen(

@@ -12,6 +12,7 @@ from typing import Protocol
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.round_state import decode_applied
 from treefold.common.spec import ConsistencyKind
+from treefold.wire.membership import Vitals
 from treefold.wire.words import Need
 from treefold.worker.effects import STANDING_BY, LoopEnd, Task
 from treefold.worker.pulls import Table
@@ -58,6 +59,7 @@ class Asynchronous:
         self._rounds = rounds
         self._clocks: dict[int, list[int]] = {}
         self._pushed: tuple[int, int] | None = None
+        self._last: int | None = None
         self._asked: Need | None = None
 
     @property
@@ -127,6 +129,17 @@ class Asynchronous:
         self._pushed = (local.number, next(iter(local.assigned)))
         self._ask(now_ns, plan, leased)
 
+    def report(
+        self, vitals: Vitals, plan: LoopPlan | None, leased: list[int], is_waiting: bool
+    ) -> None:
+        """Say what others may take of the data shards of this pass, or that nothing is left."""
+        vitals.spare, vitals.is_idle = [], False
+        if plan is None or not plan.shards or not self.is_on:
+            return
+        first, todo = plan.first_round, self._todo(plan, leased)
+        vitals.spare = [slot for round_, slot in todo if round_ == first and slot != self._last]
+        vitals.is_idle = is_waiting and not todo and not self._is_over(plan)
+
     # ---- insides ------------------------------------------------------------------------------
 
     def _take_in(self, trained: list[Table]) -> None:
@@ -139,12 +152,12 @@ class Asynchronous:
 
     def _choose(self, plan: LoopPlan, leased: list[int]) -> tuple[int, int] | None:
         """Round and slot of the next loop body; None if there is none, or none may begin."""
-        found = self._furthest_behind(plan, leased)
+        found = self._following(plan, leased)
         return found if found is not None and self._is_within(plan, found[0]) else None
 
     def _open(self, plan: LoopPlan, chosen: tuple[int, int]) -> None:
         """Begin a loop body."""
-        self.is_moved = False
+        self.is_moved, self._last = False, chosen[1]
         parts = {table.number: len(table.parts) for table in self._rounds.trained()}
         local = LocalRound(chosen[0], plan, parts)
         local.assign([chosen[1]])
@@ -164,15 +177,29 @@ class Asynchronous:
 
     def _wanted(self, plan: LoopPlan, leased: list[int]) -> Need:
         """What must be in the version that this worker goes on with."""
-        following = self._furthest_behind(plan, leased)
+        following = self._following(plan, leased)
         floor = 0 if following is None else self._floor(plan, following[0])
         slots = _most_slots(plan) if floor else 0
+        ends = plan.ends if floor else []
         if self._pushed is not None:
             round_, slot = self._pushed
-            return Need(slot, round_ + 1, floor, 0, slots)
-        return _end_of(plan) if following is None else Need(0, 0, floor, 0, slots)
+            return Need(slot, round_ + 1, floor, 0, slots, ends)
+        return _end_of(plan) if following is None else Need(0, 0, floor, 0, slots, ends)
 
-    def _furthest_behind(self, plan: LoopPlan, leased: list[int]) -> tuple[int, int] | None:
+    def _following(self, plan: LoopPlan, leased: list[int]) -> tuple[int, int] | None:
+        """Round and slot to compute next: of the slot that is furthest behind.
+
+        Data shards are read one after the other, unless slots must not be far apart.
+        """
+        todo = self._todo(plan, leased)
+        rules = [table.spec.consistency.kind for table in self._rounds.trained()]
+        if not plan.shards or ConsistencyKind.SSP in rules:
+            return min(todo, default=None)
+        first, last = plan.first_round, self._last
+        return min(todo, key=lambda one: (one[1] != last, one[0] == first, one), default=None)
+
+    def _todo(self, plan: LoopPlan, leased: list[int]) -> list[tuple[int, int]]:
+        """The next round of each leased slot that has any left."""
         found: list[tuple[int, int]] = []
         for slot in leased:
             round_ = max(self.clock(slot), plan.first_round)
@@ -181,7 +208,7 @@ class Asynchronous:
             is_endless = plan.kind is PlanKind.LOADER
             if is_endless or (round_ < plan.end_round and slot < plan.active_slots(round_)):
                 found.append((round_, slot))
-        return min(found, default=None)
+        return found
 
     def _floor(self, plan: LoopPlan, round_: int) -> int:
         """Every slot has to have this many rounds in before one may begin; 0 for any number."""
@@ -192,7 +219,10 @@ class Asynchronous:
 
     def _is_within(self, plan: LoopPlan, round_: int) -> bool:
         floor = self._floor(plan, round_)
-        return not floor or all(self.clock(slot) >= floor for slot in range(_most_slots(plan)))
+        if not floor:
+            return True
+        need = Need(0, 0, floor, 0, _most_slots(plan), plan.ends)
+        return need.is_met([self.clock(slot) for slot in range(_most_slots(plan))])
 
 
 def _end_of(plan: LoopPlan) -> Need:
@@ -202,9 +232,11 @@ def _end_of(plan: LoopPlan) -> Need:
     """
     last = plan.end_round - 1
     active = plan.active_slots(last)
+    if plan.shards:  # every slot has an end of its own
+        return Need(0, 0, last, _most_slots(plan), _most_slots(plan), plan.ends)
     return Need(0, 0, last, active, _most_slots(plan) if plan.rounds > 1 else active)
 
 
 def _most_slots(plan: LoopPlan) -> int:
-    """How many slots take part in a pass; only its last round may have fewer."""
+    """How many slots take part in a pass; later rounds may have fewer."""
     return plan.active_slots(plan.first_round)

@@ -439,6 +439,8 @@ class WorkerCore:
         if due_ns is not None and now_ns >= due_ns:
             self.membership.vitals.tables = len(self.tables)
             self.membership.vitals.waiting = self._waiting_for()
+            own, leased = self.exchange.asynchronous, self._leased(1 << 62)
+            own.report(self.membership.vitals, self.plan, leased, self._task_call is not None)
             if self.local is not None and self.local.in_hand is not None:
                 so_far_ns = now_ns - self._task_ns
                 self.membership.vitals.slot_time_ns = self._forecast.while_in_hand(so_far_ns)
