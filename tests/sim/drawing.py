@@ -13,6 +13,7 @@ from dataclasses import replace
 import msgspec
 
 from tests.sim.apart import apart, like
+from tests.sim.dealing import dealt, few
 from tests.sim.network import Weather
 from tests.sim.scenario import Early, Fault, Kind, Patience, Scenario, Theme, loader, passes, table
 from tests.sim.world import MS, SECOND
@@ -44,18 +45,17 @@ RICH = 0.1  # of the seeds may have more
 SKEWS_PPM = (0, 200, 200, 200, 200, 200, 2_000, 50_000)
 
 
-def few(rng: random.Random, low: int, high: int) -> int:
-    """A number that is near ``low`` most often, and now and then as high as can be."""
-    return min(rng.randint(low, high) for _ in range(rng.choice((1, 4, 8, 8))))
-
-
 def draw(seed: int, theme: Theme | None = None) -> Scenario:
     """The scenario of a seed, of the theme that it draws itself unless one is given."""
+    return dealt(_draw(seed, theme))
+
+
+def _draw(seed: int, theme: Theme | None) -> Scenario:
     rng = random.Random(f"scenario {seed}")
     drawn = rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]
     theme = drawn if theme is None else theme
     if theme is Theme.APART:
-        return apart(draw(seed, like(seed)))
+        return apart(_draw(seed, like(seed)))
     workers = rng.choice((1, 2, 2, 2, 2, 3, 3, 4))
     is_loader = theme is Theme.MIXED and rng.random() < 0.1
     base = Scenario(

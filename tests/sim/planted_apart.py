@@ -1,5 +1,7 @@
 """Bugs to plant where contributions are applied one by one."""
 
+from msgspec.structs import replace
+
 from tests.sim.planting import Patch, plant
 from tests.sim.scenario import Theme
 from treefold.common.plan import LoopPlan
@@ -94,9 +96,25 @@ def a_pass_ends_one_round_early(patch: Patch) -> None:
 
     def changed(plan: LoopPlan) -> Need:
         need = end_of(plan)
-        return Need(0, 0, max(0, need.floor - 1), need.active, need.slots)
+        return replace(need, floor=max(0, need.floor - 1))
 
     patch.setattr(worker_asynchronous, "_end_of", changed)
+
+
+@plant(Theme.APART)
+def a_pass_ends_with_the_slots_of_its_last_round(patch: Patch) -> None:
+    end_of = worker_asynchronous._end_of
+
+    def changed(plan: LoopPlan) -> Need:
+        need, active = end_of(plan), plan.active_slots(plan.end_round - 1)
+        return replace(need, active=active, slots=active) if plan.shards else need
+
+    patch.setattr(worker_asynchronous, "_end_of", changed)
+
+
+@plant(Theme.APART)
+def a_slot_that_has_no_more_rounds_is_waited_for_beyond_its_end(patch: Patch) -> None:
+    patch.setattr(LoopPlan, "ends", [])
 
 
 @plant(Theme.APART, 250)
@@ -125,6 +143,6 @@ def a_version_that_lacks_the_workers_own_is_good_enough(patch: Patch) -> None:
             known.extend([0] * lacking)
             known[need.slot] = need.clock
         self._pushed = None
-        return Need(0, 0, need.floor, 0, need.slots)
+        return replace(need, slot=0, clock=0, active=0)
 
     patch.setattr(WorkerAsynchronous, "_wanted", changed)
