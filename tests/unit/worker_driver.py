@@ -135,7 +135,9 @@ class Driver:
 
     def published(self, table: int, shard: int, version: int) -> list[Effect]:
         """Word arrives that a version is whole."""
-        return self.server(Published(table, shard, version, b"s%d" % version, math.nan))
+        spec = self.core.tables[table].spec
+        state = b"" if spec.is_asynchronous else b"s%d" % version  # nothing is applied
+        return self.server(Published(table, shard, version, state, math.nan))
 
     def declare(self, version: int = 0) -> None:
         """Join, and declare every table; all shards are at one version."""

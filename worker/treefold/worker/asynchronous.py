@@ -105,6 +105,9 @@ class Asynchronous:
                 self._ask(now_ns, plan, leased)
             return None
         is_over = is_draining or self._is_over(plan)
+        if chosen is None and is_here and not is_draining and self._owes_end(plan):
+            self._ask(now_ns, plan, leased)
+            return None
         if not is_here:
             self._rounds.stop_asking()  # slots of others have come, and what is here will do
         for table in [table for table in trained if table.pulls]:
@@ -170,6 +173,15 @@ class Asynchronous:
             return False
         count = max(map(len, self._clocks.values()), default=0)
         return _end_of(plan).is_met([self.clock(slot) for slot in range(count)])
+
+    def _owes_end(self, plan: LoopPlan) -> bool:
+        """Whether a pass is over in which servers were asked for less than its end.
+
+        They save the version that is the first answer to that.
+        """
+        asked = self._asked
+        is_of_pass = asked is not None and max(asked.clock, asked.floor) > plan.first_round
+        return is_of_pass and self._is_over(plan) and asked != _end_of(plan)
 
     def _ask(self, now_ns: int, plan: LoopPlan, leased: list[int]) -> None:
         self._asked = self._wanted(plan, leased)

@@ -1,0 +1,68 @@
+"""A worker's decisions about asynchronous tables: which slot is next, what is asked for."""
+
+import math
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from tests.unit import worker_driver
+from tests.unit.worker_driver import ME, OTHER, Driver, completed, plan, sent, table_spec
+from treefold.common.round_state import Applied
+from treefold.common.spec import Consistency, ConsistencyKind, TableSpec
+from treefold.wire.messages import Published, Pull
+from treefold.wire.words import Need
+from treefold.worker.effects import Effect, LoopEnd, Task, TaskCalled
+
+ASYNC = Consistency(ConsistencyKind.ASYNC)
+
+
+@pytest.fixture(autouse=True)
+def _asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are asynchronous."""
+
+    def spec(name: str, elements: int = 4) -> TableSpec:
+        return replace(table_spec(name, elements), consistency=ASYNC)
+
+    monkeypatch.setattr(worker_driver, "table_spec", spec)
+
+
+def arrive(driver: Driver, version: int, clocks: list[int]) -> list[Effect]:
+    """A version of the only shard arrives, with what is in it."""
+    state = msgspec.msgpack.encode(Applied(clocks, (0, 0, ME), max(clocks) - 1, b"state"))
+    effects = driver.run(0, 0, version, 0, 1)
+    return effects + driver.server(Published(0, 0, version, state, math.nan))
+
+
+def asked(effects: list[Effect]) -> list[Need | None]:
+    """What must be in the versions that are asked for."""
+    return [pull.need for pull in sent(effects, Pull) if isinstance(pull, Pull)]
+
+
+def test_who_ends_a_pass_asks_for_its_end_so_that_servers_save_it() -> None:
+    driver = Driver()
+    driver.declare()
+    assert completed(driver.enter([ME, ME], plan(rounds=1, slots=2))) == [Task(0, 0, [])]
+    driver.contribute(0, 0)
+    (task,) = completed(arrive(driver, 1, [1]))
+    assert isinstance(task, Task)
+    assert (task.round, task.slot) == (0, 1)
+    assert asked(driver.contribute(0, 1)) == [Need(1, 1)]
+    effects = arrive(driver, 2, [1, 1])
+    assert completed(effects) == []
+    assert asked(effects) == [Need(0, 0, 0, 2, 2)]
+    (end,) = completed(arrive(driver, 2, [1, 1]))
+    assert isinstance(end, LoopEnd)
+    assert [snapshot.version for snapshot in end.snapshots] == [2]
+
+
+def test_who_waited_for_the_end_of_a_pass_does_not_ask_for_it_again() -> None:
+    driver = Driver()
+    driver.declare()
+    driver.enter([ME, OTHER], plan(rounds=1, slots=2))
+    driver.contribute(0, 0)
+    effects = arrive(driver, 1, [1])
+    effects += driver.call(TaskCalled)[1]
+    assert asked(effects) == [Need(0, 0, 0, 2, 2)]
+    (end,) = completed(arrive(driver, 2, [1, 1]))
+    assert isinstance(end, LoopEnd)
