@@ -1,8 +1,10 @@
 """Learning-rate schedulers: one step per round, whoever computes which slots of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -27,7 +29,9 @@ from tests.support.sessions import (
     state_bits,
 )
 from treefold.common.errors import SpecMismatchError, UnsupportedError
+from treefold.common.round_state import RoundState
 from treefold.torch.schedules import Schedules
+from treefold.worker.handed import LoopEnd, Task
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 EPOCHS = 2
@@ -179,6 +183,31 @@ def test_a_worker_that_joins_goes_on_with_the_right_learning_rate(slots_done: in
     trained = _train(job, PER_ROUND["OneCycleLR"])
     assert _rates(job) == _train_plainly(PER_ROUND["OneCycleLR"])[1]
     assert trained == _train(ReferenceJob(slots=2), PER_ROUND["OneCycleLR"])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("front", [1, 2])
+def test_who_leaves_an_asynchronous_pass_behind_others_steps_its_scheduler_once(front: int) -> None:
+    with joined(ReferenceJob(slots=2)) as client:
+        model = network()
+        inner = sgd(parameters_of(model))
+        optimizer = ps.DistributedOptimizer(inner, model, consistency="async")
+        scheduler, base = schedulers.ExponentialLR(optimizer, 0.5), inner.param_groups[0]["lr"]
+        schedule = Schedules(inner, optimizer)
+        schedule.scan()
+        beginning = schedule.capture()
+        if front == 2:  # somebody has begun the next pass, after a step of its own
+            scheduler.step()
+        state = msgspec.msgpack.encode(RoundState(schedule.capture(), [], {}))
+        schedule.restore(beginning)
+        version = replace(client._snapshot(optimizer.table.number), state=state, front=front)
+        answers = [LoopEnd(2, [version]), Task(2, 1, [])]
+        with mock.patch.object(client, "next_task", side_effect=answers):
+            for _ in ps.batches(dataset(4), 2, 0):
+                pytest.fail("the pass is over")
+            scheduler.step()
+            next(iter(ps.batches(dataset(4), 2, 1)))
+        assert inner.param_groups[0]["lr"] == base * 0.5
 
 
 def test_a_worker_that_joins_with_an_own_loader_takes_over_the_learning_rate() -> None:

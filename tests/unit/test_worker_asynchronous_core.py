@@ -53,7 +53,7 @@ def test_who_ends_a_pass_asks_for_its_end_so_that_servers_save_it() -> None:
     assert asked(effects) == [Need(0, 0, 0, 2, 2)]
     (end,) = completed(arrive(driver, 2, [1, 1]))
     assert isinstance(end, LoopEnd)
-    assert [snapshot.version for snapshot in end.snapshots] == [2]
+    assert [(snapshot.version, snapshot.front) for snapshot in end.snapshots] == [(2, 0)]
 
 
 def test_who_waited_for_the_end_of_a_pass_does_not_ask_for_it_again() -> None:

@@ -203,8 +203,9 @@ class Session:
             self.slots_held.append(task.slot)
 
     def _end_loop(self, plan: LoopPlan, end: LoopEnd) -> None:
+        is_exact = end.version == plan.end_round
         for table in self.tables:
-            table.end_loop(is_exact=end.version == plan.end_round)
+            table.end_loop(is_exact and table.front < plan.end_round)
         self.plan = None
         self.round = plan.end_round
         seed_between_loops(self.settings.seed, plan.end_round)

@@ -96,6 +96,8 @@ class Table:
         Limit for that of the round in work, 0 for none.
     is_asynchronous : bool
         Whether slots contribute one by one.
+    front : int
+        The round that left the state that was loaded, of an asynchronous table; otherwise -1.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Table:
         self.options = options
         self.norm: float | None = None
         self.norm_max = 0.0
+        self.front = -1
         self._client = client
         folded = [] if options.buffers is BufferMode.LOCAL else bound.buffers
         self._tensors: list[BoundTensor] = [*bound.parameters, *folded]
@@ -120,6 +123,7 @@ class Table:
         self._groups: list[Hyper] = []
         self._state: RoundState | None = None
         self._loop_start: Schedule | None = None
+        self._is_exact = True  # the script left the loop before with that loop's state
         self._versions: list[int] = []
         self._task: Task | None = None
         self._is_early: bool | None = None  # None: no slot has shown how the script works
@@ -195,6 +199,7 @@ class Table:
             for start, stop, values in snapshot.parts:
                 self._take_buffers(start, stop, values)
         self.norm = None if math.isnan(snapshot.norm) else snapshot.norm
+        self.front = snapshot.front
         if snapshot.state:
             self._state = msgspec.msgpack.decode(snapshot.state, type=RoundState)
             self.buffers.moving = self._state.moving
@@ -301,6 +306,7 @@ class Table:
             on, and a later slot will bring its state.
         """
         self._give_buffers()
+        self._is_exact = is_exact
         if is_exact and self._state is not None:
             self.schedules.restore(self._state.schedule)
 
@@ -309,7 +315,7 @@ class Table:
         self._is_loaded = False
 
     def _restore_schedule(self, task: Task, plan: LoopPlan) -> None:
-        is_first = task.round == plan.first_round
+        is_first = task.round == plan.first_round and self._is_exact
         start = self._loop_start if is_first or self._state is None else self._state.schedule
         if start is not None:
             self.schedules.restore(start)

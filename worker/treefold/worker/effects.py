@@ -110,7 +110,8 @@ class DrainAsked(msgspec.Struct, frozen=True, gc=False):
 class Snapshot(msgspec.Struct, frozen=True, gc=False):
     """One version of a table: per part the handle of its tensor.
 
-    With ``is_streaming`` there are none: every part is, or will be, in an `Arrived`.
+    With ``is_streaming`` there are none: every part is, or will be, in an `Arrived`. ``front`` is
+    the round after which an asynchronous table was in ``state``, -1 if there is none.
     """
 
     table: int
@@ -119,6 +120,7 @@ class Snapshot(msgspec.Struct, frozen=True, gc=False):
     norm: float
     payloads: list[int]
     is_streaming: bool = False
+    front: int = -1
 
 
 class StreamBegun(msgspec.Struct, frozen=True, gc=False):

@@ -29,6 +29,8 @@ class Snapshot:
         Servers' memory in which some of the values lie.
     arrivals : Arrivals or None
         Brings the parts one by one, if ``parts`` has none of them.
+    front : int
+        The round that left ``state``, of an asynchronous table; otherwise -1.
     """
 
     table: int
@@ -38,6 +40,7 @@ class Snapshot:
     parts: list[tuple[int, int, torch.Tensor]]
     segments: list[Segment] = field(default_factory=list)
     arrivals: Arrivals | None = None
+    front: int = -1
 
     @property
     def is_intact(self) -> bool:

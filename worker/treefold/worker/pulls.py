@@ -213,6 +213,8 @@ class Table:
         first = self.pulls[0]
         self.held = first.version
         self.pulls = {}
-        is_alone = self.spec.is_asynchronous
-        state = decode_applied(first.state).record if is_alone else first.state
-        return Snapshot(self.number, first.version, state, first.norm, payloads)
+        which = self.number, first.version
+        if not self.spec.is_asynchronous:
+            return Snapshot(*which, first.state, first.norm, payloads)
+        applied = decode_applied(first.state)
+        return Snapshot(*which, applied.record, first.norm, payloads, front=applied.front)

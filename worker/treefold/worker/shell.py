@@ -383,4 +383,4 @@ def snapshot_of(item: Tensors) -> handed.Snapshot:
     """A version as it is handed out."""
     own = item.snapshot
     which = own.table, own.version, own.state, own.norm
-    return handed.Snapshot(*which, item.parts, item.segments, item.arrivals)
+    return handed.Snapshot(*which, item.parts, item.segments, item.arrivals, own.front)
