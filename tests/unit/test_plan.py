@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treefold.common.errors import DataError
-from treefold.common.plan import LoopPlan, PlanKind
+from treefold.common.plan import LoopPlan, PlanKind, batches
 
 
 def slots_plan(samples: int, batch_size: int, slots: int, first_round: int = 0) -> LoopPlan:
@@ -107,3 +107,59 @@ def test_a_plan_without_slots_or_samples_in_a_round_does_not_decode(field: str) 
     plan = msgspec.structs.replace(loader_plan(slots=3), **{field: 0})
     with pytest.raises(msgspec.ValidationError, match=">= 1"):
         msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=LoopPlan)
+
+
+def shards_plan(shards: list[list[int]], batch: int, first_round: int = 0) -> LoopPlan:
+    """A pass over data shards of slots, which take so many samples of each round."""
+    batch_size, samples = batch * len(shards), sum(map(sum, shards))
+    lengths = batches(shards, batch_size)
+    return LoopPlan(
+        PlanKind.SLOTS, 0, first_round, lengths[0], len(shards), samples, batch_size, 0,
+        shuffle=True, seed=0, lengths=lengths, shards=shards,
+    )  # fmt: skip
+
+
+dealt = st.builds(
+    lambda shards, batch, first: shards_plan(
+        sorted(shards, key=lambda own: -batches([own], batch)[0]), batch, first
+    ),
+    st.lists(st.lists(st.integers(0, 30), max_size=4), min_size=1, max_size=6),
+    st.integers(1, 7),
+    st.integers(0, 1000),
+)
+
+
+@given(dealt)
+def test_every_sample_of_a_data_shard_is_in_exactly_one_round_of_its_slot(plan: LoopPlan) -> None:
+    for slot, shards in enumerate(plan.shards):
+        places = [plan.place(round_, slot) for round_ in range(plan.first_round, plan.ends[slot])]
+        found = [(shard, n) for shard, start, stop in places for n in range(start, stop)]
+        assert found == [(shard, n) for shard, size in enumerate(shards) for n in range(size)]
+        assert all(0 < stop - start <= plan.batch_size // plan.slots for _, start, stop in places)
+
+
+@given(dealt)
+def test_slots_with_data_shards_left_are_the_first_ones(plan: LoopPlan) -> None:
+    for round_ in range(plan.first_round, plan.end_round + 1):
+        active = plan.active_slots(round_)
+        assert [end > round_ for end in plan.ends] == [s < active for s in range(plan.slots)]
+        sizes = [plan.slot_samples(round_, slot) for slot in range(active)]
+        assert plan.round_samples(round_) == sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"lengths": [3, 2]}, r"slots have \[3, 1\] batches, not \[3, 2\]"),
+        ({"shards": [[2], [5]], "lengths": [1, 3]}, "in descending order"),
+        ({"rounds": 4}, "slot 0 has 3 batches in a plan of 4 rounds"),
+        ({"samples": 8}, "other than 8 samples"),
+        ({"batch_size": 5}, "5 is no multiple of 2 slots"),
+        ({"shards": [[5, 1]], "lengths": [3]}, "data shards of 1 slots in a plan of 2"),
+    ],
+)
+def test_data_shards_that_do_not_fit_are_refused(change: dict[str, object], text: str) -> None:
+    right = shards_plan([[5], [2]], 2)
+    assert right.lengths == [3, 1]
+    with pytest.raises(DataError, match=text):
+        msgspec.structs.replace(right, **change)

@@ -80,7 +80,10 @@ class Balance:
         return wanted, self._round_seen[0] + int(self.round_rate * LEASE_LEAD_MS / 1e3) + 1
 
     def _dealt(self, current: list[int]) -> list[int]:
-        """Leases in which each idle worker has a slot that another one has not begun."""
+        """Leases in which each idle worker has half of what another one has not begun.
+
+        Half, not one, since a heartbeat passes until it can have more.
+        """
         wanted = list(current)
         beats = {s.member.incarnation: s.beat for s in self._workers() if s.beat is not None}
         spare = {
@@ -89,7 +92,7 @@ class Balance:
         }
         for who in [who for who, beat in beats.items() if beat.is_idle]:
             richest = max(spare, key=lambda other: len(spare[other]), default=who)
-            if spare.get(richest):
+            for _ in range(-(-len(spare.get(richest, [])) // 2)):
                 wanted[spare[richest].pop()] = who
         return wanted
 
