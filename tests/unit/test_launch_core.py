@@ -7,6 +7,7 @@ from treefold.common.errors import InvariantError
 from treefold.launch.core import (
     DRAIN_MS,
     FAREWELL_MS,
+    NOT_FORMED,
     SETTLE_MS,
     STATUS_PATIENCE_MS,
     LaunchCore,
@@ -143,6 +144,22 @@ def test_a_dead_worker_is_started_again_as_often_as_allowed_and_no_oftener() -> 
     launch.end_everybody()
     assert launch.started("worker-1") == 3
     assert launch.code == 7
+
+
+def test_a_worker_that_is_started_again_when_the_job_is_over_fails_nothing() -> None:
+    """It was killed on its way out, before the scheduler could say that the job is done."""
+    launch = Launch(max_restarts=1)
+    launch.exited("worker-1", -SIGKILL)
+    launch.status()
+    launch.later(SETTLE_MS)
+    assert launch.started("worker-1") == 2
+    launch.exited("worker-0", 0)
+    launch.exited("scheduler", 0)
+    launch.exited("server-0", 0)
+    launch.exited("worker-1", NOT_FORMED)
+    launch.later(STATUS_PATIENCE_MS)
+    assert launch.code == 0
+    assert "worker-1 exited with code 3; the job was done already" in launch.said
 
 
 def test_without_restarts_a_dead_worker_stays_dead() -> None:

@@ -15,6 +15,7 @@ from treefold.common.errors import ConfigError
 from treefold.launch.core import SCHEDULER
 
 IPC_PATH_MAX = 103  # bytes of a socket's path that Linux and macOS both take
+AGAIN_S = 15.0  # for a worker that is started again to find the scheduler, which was there before
 LOOPBACK = "tcp://127.0.0.1:0"
 TRANSPORTS = ("ipc", "tcp")
 CHILD = str(Path(__file__).with_name("child.py"))
@@ -67,6 +68,7 @@ class Attempt:
         self._plan = plan
         self._folder = folder
         self.scheduler = ""
+        self._begun: dict[str, None] = {}
         made = plan.settings.checkpoint
         is_made = is_again and bool(made) and bool(Store(made).versions())
         self._resume = made if is_made else plan.settings.resume
@@ -86,7 +88,11 @@ class Attempt:
         return [sys.executable, "-P", "-m", "treefold.cli", role]
 
     def environment(self, name: str) -> dict[str, str]:
-        """The environment of one process: settings of the launch, and no other ones."""
+        """The environment of one process that is about to start: settings of the launch alone."""
+        patience_s = self._plan.settings.connect_timeout_s
+        if name.startswith("worker") and name in self._begun:
+            patience_s = min(patience_s, AGAIN_S)
+        self._begun[name] = None
         of_member = msgspec.structs.replace(
             self._plan.settings,
             scheduler="" if name == SCHEDULER else self.scheduler,
@@ -97,6 +103,7 @@ class Attempt:
             journal=self._journal if name == SCHEDULER else "",
             resume=self._resume if name == SCHEDULER else "",
             rank=int(name.partition("-")[2] or -1),
+            connect_timeout_s=patience_s,
         )
         values = environment_of(msgspec.to_builtins(of_member))
         return prepared(self._plan.environment) | values | {PREFIX + "CONFIG": os.devnull}

@@ -87,6 +87,7 @@ class Role(Enum):
 class Process:
     """One process of the launch: None as ``code`` while it runs, negative if a signal ended it.
 
+    ``lives`` counts its starts.
     ``idle_lives`` counts how often in a row it died soon after its start and before the job had
     come any further with it as a member: killed by others (True) or by a fault of its own (False).
     ``is_drained``: it left because it was told to.
@@ -97,6 +98,7 @@ class Process:
     is_alive: bool = False
     code: int | None = None
     started_ns: int = 0
+    lives: int = 0
     first_round: int = 0
     idle_lives: dict[bool, int] = field(default_factory=dict)
     is_drained: bool = False
@@ -105,6 +107,11 @@ class Process:
     def has_failed(self) -> bool:
         """Whether it ended otherwise than well."""
         return self.code is not None and self.code != OK
+
+    @property
+    def is_too_late(self) -> bool:
+        """Whether it was started again, and found no cluster any more."""
+        return self.code == NOT_FORMED and self.lives > 1
 
     @property
     def is_done(self) -> bool:
@@ -241,6 +248,7 @@ class LaunchCore:
     def _start_one(self, now_ns: int, process: Process) -> None:
         process.is_alive, process.code = True, None
         process.started_ns, process.first_round = now_ns, self._job.round
+        process.lives += 1
         self._out.append(StartProcess(process.name))
 
     def _of(self, *roles: Role) -> list[Process]:
@@ -319,9 +327,11 @@ class LaunchCore:
     def _look_around(self, now_ns: int) -> None:
         """Decide about failures that have settled; end a job whose workers have all ended."""
         if self._failures.names:
-            if now_ns >= self._due_ns():
-                self._decide(now_ns)
-        elif all(process.code is not None for process in self._of(Role.WORKER)):
+            if now_ns < self._due_ns():
+                return
+            self._decide(now_ns)
+        is_over = all(process.code is not None for process in self._of(Role.WORKER))
+        if is_over and self.stage is Stage.RUNNING:
             self._close(OK)
 
     def _due_ns(self) -> int:
@@ -375,7 +385,7 @@ class LaunchCore:
 
     def _on_late_failures(self, workers: list[Process]) -> None:
         """Workers failed when there was nothing left to train: nothing can be started again."""
-        codes = [process.code for process in workers if process.code is not None]
+        codes = [process.code or OK for process in workers if not process.is_too_late]
         failing = next((code for code in codes if code > OK), OK)
         if failing:
             self._give_up(failing, _named(workers))
