@@ -12,7 +12,7 @@ from treefold.common.round_state import Applied
 from treefold.common.spec import Consistency, ConsistencyKind, TableSpec
 from treefold.wire.messages import Published, Pull
 from treefold.wire.words import Need
-from treefold.worker.effects import Effect, LoopEnd, Task, TaskCalled
+from treefold.worker.effects import DrainAsked, Effect, LoopEnd, Task
 
 ASYNC = Consistency(ConsistencyKind.ASYNC)
 
@@ -43,26 +43,55 @@ def test_who_ends_a_pass_asks_for_its_end_so_that_servers_save_it() -> None:
     driver = Driver()
     driver.declare()
     assert completed(driver.enter([ME, ME], plan(rounds=1, slots=2))) == [Task(0, 0, [])]
-    driver.contribute(0, 0)
+    assert asked(driver.contribute(0, 0)) == [Need(0, 1)]
     (task,) = completed(arrive(driver, 1, [1]))
     assert isinstance(task, Task)
     assert (task.round, task.slot) == (0, 1)
-    assert asked(driver.contribute(0, 1)) == [Need(1, 1)]
-    effects = arrive(driver, 2, [1, 1])
-    assert completed(effects) == []
-    assert asked(effects) == [Need(0, 0, 0, 2, 2)]
+    assert asked(driver.contribute(0, 1)) == [Need(1, 1, 0, 2, 2)]
     (end,) = completed(arrive(driver, 2, [1, 1]))
     assert isinstance(end, LoopEnd)
     assert [(snapshot.version, snapshot.front) for snapshot in end.snapshots] == [(2, 0)]
 
 
-def test_who_waited_for_the_end_of_a_pass_does_not_ask_for_it_again() -> None:
+def test_who_hears_that_others_have_ended_the_pass_asks_for_its_end_too() -> None:
+    driver = Driver()
+    driver.declare()
+    driver.enter([ME, ME], plan(rounds=1, slots=2))
+    driver.contribute(0, 0)
+    effects = arrive(driver, 2, [1, 1])
+    assert completed(effects) == []
+    assert asked(effects) == [Need(0, 0, 0, 2, 2)]
+    (end,) = completed(arrive(driver, 2, [1, 1]))
+    assert isinstance(end, LoopEnd)
+
+
+def test_who_has_nothing_left_asks_for_the_end_of_the_pass_once() -> None:
+    driver = Driver()
+    driver.declare()
+    driver.enter([ME, OTHER], plan(rounds=1, slots=2))
+    assert asked(driver.contribute(0, 0)) == [Need(0, 1, 0, 2, 2)]
+    assert completed(arrive(driver, 1, [1])) == []
+    (end,) = completed(arrive(driver, 2, [1, 1]))
+    assert isinstance(end, LoopEnd)
+
+
+def test_who_gets_a_slot_while_it_waits_for_the_end_goes_on_when_its_own_is_in() -> None:
     driver = Driver()
     driver.declare()
     driver.enter([ME, OTHER], plan(rounds=1, slots=2))
     driver.contribute(0, 0)
-    effects = arrive(driver, 1, [1])
-    effects += driver.call(TaskCalled)[1]
-    assert asked(effects) == [Need(0, 0, 0, 2, 2)]
-    (end,) = completed(arrive(driver, 2, [1, 1]))
+    assert asked(driver.control(driver.view([ME, ME]))) == [Need(0, 1)]
+    (task,) = completed(arrive(driver, 1, [1]))
+    assert isinstance(task, Task)
+    assert (task.round, task.slot) == (0, 1)
+
+
+def test_who_drains_waits_for_its_own_contribution_alone() -> None:
+    driver = Driver()
+    driver.declare()
+    driver.enter([ME, OTHER], plan(rounds=1, slots=2))
+    driver.contribute(0, 0)
+    assert asked(driver.feed(DrainAsked())) == [Need(0, 1)]
+    (end,) = completed(arrive(driver, 1, [1]))
     assert isinstance(end, LoopEnd)
+    assert end.is_draining

@@ -101,8 +101,9 @@ class Asynchronous:
             self._take_in(trained)
         chosen = None if is_draining else self._choose(plan, leased)
         if not is_here and (self._pushed or not (is_draining or chosen)):
-            if self._wanted(plan, leased) != self._asked:  # the slot to wait for may be ours by now
-                self._ask(now_ns, plan, leased)
+            wanted = self._wanted(plan, leased, is_draining=is_draining)
+            if wanted != self._asked:  # the slot to wait for may be ours by now
+                self._ask_for(now_ns, wanted)
             return None
         is_over = is_draining or self._is_over(plan)
         if chosen is None and is_here and not is_draining and self._owes_end(plan):
@@ -181,21 +182,33 @@ class Asynchronous:
         """
         asked = self._asked
         is_of_pass = asked is not None and max(asked.clock, asked.floor) > plan.first_round
-        return is_of_pass and self._is_over(plan) and asked != _end_of(plan)
+        return is_of_pass and asked is not None and not asked.active and self._is_over(plan)
 
     def _ask(self, now_ns: int, plan: LoopPlan, leased: list[int]) -> None:
-        self._asked = self._wanted(plan, leased)
-        self._rounds.ask(now_ns, self._asked, int(self.is_moved))
+        self._ask_for(now_ns, self._wanted(plan, leased))
 
-    def _wanted(self, plan: LoopPlan, leased: list[int]) -> Need:
-        """What must be in the version that this worker goes on with."""
+    def _ask_for(self, now_ns: int, need: Need) -> None:
+        self._asked = need
+        self._rounds.ask(now_ns, need, int(self.is_moved))
+
+    def _wanted(self, plan: LoopPlan, leased: list[int], *, is_draining: bool = False) -> Need:
+        """What must be in the version that this worker goes on with.
+
+        With nothing left to do that is the whole pass, so that it is the version with which the
+        pass ends, and not one that others have gone on from.
+        """
         following = self._following(plan, leased)
         floor = 0 if following is None else self._floor(plan, following[0])
         slots = _most_slots(plan) if floor else 0
         ends = plan.ends if floor else []
         if self._pushed is not None:
-            round_, slot = self._pushed
-            return Need(slot, round_ + 1, floor, 0, slots, ends)
+            own = self._pushed[1], self._pushed[0] + 1
+            if is_draining:
+                return Need(*own)
+            if following is not None or plan.kind is PlanKind.LOADER:
+                return Need(*own, floor, 0, slots, ends)
+            end = _end_of(plan)
+            return Need(*own, end.floor, end.active, end.slots, end.ends)
         return _end_of(plan) if following is None else Need(0, 0, floor, 0, slots, ends)
 
     def _following(self, plan: LoopPlan, leased: list[int]) -> tuple[int, int] | None:
