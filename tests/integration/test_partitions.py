@@ -12,6 +12,7 @@ and the last lines of the report say so.
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from tests.support.processes import Cluster
 MakeCluster = Callable[..., Cluster]
 Paths = list[Path_]
 Plan = list[tuple[Paths, float]]
+Scene = Callable[[Partitioned], None]
 SHORT_S, LONGER_S, LONG_S = 1, 10, 40
 
 pytestmark = pytest.mark.skipif(
@@ -66,11 +68,14 @@ CHOSEN = [
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """All pairs in one cluster, or each pair in a cluster of its own if it takes minutes."""
-    if "plan" in metafunc.fixturenames:
+    """All scenes at once, since they mostly wait; or one by one if each of them takes minutes."""
+    if "scenes" in metafunc.fixturenames:
         is_full = metafunc.config.getoption("--partitions") == "full"
-        plans = FULL if is_full else {"short": SHORT}
-        metafunc.parametrize("plan", plans.values(), ids=list(plans))
+        all_at_once = [*halves(SHORT), *[partial(cut_twice, paths=paths) for paths in CHOSEN]]
+        together = {"all at once": [*all_at_once, leave_a_primary_alone_twice]}
+        alone: dict[str, list[Scene]] = {name: [partial(cut_all, plan=FULL[name])] for name in FULL}
+        chosen = alone | {"alone": [leave_a_primary_alone_twice]} if is_full else together
+        metafunc.parametrize("scenes", chosen.values(), ids=list(chosen))
 
 
 @pytest.fixture(scope="module")
@@ -82,38 +87,32 @@ def cuts(measured: list[str]) -> Iterator[list[Cut]]:
     measured += [report([cut for cut in found if cut.seconds == time]) for time in times]
 
 
-def test_every_pair_can_be_cut_and_nothing_is_lost(
-    cluster: MakeCluster, tmp_path: Path, cuts: list[Cut], plan: Plan
+def test_whatever_is_cut_nothing_is_lost_and_who_is_alone_publishes_nothing(
+    cluster: MakeCluster, tmp_path: Path, cuts: list[Cut], scenes: list[Scene]
 ) -> None:
-    with partitioned(cluster, tmp_path / "job") as made:
-        for paths, seconds in plan:
-            check(made.cut(paths, seconds), paths)
-        made.finish()
-        cuts += made.cuts
-
-
-def test_long_cuts_lose_nothing_and_who_is_alone_publishes_nothing(
-    cluster: MakeCluster, tmp_path: Path, cuts: list[Cut]
-) -> None:
-    """Each in a cluster of its own, all at once, since they mostly wait."""
+    """Each scene in a cluster of its own."""
     with ExitStack() as stack:
         jobs = [
             stack.enter_context(partitioned(cluster, tmp_path / f"job-{number}"))
-            for number in range(len(CHOSEN) + 1)
+            for number in range(len(scenes))
         ]
         with ThreadPoolExecutor(len(jobs)) as threads:
-            done = [threads.submit(cut_twice, *scene) for scene in zip(jobs, CHOSEN, strict=False)]
-            done.append(threads.submit(leave_a_primary_alone_twice, jobs[-1]))
+            done = [threads.submit(scene, job) for scene, job in zip(scenes, jobs, strict=True)]
             for one in done:
                 one.result()
         cuts += [cut for made in jobs for cut in made.cuts]
 
 
-def cut_twice(made: Partitioned, paths: Paths) -> None:
-    """For both of the longer times."""
-    for seconds in (LONGER_S, LONG_S):
+def cut_all(made: Partitioned, plan: Plan) -> None:
+    """One cut after the other."""
+    for paths, seconds in plan:
         check(made.cut(paths, seconds), paths)
     made.finish()
+
+
+def cut_twice(made: Partitioned, paths: Paths) -> None:
+    """For both of the longer times."""
+    cut_all(made, [(paths, LONGER_S), (paths, LONG_S)])
 
 
 def leave_a_primary_alone_twice(made: Partitioned) -> None:
@@ -125,6 +124,11 @@ def leave_a_primary_alone_twice(made: Partitioned) -> None:
         assert cut.published(alone) <= GRACE
         assert cut.newest > GRACE, "the other side did not go on"
     made.finish()
+
+
+def halves(plan: Plan) -> list[Scene]:
+    """The same cuts in two clusters."""
+    return [partial(cut_all, plan=plan[::2]), partial(cut_all, plan=plan[1::2])]
 
 
 def check(cut: Cut, paths: Paths) -> None:

@@ -14,6 +14,7 @@ import select
 import struct
 import sys
 import time
+from contextlib import suppress
 
 TUNSETIFF = 0x400454CA  # linux/if_tun.h
 IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
@@ -53,7 +54,8 @@ def carry(ends: tuple[int, int], delay_s: float, loss: float) -> None:
                 heapq.heappush(waiting, (due_s, next(order), other, frame))
         while waiting and waiting[0][0] <= time.monotonic():
             _, _, other, frame = heapq.heappop(waiting)
-            os.write(other, frame)
+            with suppress(OSError):  # a device whose link is down yet loses it, as a network does
+                os.write(other, frame)
 
 
 if __name__ == "__main__":
