@@ -1,6 +1,7 @@
 """A worker that is a member but gets no further: its slots go to others until it does."""
 
 import msgspec
+import pytest
 
 from tests.unit.scheduler_driver import Driver
 from treefold.common.spec import Consistency, ConsistencyKind
@@ -46,3 +47,21 @@ def test_where_slots_are_at_rounds_of_their_own_nobody_is_thought_to_stand_still
         driver.beat(3, 5, slot_ns=10 * MS)  # at the slot that is furthest behind
     driver.wait(500 * MS)
     assert driver.leases.workers == [2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(("slot_ms", "holder"), [(15, 2), (400, 3)])
+def test_slots_leave_a_worker_that_hangs_though_nobody_else_has_computed_one(
+    slot_ms: int, holder: int
+) -> None:
+    driver = Driver()
+    driver.train(slots=1)
+    (table,) = driver.core.declared.tables
+    rule = Consistency(ConsistencyKind.ASYNC)
+    table.spec = msgspec.structs.replace(table.spec, consistency=rule)
+    assert driver.leases.workers == [2]
+    for slot_ns in (10 * MS, slot_ms * MS):
+        driver.wait(500 * MS)
+        driver.beat(2, 5, slot_ns)
+        driver.beat(3, 0)
+    driver.wait(500 * MS)
+    assert driver.leases.workers == [holder]

@@ -15,6 +15,7 @@ from treefold.wire.words import Leases, Outcome, Phase, Role
 
 LEASE_LEAD_MS = 100  # new leases begin so far ahead that they arrive before their first round
 ROUNDS_APART_MAX = 1  # of workers that all go on: the first to hear of a version is ahead
+UNTIMED_FACTOR = 2  # times what others took at best: what a worker is thought to take at its first
 UNMEASURED_DECAY = 0.9  # per check: a worker without slots is slowly given the benefit of the doubt
 
 
@@ -149,6 +150,10 @@ class Balance:
 
     def _speeds(self) -> dict[int, int]:
         times = {s.member.incarnation: max(s.slot_time_ns, s.lag_ns) for s in self._workers()}
+        least = [s.least_ns for s in self._workers() if s.least_ns]
+        if self._declared.is_asynchronous and least:  # without backup tasks, should all others hang
+            usual = UNTIMED_FACTOR * sum(least) // len(least)
+            times = {who: time_ns or usual for who, time_ns in times.items()}
         return leases.speeds(times)
 
     def _measure_lags(self) -> None:

@@ -48,6 +48,8 @@ class MemberState:
         Whether it ever named its incarnation, so that it is known to have got it.
     slot_time_ns : int
         Predicted time per slot, 0 while unknown.
+    least_ns : int
+        The least that this ever was, 0 while unknown.
     moved_ns : int
         When it was first heard to be in the round that it is in.
     still_ns : int
@@ -65,6 +67,7 @@ class MemberState:
     beat: Heartbeat | None = None
     is_heard: bool = False
     slot_time_ns: int = 0
+    least_ns: int = 0
     moved_ns: int = 0
     still_ns: int = 0
     lag_ns: int = 0
@@ -89,6 +92,7 @@ class MemberState:
         self.beat = beat
         if beat.slot_time_ns:
             self.slot_time_ns = beat.slot_time_ns
+            self.least_ns = min(self.least_ns or beat.slot_time_ns, beat.slot_time_ns)
 
     def move(self, happening: Happening) -> None:
         """Apply one happening; one that the table lacks is a bug."""
