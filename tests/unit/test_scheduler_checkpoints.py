@@ -5,9 +5,20 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from tests.unit.scheduler_driver import LIMITS, SECOND, SERVER, SPEC, WORKERS, Driver, plan, sent
+from tests.unit.scheduler_driver import (
+    LIMITS,
+    SECOND,
+    SERVER,
+    SPEC,
+    WORKERS,
+    Driver,
+    loader,
+    plan,
+    sent,
+)
 from treefold.checkpoint.manifest import Manifest
-from treefold.common.spec import Rule
+from treefold.common.plan import LoopPlan
+from treefold.common.spec import SYNC, Consistency, ConsistencyKind, Rule
 from treefold.launch.link import CheckpointStatus, parse
 from treefold.scheduler import memory, records
 from treefold.scheduler.core import SchedulerCore
@@ -200,3 +211,24 @@ def test_a_server_at_the_address_of_another_takes_its_place_at_once() -> None:
 def driver_register(port: int, nonce: int) -> object:
     """A registration from the address of the server with another nonce."""
     return Register(PROTOCOL_VERSION, Role.SERVER, nonce, f"server-{port}", "host", 1, "0")
+
+
+@pytest.mark.parametrize(
+    ("rule", "begun", "is_told"),
+    [
+        (Consistency(ConsistencyKind.ASYNC), loader(2), True),
+        (Consistency(ConsistencyKind.ASYNC), plan(slots=4), False),
+        (SYNC, loader(2), False),
+    ],
+)
+def test_own_loaders_of_an_asynchronous_job_hear_that_nothing_is_saved(
+    rule: Consistency, begun: LoopPlan, is_told: bool
+) -> None:
+    driver = Written()
+    driver.form()
+    spec = msgspec.structs.replace(SPEC, consistency=rule)
+    for number in range(2):
+        driver.say(WORKERS[number], DeclareTable(2 + number, 1, spec))
+    effects = driver.say(WORKERS[0], DeclarePlan(2, 2, begun))
+    notes = [effect.text for effect in effects if isinstance(effect, Note)]
+    assert any("with own loaders there are none" in text for text in notes) is is_told

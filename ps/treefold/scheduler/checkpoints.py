@@ -76,6 +76,14 @@ class Checkpoints:
         self._forget()
         return self.write(limits, view)
 
+    def doubts(self, limits: SchedulerLimits) -> list[Effect]:
+        """Say so if nothing will ever be saved of what the job trains."""
+        declared = self._declared
+        if not (limits.checkpoint and declared.is_loader and declared.is_asynchronous):
+            return []
+        text = "checkpoints of asynchronous tables are made at the ends of passes"
+        return [Note(Level.WARNING, f"{text}; with own loaders there are none, so none is made")]
+
     def write(self, limits: SchedulerLimits, view: int) -> list[Effect]:
         """Begin to write the manifest of the newest checkpoint that is whole."""
         if self.is_writing or not self._declared.plans:

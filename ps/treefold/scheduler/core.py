@@ -365,6 +365,7 @@ class SchedulerCore:
         self._lease_check_ns = now_ns + LEASE_CHECK_MS * MS
         self._note_standby()
         self.new_view(now_ns)
+        self.out += self.checkpoints.doubts(self.limits)
         self.out += self.checkpoints.write(self.limits, self.view.number)
 
     def _note_standby(self) -> None:
