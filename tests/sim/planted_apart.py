@@ -119,22 +119,24 @@ def a_slot_that_has_no_more_rounds_is_waited_for_beyond_its_end(patch: Patch) ->
 
 @plant(Theme.APART, 250)
 def a_slot_that_has_come_here_is_waited_for(patch: Patch) -> None:
-    ask = WorkerAsynchronous._ask
+    ask = WorkerAsynchronous._ask_for
 
-    def changed(self: WorkerAsynchronous, now_ns: int, plan: LoopPlan, leased: list[int]) -> None:
+    def changed(self: WorkerAsynchronous, now_ns: int, need: Need) -> None:
         tables = self._rounds.trained()
         if all(not table.pulls or table.is_pulled for table in tables):
-            ask(self, now_ns, plan, leased)
+            ask(self, now_ns, need)
 
-    patch.setattr(WorkerAsynchronous, "_ask", changed)
+    patch.setattr(WorkerAsynchronous, "_ask_for", changed)
 
 
 @plant(Theme.APART)
 def a_version_that_lacks_the_workers_own_is_good_enough(patch: Patch) -> None:
     wanted = WorkerAsynchronous._wanted
 
-    def changed(self: WorkerAsynchronous, plan: LoopPlan, leased: list[int]) -> Need:
-        need = wanted(self, plan, leased)
+    def changed(
+        self: WorkerAsynchronous, plan: LoopPlan, leased: list[int], *, is_draining: bool = False
+    ) -> Need:
+        need = wanted(self, plan, leased, is_draining=is_draining)
         if self._pushed is None:
             return need
         self._rounds.drop_round()
@@ -143,6 +145,6 @@ def a_version_that_lacks_the_workers_own_is_good_enough(patch: Patch) -> None:
             known.extend([0] * lacking)
             known[need.slot] = need.clock
         self._pushed = None
-        return replace(need, slot=0, clock=0, active=0)
+        return replace(need, slot=0, clock=0)
 
     patch.setattr(WorkerAsynchronous, "_wanted", changed)
