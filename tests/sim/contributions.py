@@ -243,7 +243,8 @@ class Contributions(Checks):
 
     def _check_in(self, where: str, clocks: Sequence[int], slot: int, floor: int) -> None:
         """All rounds of a slot below a number are in."""
-        last = max((r for r in range(floor) if slot < self._active(r)), default=-1)
+        before = reversed(range(floor))
+        last = next((r for r in before if slot < self._active(r)), -1)
         clock = clocks[slot] if slot < len(clocks) else 0
         if clock <= last:
             raise Violation(f"{where} begins without round {last} of slot {slot}")
