@@ -1,18 +1,23 @@
-"""How long contributions take in every mode when workers differ, in simulated time."""
+"""When contributions are applied in every mode when workers differ, in simulated time."""
 
+import random
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 
 import msgspec
 
 from tests.sim.cluster import Cluster, Cores, tiny_layout
+from tests.sim.contributions import Contributions
 from tests.sim.network import Weather
 from tests.sim.scenario import Patience, Scenario, passes, table
 from tests.sim.stragglers import FixedLeases
 from tests.sim.trainer import Script, Trainer
+from tests.sim.training import Step
 from tests.sim.world import MS
 from treefold.common.spec import SYNC, Consistency, ConsistencyKind
 from treefold.scheduler.core import SchedulerCore
+from treefold.worker.effects import Task
 
 SLOTS, WORKERS = 32, 8
 COMPUTE_NS = 200 * MS
@@ -55,23 +60,56 @@ MODES = (
 )
 
 
-class Stalling(Trainer):
-    """A script some of whose bodies take much longer, by chance."""
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What was applied after leases had adapted, as if training began there; and how long it took.
 
-    def _compute(self, task: object) -> Script:
-        is_stalled = self.process.world.rng.random() < STALLS_OF
-        self.factor = STALL if is_stalled else 1.0
-        yield from super()._compute(task)
+    Attributes
+    ----------
+    steps : tuple of Step
+        In the order of versions.
+    """
+
+    steps: tuple[Step, ...]
+
+    @property
+    def took_ns(self) -> int:
+        """Until everything was applied."""
+        return self.steps[-1].at_ns
+
+    @property
+    def staleness(self) -> float:
+        """Mean number of versions between the one that a body began with and the one it made."""
+        return sum(number - step.base for number, step in enumerate(self.steps)) / len(self.steps)
 
 
-def time_ns(mode: Mode, trouble: Trouble, rounds: int) -> int:
-    """Simulated time of so many rounds' contributions, after those in which leases adapt."""
+def is_stalled(seed: int, round_: int, slot: int, tries: int) -> bool:
+    """Whether a loop body stalls: the first time that it is computed, the same in every mode."""
+    return random.Random(f"{seed} {round_} {slot} {tries}").random() < STALLS_OF
+
+
+def stalling(seed: int) -> type[Trainer]:
+    """Scripts some of whose bodies take much longer; who computes one again draws again."""
+    tries: Counter[tuple[int, int]] = Counter()
+
+    class Stalling(Trainer):
+        def _compute(self, task: object) -> Script:
+            assert isinstance(task, Task)
+            where = (task.round, task.slot)
+            self.factor = STALL if is_stalled(seed, *where, tries[where]) else 1.0
+            tries[where] += 1
+            yield from super()._compute(task)
+
+    return Stalling
+
+
+def scenario_of(mode: Mode, trouble: Trouble, rounds: int, seed: int) -> Scenario:
+    """The job, which has rounds to spare where fast slots would run out of them."""
     factors = (1.0,) * (WORKERS - 1) + (SLOWDOWN if trouble is Trouble.ONE else 1.0,)
     spec = msgspec.structs.replace(table("model", [(8, 0)]), consistency=mode.rule)
-    # Fast slots must not run out of rounds while slow ones are at theirs.
     whole = (ADAPTING_ROUNDS + rounds) * (1 if mode.rule == SYNC else 3)
-    scenario = Scenario(
-        seed=1,
+    return Scenario(
+        seed=seed,
         slots=SLOTS,
         workers=WORKERS,
         starts_ns=(0,) * WORKERS,
@@ -84,15 +122,40 @@ def time_ns(mode: Mode, trouble: Trouble, rounds: int) -> int:
         patience=Patience(),
         is_streaming=False,
     )
+
+
+def schedule(mode: Mode, trouble: Trouble, rounds: int, seed: int = 1) -> Schedule:
+    """Simulate so many rounds' contributions, after those in which leases adapt."""
+    scenario = scenario_of(mode, trouble, rounds, seed)
     scheduler = SchedulerCore if mode.is_elastic else FixedLeases
-    trainer = Stalling if trouble is Trouble.RANDOM else Trainer
+    trainer = stalling(seed) if trouble is Trouble.RANDOM else Trainer
     each = 1 if mode.rule == SYNC else SLOTS
     with tiny_layout(scenario.block_elements, scenario.part_blocks_max):
         cluster = Cluster(scenario, Cores(scheduler=scheduler, trainer=trainer))
         cluster.begin()
-        reached: list[int] = []
-        for number in (ADAPTING_ROUNDS, ADAPTING_ROUNDS + rounds):
-            while cluster.checks.versions.get((0, 0), -1) < number * each:
-                assert cluster.world.step(), "the job must not end before its last version"
-            reached.append(cluster.world.now_ns)
-    return reached[1] - reached[0]
+        reached = _reached(cluster, (ADAPTING_ROUNDS + rounds) * each)
+    assert list(cluster.checks.versions) == [(0, 0)], "there must be one order"
+    return _cut(cluster, reached, ADAPTING_ROUNDS * each)
+
+
+def _reached(cluster: Cluster, last: int) -> list[int]:
+    """Run up to a version; returns when each was made."""
+    reached: list[int] = []
+    while len(reached) <= last:
+        assert cluster.world.step(), "the job must not end before its last version"
+        newest = cluster.checks.versions.get((0, 0), -1)
+        reached += [cluster.world.now_ns] * (newest + 1 - len(reached))
+    return reached[: last + 1]
+
+
+def _cut(cluster: Cluster, reached: list[int], first: int) -> Schedule:
+    """The steps after a version. What began with an older one counts as begun with that."""
+    checks, steps = cluster.checks, []
+    for version in range(first + 1, len(reached)):
+        round_, slots, base = version - 1, tuple(range(SLOTS)), version - 1
+        if isinstance(checks, Contributions):
+            which = checks.histories[0, 0][version - 1].which
+            round_, slots, base = which[0], (which[1],), checks.begun[which][0, 0]
+        at_ns = reached[version] - reached[first]
+        steps.append(Step(at_ns, round_, slots, max(base, first) - first))
+    return Schedule(tuple(steps))
