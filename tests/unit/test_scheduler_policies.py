@@ -8,6 +8,7 @@ from treefold.common.spec import Consistency, ConsistencyKind, TableSpec
 from treefold.scheduler.effects import Effect
 from treefold.wire.membership import MS
 from treefold.wire.messages import DeclarePlan, DeclareTable, Heartbeat, RoundLate
+from treefold.wire.words import Role
 
 ASYNC = replace(SPEC, consistency=Consistency(ConsistencyKind.ASYNC))
 SLOTS = 6
@@ -77,6 +78,43 @@ def test_only_predictive_shares_follow_speed_and_only_static_ones_get_no_help() 
     tell(driver, 3, 4, 5)
     driver.wait(500 * MS)
     assert driver.leases.workers == [2, 2, 2, 3, 3, 3]
+
+
+def test_who_is_done_takes_what_a_worker_has_that_hangs() -> None:
+    driver = begun(Policy.QUEUE)
+    tell(driver, 3, slot_ms=10)
+    tell(driver, 2, slot_ms=10, is_idle=True)
+    driver.wait(500 * MS)
+    assert driver.leases.workers == [2, 2, 2, 3, 3, 3]
+    for moved in ([2, 2, 2, 3, 2, 2], [2] * SLOTS):
+        tell(driver, 3, slot_ms=5_000)
+        tell(driver, 2, slot_ms=10, is_idle=True)
+        driver.wait(500 * MS)
+        assert driver.leases.workers == moved
+
+
+def test_who_joins_gets_an_equal_share_also_where_shares_do_not_follow_speed() -> None:
+    for policy, spec in ((Policy.STATIC, ASYNC), (Policy.STATIC, SPEC), (Policy.QUEUE, SPEC)):
+        driver = begun(policy, spec)
+        driver.register(WORKERS[2], Role.WORKER, 103)
+        driver.beats(1, 2, 3, 4)
+        driver.wait(500 * MS)
+        assert driver.leases.workers == [2, 2, 3, 3, 4, 4], policy
+
+
+def test_a_worker_without_slots_is_given_another_chance_whatever_it_repeats() -> None:
+    driver = begun(Policy.PREDICTIVE)
+    for _ in range(2):
+        tell(driver, 2, slot_ms=10)
+        tell(driver, 3, slot_ms=500)
+        driver.wait(500 * MS)
+    assert driver.leases.workers == [2] * SLOTS
+    for _ in range(60):
+        tell(driver, 2, slot_ms=10)
+        tell(driver, 3, slot_ms=500)  # its last slot's, still
+        driver.beats(1)
+        driver.wait(500 * MS)
+    assert 3 in driver.leases.workers
 
 
 def test_a_late_round_gets_no_help_where_shares_are_static() -> None:

@@ -23,7 +23,7 @@ from tests.unit.server_driver import (
 )
 from treefold.common import layout
 from treefold.common.round_state import Applied, decode_applied
-from treefold.common.spec import Compensation, Consistency, ConsistencyKind
+from treefold.common.spec import Compensation, Consistency, ConsistencyKind, Hyper
 from treefold.server.asynchronous import STAGED_MAX
 from treefold.server.core import ServerCore
 from treefold.server.effects import CorrectParts, Effect, MakeParts, RecordVersion, ReleasePayload
@@ -270,6 +270,21 @@ def test_stale_contributions_are_counted_and_compensated_as_the_table_says(
     (beat,) = sent(core.handle(10**9, Tick()), Heartbeat)
     assert isinstance(beat, Heartbeat)
     assert beat.staleness[0][:2] == (0, 5)
+
+
+def test_a_momentum_is_corrected_by_the_mean_staleness_so_far() -> None:
+    core = begun(replace(ASYNC, compensation=Compensation.MOMENTUM))
+    groups: list[Hyper] = [{"lr": 0.1, "momentum": 0.9}]
+    found = []
+    for slot in range(3):
+        for part in (0, 1):
+            data(core, push(0, slot, part=part, active=3), 10 * slot + part + 50)
+        message = replace(meta(0, slot=slot, active=3, base=0), groups=groups)
+        (made,) = of(data(core, message), MakeParts)
+        assert isinstance(made, MakeParts)
+        assert made.groups is not None
+        found.append(made.groups[0]["momentum"])
+    assert found == pytest.approx([0.9, 0.9 - 0.5 / 1.5, 0.9 - 1 / 2])
 
 
 def test_a_correction_is_made_of_the_only_contribution_before_it_is_stepped() -> None:

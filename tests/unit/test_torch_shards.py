@@ -219,6 +219,19 @@ def test_features_are_split_and_every_slot_has_every_sample() -> None:
     assert [columns(2, 2, slot) for slot in range(2)] == [slice(0, 1), slice(1, 2)]
 
 
+def test_statistics_are_means_over_slots_where_features_are_split() -> None:
+    with joined(ReferenceJob(SLOTS)):
+        norm = torch.nn.BatchNorm1d(2, momentum=1.0)
+        optimizer = ps.DistributedOptimizer(sgd(parameters_of(norm)), norm)
+        data = TensorDataset(torch.full((8, 2), 6.0))
+        for (batch,) in ps.batches(data, 8, partition="feature", features=SLOTS):
+            optimizer.zero_grad()
+            norm(batch + torch.randn(8, 2)).sum().backward()
+            optimizer.step()
+    assert norm.running_mean is not None
+    torch.testing.assert_close(norm.running_mean, torch.full((2,), 6.0), atol=1.5, rtol=0.0)
+
+
 def test_rounds_that_are_not_full_may_be_left_out() -> None:
     found = dealt(partition="hash", drop_last=True)
     assert all(len(own) % 2 == 0 for own in found.values())

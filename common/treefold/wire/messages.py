@@ -107,7 +107,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     a scheduler that was started again. ``saving`` counts shards that a server is writing to a
     checkpoint, or has written and the scheduler has not said that it knows. ``staleness`` is, of
     shard 0 of asynchronous tables, how many contributions of each worker were how stale. ``spare``
-    are leased slots with data shards of which nothing is begun; ``is_idle``: none is left to do.
+    are leased slots of an asynchronous pass that are not begun; ``is_idle``: none is left to do.
     """
 
     incarnation: Count

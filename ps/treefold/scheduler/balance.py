@@ -15,6 +15,7 @@ from treefold.wire.words import Leases, Outcome, Phase, Role
 
 LEASE_LEAD_MS = 100  # new leases begin so far ahead that they arrive before their first round
 ROUNDS_APART_MAX = 1  # of workers that all go on: the first to hear of a version is ahead
+HUNG_FACTOR = 20  # times what others took at best: what takes longer may never end
 UNTIMED_FACTOR = 2  # times what others took at best: what a worker is thought to take at its first
 UNMEASURED_DECAY = 0.9  # per check: a worker without slots is slowly given the benefit of the doubt
 
@@ -68,8 +69,8 @@ class Balance:
         if self._declared.is_loader or not self._workers():
             return None
         if self._declared.policy is not Policy.PREDICTIVE:
-            wanted = self._dealt(current) if self._declared.policy is Policy.QUEUE else current
-            return None if wanted == current else (wanted, 0)
+            wanted = self._evenly(current)
+            return None if wanted == current else (wanted, self._soonest_round())
         idle = [s for s in self._workers() if s.member.incarnation not in current]
         for state in idle:
             state.slot_time_ns = int(state.slot_time_ns * UNMEASURED_DECAY)
@@ -78,12 +79,26 @@ class Balance:
         is_untimed = len(current) >= len(speeds) and any(s.slot_time_ns == 0 for s in idle)
         if wanted == current or not (is_untimed or leases.is_worth_it(current, wanted, speeds)):
             return None
-        return wanted, self._round_seen[0] + int(self.round_rate * LEASE_LEAD_MS / 1e3) + 1
+        return wanted, self._soonest_round()
+
+    def _soonest_round(self) -> int:
+        """The first round that new leases can be in time for."""
+        return self._round_seen[0] + int(self.round_rate * LEASE_LEAD_MS / 1e3) + 1
+
+    def _evenly(self, current: list[int]) -> list[int]:
+        """Leases that do not follow speed: equal shares again if somebody has joined."""
+        live = [state.member.incarnation for state in self._workers()]
+        if self._declared.policy is Policy.QUEUE and self._declared.is_asynchronous:
+            return self._dealt(current)
+        if len(live) > len(current) or all(who in current for who in live):
+            return current
+        return leases.lay_out(leases.counts(self._declared.slots, dict.fromkeys(live, 1)))
 
     def _dealt(self, current: list[int]) -> list[int]:
         """Leases in which each idle worker has half of what another one has not begun.
 
-        Half, not one, since a heartbeat passes until it can have more.
+        Half, not one, since a heartbeat passes until it can have more. What a worker has that hangs
+        counts as not begun.
         """
         wanted = list(current)
         beats = {s.member.incarnation: s.beat for s in self._workers() if s.beat is not None}
@@ -91,11 +106,22 @@ class Balance:
             who: [slot for slot in beat.spare if slot < len(current) and current[slot] == who]
             for who, beat in beats.items()
         }
+        for who in self._hung():
+            spare[who] = [slot for slot, other in enumerate(current) if other == who]
         for who in [who for who, beat in beats.items() if beat.is_idle]:
             richest = max(spare, key=lambda other: len(spare[other]), default=who)
             for _ in range(-(-len(spare.get(richest, [])) // 2)):
                 wanted[spare[richest].pop()] = who
         return wanted
+
+    def _hung(self) -> list[int]:
+        """Workers that take far longer for a slot than others did at best."""
+        workers = self._workers()
+        least = [state.least_ns for state in workers if state.least_ns]
+        if not least:
+            return []
+        limit_ns = HUNG_FACTOR * sum(least) // len(least)
+        return [state.member.incarnation for state in workers if state.slot_time_ns > limit_ns]
 
     def help(
         self, now_ns: int, late: RoundLate, view: View

@@ -89,8 +89,9 @@ class MemberState:
         if self.beat is None or beat.round != self.beat.round:
             self.moved_ns, self.lag_ns = now_ns, 0
         self.still_ns = now_ns - self.moved_ns
+        is_news = self.beat is None or beat.slot_time_ns != self.beat.slot_time_ns
         self.beat = beat
-        if beat.slot_time_ns:
+        if beat.slot_time_ns and is_news:  # else what is thought of who has no slots stays
             self.slot_time_ns = beat.slot_time_ns
             self.least_ns = min(self.least_ns or beat.slot_time_ns, beat.slot_time_ns)
 

@@ -174,9 +174,9 @@ def batches(
         With ``"feature"``: how many there are, at least as many as slots.
     policy : str
         What moves slots between workers: ``"predictive"`` (shares in proportion to forecast speed,
-        the default), ``"queue"`` (equal shares; in synchronous jobs idle workers help with what is
-        late) or ``"static"`` (equal shares). Slots of workers that are gone go to others in any
-        case, those of a worker that hangs only with ``"predictive"``.
+        the default), ``"queue"`` (equal shares, and idle workers help with what is late) or
+        ``"static"`` (equal shares). Slots of workers that are gone go to others in any case, those
+        of a worker that hangs not with ``"static"``.
 
     Returns
     -------

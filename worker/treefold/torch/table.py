@@ -290,7 +290,7 @@ class Table:
         SlotMeta
             Its state is empty but for those slots whose state counts.
         """
-        share = 1.0 if self.is_asynchronous else share_of(task, plan)
+        share = 1.0 if self.is_asynchronous else samples_share_of(task, plan)
         self.pushing.end(self.buffers.shares(task.slot, share))
         groups = self._groups or hyper_of(self.owned.inner)
         counts = task.slot == 0 or self.is_asynchronous
@@ -355,11 +355,16 @@ class Table:
 
 
 def share_of(task: Task, plan: LoopPlan) -> float:
+    """What a slot's gradients count with."""
+    if plan.is_shared:  # each slot has parameters of its own, the more so the fewer it shares
+        return 1.0
+    return samples_share_of(task, plan)
+
+
+def samples_share_of(task: Task, plan: LoopPlan) -> float:
     """A slot's share of its round's samples."""
     if plan.kind is PlanKind.LOADER:
         return 1.0 / plan.slots
-    if plan.is_shared:  # each slot has parameters of its own, the more so the fewer it shares
-        return 1.0
     return plan.slot_samples(task.round, task.slot) / plan.round_samples(task.round)
 
 

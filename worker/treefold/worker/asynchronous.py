@@ -136,9 +136,9 @@ class Asynchronous:
     def report(
         self, vitals: Vitals, plan: LoopPlan | None, leased: list[int], is_waiting: bool
     ) -> None:
-        """Say what others may take of the data shards of this pass, or that nothing is left."""
+        """Say what others may take of this pass, or that nothing is left."""
         vitals.spare, vitals.is_idle = [], False
-        if plan is None or not plan.shards or not self.is_on:
+        if plan is None or not self.is_on:
             return
         first, todo = plan.first_round, self._todo(plan, leased)
         vitals.spare = [slot for round_, slot in todo if round_ == first and slot != self._last]
