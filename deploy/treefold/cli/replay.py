@@ -85,7 +85,7 @@ def _tell(spec: TableSpec, version: TapeVersion) -> None:
 
 def _words(verdicts: list[bool]) -> str:
     if not verdicts:
-        return "nothing to compare with: no server that held it ended well"
+        return "nothing to compare with: the tape has no end of it"
     count = len(verdicts)
     if all(verdicts):
         return f"the same bits as {count} server{'s' if count > 1 else ''} had"
