@@ -27,8 +27,9 @@ from treefold.server import rounds as server_rounds
 from treefold.server.core import ServerCore
 from treefold.server.effects import PartsRef, ReleasePayload
 from treefold.server.rounds import Held, Round
+from treefold.wire.decisions import NormDecision, NormReport
 from treefold.wire.exchange import Received, Send, Tick
-from treefold.wire.messages import NormDecision, NormReport, Pull, Push, RoundStatus, View
+from treefold.wire.messages import Pull, Push, RoundStatus, View
 from treefold.worker import rounds as worker_rounds
 from treefold.worker.core import WorkerCore
 from treefold.worker.effects import Effect, FoldPayloads, SlotFinished
@@ -247,9 +248,9 @@ def meta_is_taken_from_any_slot(patch: Patch) -> None:
         if local is None or event.round != local.number:
             return
         for table in self.trained():
-            local.metas[table.number] = event.metas[table.number]
+            local.metas[table.number, event.slot] = event.metas[table.number]
             for shard in table.place.shards if table.place else []:
-                self.send_meta(table, shard.shard, local)
+                self.send_meta(table, shard.shard, local, event.slot)
 
     patch.setattr(Exchange, "finish", eager)
 

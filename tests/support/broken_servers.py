@@ -36,10 +36,12 @@ def no_duplicate_check() -> None:
     """Add a contribution that is there already to what it is in."""
     take = Round.take
 
-    def greedy(self: Round, part: int, push: Push, held: Held, effects: list[Effect]) -> bool:
-        if take(self, part, push, held, effects):
+    def greedy(
+        self: Round, part: int, node: Node, sender: int | None, held: Held, effects: list[Effect]
+    ) -> bool:
+        if take(self, part, node, sender, held, effects):
             return True
-        node, nodes = Node(push.level, push.index), self.folds[part].fold.nodes
+        nodes = self.folds[part].fold.nodes
         over = [kept for known, kept in nodes.items() if contains(known, node)]
         if part in self.made or not over or None in (over[0].payload, held.payload):
             return False

@@ -31,6 +31,7 @@ from treefold.wire.codec import (
     encode,
     encode_all,
 )
+from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision, QuorumReport
 
 GOLDEN: dict[str, str] = json.loads(
     (Path(__file__).parent / "golden" / "messages.json").read_text(encoding="utf-8")
@@ -85,8 +86,8 @@ EXAMPLES: list[m.AnyMessage] = [
     m.RoundLate(5, 17, [2, 3, 7]),
     m.Grant(17, [2, 3]),
     m.Flush(17),
-    m.NormReport(5, 0, 1, 17, [0.5, 1e300, 0.0]),
-    m.NormDecision(0, 17, 1.5),
+    NormReport(5, 0, 1, 17, [0.5, 1e300, 0.0]),
+    NormDecision(0, 17, 1.5),
     m.StatusRequest(7),
     m.StatusReply(7, b'{"round":17}'),
     m.Stop(words.Outcome.DONE, ""),
@@ -97,7 +98,25 @@ EXAMPLES: list[m.AnyMessage] = [
     m.DrainRequest(7, "server-1"),
     m.Push(99, 6, 3, 0, 1, 2, 2, 17, 8, 1, 3, [b"\x02", b"\x00"], LENT),
     m.RoundHyper(99, 6, 3, 0, 1, 17, 8, [{"lr": 0.01, "foreach": None}], 1.0),
-    m.RoundMeta(99, 6, 3, 0, 1, 17, 8, [{"lr": 0.01, "foreach": None}], 1.0, b"\x80", 2, 9, 8),
+    m.RoundMeta(
+        99,
+        6,
+        3,
+        0,
+        1,
+        17,
+        8,
+        [{"lr": 0.01, "foreach": None}],
+        1.0,
+        b"\x80",
+        2,
+        9,
+        8,
+        True,
+        3,
+        32,
+        96,
+    ),
     m.Pull(99, 6, 3, 0, 1, 18, 2, [0, 4], words.Need(3, 17, 12, 5, 8)),
     m.Pulled(0, 1, 0, 1, 18, words.Frame(Dtype.FLOAT16, 3)),
     m.Published(0, 1, 18, b"\x80", math.inf),
@@ -132,6 +151,8 @@ EXAMPLES: list[m.AnyMessage] = [
         5, 0, 1, 200, "00000200/t0.model-1-63-5.safetensors", 4096, b"d" * 32, b"", math.inf
     ),
     m.SavedSeen(0, 1, 200),
+    QuorumReport(5, 0, 1, 17, [0, 2, 3], 4),
+    QuorumDecision(17, [0, 2, 3]),
 ]
 BY_NAME = pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 BUNDLED: list[m.AnyMessage] = [m.Flush(17), m.Fenced(6)]

@@ -9,12 +9,13 @@ from treefold.common.spec import (
     TableSpec,
     TensorSpec,
 )
+from treefold.common.tree import Node
 from treefold.server import lateness
 from treefold.server.chains import Chain
 from treefold.server.holding import Shard, Wait
 from treefold.server.rounds import Held, RoundState
 from treefold.wire.membership import MS
-from treefold.wire.messages import Push, RoundMeta
+from treefold.wire.messages import RoundMeta
 
 AFTER = lateness.LATE_AFTER_MS * MS
 PERIOD = 400 * MS  # of the rounds before
@@ -46,8 +47,7 @@ def bring(now_ns: int, shard: Shard, slot: int) -> None:
     if shard.round.active == 0:
         shard.round.open(4, 1)
         lateness.open_round(now_ns, shard)
-    push = Push(1, 1, 1, shard.table, 0, 0, 1, shard.version, 4, 0, slot, [b"\1"], None)
-    shard.round.take(0, push, Held(None, 1), [])
+    shard.round.take(0, Node(0, slot), 1, Held(None, 1), [])
 
 
 def reports(now_ns: int, *shards: Shard) -> list[tuple[int, list[int]]]:

@@ -23,6 +23,7 @@ from treefold.common.spec import (
     TableSpec,
 )
 from treefold.scheduler.effects import SchedulerStopAsked
+from treefold.wire.decisions import NormDecision, NormReport
 from treefold.wire.exchange import Halt, Note
 from treefold.wire.membership import MS
 from treefold.wire.messages import (
@@ -35,8 +36,6 @@ from treefold.wire.messages import (
     Heartbeat,
     HeartbeatSeen,
     Leave,
-    NormDecision,
-    NormReport,
     Pull,
     Refused,
     Register,

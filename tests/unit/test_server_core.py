@@ -49,6 +49,7 @@ from treefold.server.effects import (
     ServerFailed,
 )
 from treefold.server.limits import ServerLimits
+from treefold.wire.decisions import NormDecision, NormReport
 from treefold.wire.exchange import Halt, PeerLost, Received, Send, Tick
 from treefold.wire.membership import MS
 from treefold.wire.messages import (
@@ -59,8 +60,6 @@ from treefold.wire.messages import (
     Heartbeat,
     HeartbeatSeen,
     Leave,
-    NormDecision,
-    NormReport,
     Published,
     Pulled,
     Push,

@@ -64,9 +64,16 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed : int
         The job's seed.
     consistency : str
-        When contributions are applied, unless the script says it: ``sync``, ``async`` or ``ssp``.
+        When contributions are applied, unless the script says it: ``sync``, ``async``, ``ssp`` or
+        ``quorum``.
     staleness : int
         How many rounds a slot may be ahead of the slowest one with ``ssp``.
+    quorum : int
+        How many slots of a round are enough with ``quorum``; it has to be said there.
+    grace : float
+        How long the others are waited for, in units of the time that it usually takes to get them.
+    late : str
+        What becomes of the batches of others: ``requeue`` or ``drop``.
     compensation : str
         What is done about stale contributions, unless the script says it: one of `COMPENSATIONS`.
     heartbeat_ms : int
@@ -124,6 +131,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)] = 0
     consistency: str = "sync"
     staleness: NotNegative = 4
+    quorum: Annotated[int, Meta(ge=0, le=65_536)] = 0
+    grace: Annotated[float, Meta(ge=0, le=1e6)] = 0.5
+    late: str = "requeue"
     compensation: str = "none"
     heartbeat_ms: Positive = 500
     dead_after_ms: Positive = 2_000
@@ -160,8 +170,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.log_level not in ("debug", "info", "warning", "error"):
             msg = f"log_level is {self.log_level!r}; it is one of debug, info, warning, error"
             raise ConfigError(msg)
-        if self.consistency not in ("sync", "async", "ssp"):
-            msg = f"consistency is {self.consistency!r}; it is sync, async or ssp"
+        if self.consistency not in ("sync", "async", "ssp", "quorum"):
+            msg = f"consistency is {self.consistency!r}; it is sync, async, ssp or quorum"
+            raise ConfigError(msg)
+        if self.consistency == "quorum" and self.quorum < 1:
+            msg = "quorum is 0; with consistency=quorum it says how many slots of a round are enough"
+            raise ConfigError(msg)
+        if self.late not in ("requeue", "drop"):
+            msg = f"late is {self.late!r}; it is requeue or drop"
             raise ConfigError(msg)
         if self.compensation not in COMPENSATIONS:
             msg = f"compensation is {self.compensation!r}; it is one of {', '.join(COMPENSATIONS)}"

@@ -77,6 +77,38 @@ def decode_applied(state: bytes) -> Applied:
     return _applied.decode(state) if state else NOTHING_APPLIED
 
 
+class Progress(msgspec.Struct, frozen=True, array_like=True):
+    """What goes with a version of a table whose rounds go on without the last slots.
+
+    A batch is what one slot computes in one round of the plan, and has the name ``(round, slot)``.
+
+    Attributes
+    ----------
+    next : int
+        The first round of the plan that has not been tried yet.
+    again : list of (int, int)
+        Batches that came too late for their round, and are still to be computed again.
+    missed : int
+        How many came too late since the job began.
+    record : bytes
+        The `RoundState` that the first slot in the last round left.
+    """
+
+    next: int
+    again: list[tuple[int, int]]
+    missed: int
+    record: bytes
+
+
+NO_PROGRESS = Progress(0, [], 0, b"")
+_progress = msgspec.msgpack.Decoder(Progress)
+
+
+def decode_progress(state: bytes) -> Progress:
+    """What the state of a version of such a table says; version 0 has none."""
+    return _progress.decode(state) if state else NO_PROGRESS
+
+
 class OpaqueTensor(msgspec.Struct, frozen=True, array_like=True):
     """A buffer that is no tensor of the table: its name, torch's name of its dtype, its bytes.
 

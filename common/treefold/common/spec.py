@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from treefold.common.errors import DataError
+from treefold.common.plan import SLOTS_MAX
 
 TENSORS_MAX = 1_000_000  # far above any model's tensor count; bounds what a peer can make us build
 RANK_MAX = 16  # dimensions of one tensor
@@ -54,6 +55,7 @@ class ConsistencyKind(IntEnum):
     SYNC = 1  # all slots of a round together, folded
     ASYNC = 2  # each one by itself, as it comes
     SSP = 3  # the same, and no slot gets further ahead of the slowest one than a bound
+    QUORUM = 4  # rounds as in SYNC, which go on without the last slots after a while
 
 
 class Compensation(IntEnum):
@@ -78,6 +80,14 @@ class Compensation(IntEnum):
 COMPENSATIONS = {one.name.lower().replace("_", "-"): one for one in Compensation}
 """By the names that users give them."""
 VERSIONS_MAX = 4096  # older versions that a server may be asked to keep
+GRACE_MAX = 1e6  # times that it took a quorum to come together
+
+
+class Late(IntEnum):
+    """What becomes of a batch whose contribution comes when its round has gone on without it."""
+
+    REQUEUE = 1  # a later round has it again
+    DROP = 2  # it is left out
 
 
 class Consistency(msgspec.Struct, frozen=True, array_like=True):
@@ -85,7 +95,8 @@ class Consistency(msgspec.Struct, frozen=True, array_like=True):
 
     ``staleness`` is the bound of `ConsistencyKind.SSP` in rounds, 0 for other kinds. With
     compensations that correct gradients ``strength`` is how much of the correction counts, and
-    ``versions`` how many older versions servers keep for it.
+    ``versions`` how many older versions servers keep for it. With `ConsistencyKind.QUORUM` a round
+    goes on with ``quorum`` slots once ``grace`` times the time that it took to get them has passed.
     """
 
     kind: ConsistencyKind = ConsistencyKind.SYNC
@@ -93,6 +104,9 @@ class Consistency(msgspec.Struct, frozen=True, array_like=True):
     compensation: Compensation = Compensation.NONE
     strength: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     versions: Annotated[int, Meta(ge=0, le=VERSIONS_MAX)] = 0
+    quorum: Annotated[int, Meta(ge=0, le=SLOTS_MAX)] = 0
+    grace: Annotated[float, Meta(ge=0, le=GRACE_MAX)] = 0.0
+    late: Late = Late.REQUEUE
 
 
 SYNC = Consistency()
@@ -168,8 +182,14 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True):
     @property
     def is_asynchronous(self) -> bool:
         """Whether contributions are applied one by one."""
-        is_trained = self.rule is Rule.OPTIMIZER
-        return is_trained and self.consistency.kind is not ConsistencyKind.SYNC
+        is_alone = self.consistency.kind in (ConsistencyKind.ASYNC, ConsistencyKind.SSP)
+        return is_alone and self.rule is Rule.OPTIMIZER
+
+    @property
+    def is_quorum(self) -> bool:
+        """Whether rounds go on without the last slots."""
+        is_quorum = self.consistency.kind is ConsistencyKind.QUORUM
+        return is_quorum and self.rule is Rule.OPTIMIZER
 
     def __post_init__(self) -> None:
         """Check what concerns several fields at once."""

@@ -18,13 +18,13 @@ from treefold.common.plan import Count, LoopPlan
 from treefold.common.round_state import RECORD_BYTES_MAX
 from treefold.common.spec import GROUPS_MAX, Hyper, TableSpec, Text
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy, UnitTaken
+from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision, QuorumReport
 from treefold.wire.words import (
     FOLDER_LENGTH_MAX,
     FRAME_BYTES_MAX,
     MEMBERS_MAX,
     PARTS_MAX,
     RUN_PARTS_MAX,
-    SHARDS_MAX,
     TABLES_MAX,
     Active,
     Address,
@@ -44,6 +44,7 @@ from treefold.wire.words import (
     Round,
     ShardNumber,
     Slot,
+    SlotCount,
     Slots,
     Spent,
     StaleCounts,
@@ -223,24 +224,6 @@ class Flush(Message, tag=14, frozen=True):
     round: Round
 
 
-class NormReport(Message, tag=15, frozen=True):
-    """A server to the scheduler: sum of squares of the folded gradient, float64, block by block."""
-
-    incarnation: Count
-    table: TableNumber
-    shard: ShardNumber
-    round: Round
-    sums: Annotated[list[float], Meta(max_length=SHARDS_MAX)]
-
-
-class NormDecision(Message, tag=16, frozen=True):
-    """The scheduler to servers: the global gradient norm of one round of one table."""
-
-    table: TableNumber
-    round: Round
-    norm: float
-
-
 class StatusRequest(Message, tag=17, frozen=True):
     """Anyone to the scheduler: asks what is going on."""
 
@@ -384,7 +367,10 @@ class RoundMeta(Message, tag=33, frozen=True):
     own record of what the next round starts from (LR schedulers, integer buffers), opaque to
     servers. A round is complete only with it. For asynchronous tables every slot sends it; all
     rounds below ``first``, where the pass over the data began, are in then, and ``base`` is the
-    version of the shard that its loop body began with.
+    version of the shard that its loop body began with. Where rounds go on without the last slots
+    every slot sends it, too: its batch is ``(first, slot)`` of the plan, or if ``is_again`` number
+    ``slot`` of those that were late; the round has ``due`` batches, and the slot ``samples`` of the
+    ``total``.
     """
 
     job: Count
@@ -400,6 +386,10 @@ class RoundMeta(Message, tag=33, frozen=True):
     slot: Slot = 0
     first: Count = 0
     base: Count = 0
+    is_again: bool = False
+    due: SlotCount = 0
+    samples: Count = 0
+    total: Count = 0
 
 
 class Pull(Message, tag=34, frozen=True):
@@ -495,5 +485,5 @@ AnyMessage = (
     | NormDecision | StatusRequest | StatusReply | Stop | Fenced | Push | RoundHyper | RoundMeta
     | Pull | Pulled | Published | RoundStatus | SegmentOffer | SegmentAnswer | ChainSynced
     | ChainDiffers | LeaveAsked | DrainRequest | ChainRound | ChainAsk | ChainApplied
-    | UnitCopy | UnitTaken | ShardSaved | SavedSeen
+    | UnitCopy | UnitTaken | ShardSaved | SavedSeen | QuorumReport | QuorumDecision
 )  # fmt: skip

@@ -10,13 +10,13 @@ from msgspec import Meta
 from treefold.common.plan import SLOTS_MAX, Count
 from treefold.common.spec import Dtype, Name
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MEMBERS_MAX = 65_536
 TABLES_MAX = 1_024
 SHARDS_MAX = 1_048_576
 PARTS_MAX = 1_048_576
 STATE_BYTES_MAX = 1 << 20  # LR schedulers and integer buffers of one job
-CLOCKS_BYTES_MAX = 9 * SLOTS_MAX + 64  # beside them, with versions of asynchronous tables
+PROGRESS_BYTES_MAX = 32 * SLOTS_MAX  # beside them, what is in a version, and what was late
 FRAME_BYTES_MAX = 4 << 20  # one payload frame
 VERSIONS_KEPT_MAX = 2  # of one shard, for pulls
 REPLICAS_MAX = 16  # servers in one chain
@@ -44,7 +44,7 @@ StaleCounts = Annotated[
 ]
 """Table, worker, and how many of its contributions were of each class of staleness."""
 Marks = Annotated[bytes, Meta(max_length=ABSENT_BYTES_MAX)]
-State = Annotated[bytes, Meta(max_length=STATE_BYTES_MAX + CLOCKS_BYTES_MAX)]
+State = Annotated[bytes, Meta(max_length=STATE_BYTES_MAX + PROGRESS_BYTES_MAX)]
 Incarnations = Annotated[list[Count], Meta(max_length=REPLICAS_MAX)]
 
 FOLDER_LENGTH_MAX = 4_096  # of the name of a folder of checkpoints

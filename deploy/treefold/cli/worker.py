@@ -15,8 +15,9 @@ DESCRIPTION = (
     "signals reach it and its exit code is seen as if it had been started without treefold."
 )
 FLAGS = (
-    "scheduler", "rank", "slots", "seed", "consistency", "staleness", "compensation",
-    "connect_timeout_s", "retry_ms", "lane", "lane_bytes_max", "ledger", "log_level",
+    "scheduler", "rank", "slots", "seed", "consistency", "staleness", "quorum", "grace", "late",
+    "compensation", "connect_timeout_s", "retry_ms", "lane", "lane_bytes_max", "ledger",
+    "log_level",
 )  # fmt: skip
 
 

@@ -32,8 +32,10 @@ from treefold.scheduler.members import Happening, MemberState, Roster
 from treefold.scheduler.memory import RECORDS_MAX, Memory
 from treefold.scheduler.moving import Moves
 from treefold.scheduler.norms import NormBook
+from treefold.scheduler.quorums import Quorums
 from treefold.scheduler.rollback import Rollback
 from treefold.scheduler.status import status_of
+from treefold.wire.decisions import NormReport, QuorumReport
 from treefold.wire.exchange import Level, Note, Peer, PeerLost, Received, Send, Tick
 from treefold.wire.membership import MS, STALL_MS
 from treefold.wire.messages import (
@@ -48,7 +50,6 @@ from treefold.wire.messages import (
     Heartbeat,
     HeartbeatSeen,
     Leave,
-    NormReport,
     Refused,
     Register,
     RoundLate,
@@ -87,6 +88,7 @@ class SchedulerCore:
         self.phase = Phase.FORMING
         self.ending: Stop | None = None
         self.norms = NormBook()
+        self.quorums = Quorums(self.roster, self.declared)
         self.checkpoints = Checkpoints(self.declared)
         self.rollback = Rollback(self.roster, self.declared, self.chains, self.checkpoints)
         self.memory = Memory()
@@ -178,7 +180,7 @@ class SchedulerCore:
         times = [state.seen_ns + self._patience_ns(state) for state in self.roster.live()]
         if self.phase is Phase.FORMING:
             times.append(self.forming_ns + self.limits.form_timeout_ns)
-        times += self.solitude.deadlines_ns()
+        times += [*self.solitude.deadlines_ns(), *self.quorums.deadlines_ns()]
         if self.plans and self.phase is Phase.RUNNING:
             times.append(self._lease_check_ns)
         return min(times, default=None)
@@ -207,6 +209,7 @@ class SchedulerCore:
                 | Leave()
                 | RoundLate()
                 | NormReport()
+                | QuorumReport()
                 | ChainSynced()
                 | ChainDiffers()
                 | ShardSaved()
@@ -245,6 +248,8 @@ class SchedulerCore:
                 self._on_round_late(now_ns, message)
             case NormReport():
                 self._on_norm_report(message)
+            case QuorumReport():
+                self.out += self.quorums.on_report(now_ns, state, message)
             case ChainSynced():
                 if self.chains.on_synced(message, self.view.number + 1):
                     self._mend(now_ns, is_changed=True)
@@ -477,6 +482,7 @@ class SchedulerCore:
             self.endings.end(now_ns, *given_up)
         if self.plans and now_ns >= self._lease_check_ns and self.phase is Phase.RUNNING:
             self._check_leases(now_ns)
+        self.out += self.quorums.on_time(now_ns)
 
     def _on_ended(self, now_ns: int) -> None:
         is_busy = bool(self.roster.live()) or self.checkpoints.is_writing

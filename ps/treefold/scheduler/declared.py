@@ -68,6 +68,8 @@ class Declared:
 
     def active_slots(self, round_: int) -> int:
         """Slots that have samples in a round; all of them if its pass is not known."""
+        if any(table.spec.is_quorum for table in self.tables):  # rounds are not those of plans
+            return self.slots
         plans = [p for p in self.plans.values() if p.first_round <= round_ < p.end_round]
         return plans[0].active_slots(round_) if plans else self.slots
 
@@ -102,6 +104,13 @@ class Declared:
                 f"worker (here): {lines}"
             )
             return Refused(message.call, Code.SPEC_MISMATCH, text)
+        trained = [one.spec for one in self.tables if one.spec.rule is Rule.OPTIMIZER]
+        rules = [one.consistency for one in trained if one.is_quorum]
+        if rules and any(one.consistency != rules[0] for one in trained):
+            if not known:
+                self.tables.pop()
+            text = f"table {spec.name!r}: where one table of a job has a quorum, all have the same"
+            return Refused(message.call, Code.BAD_SPEC, text)
         if message.incarnation not in table.declared_by:
             table.declared_by.append(message.incarnation)
             self.changes += 1
@@ -112,6 +121,9 @@ class Declared:
         plan = message.plan
         known = self.plans.get(plan.index)
         first = next(iter(self.plans.values()), plan)
+        refusal = self._refusal(plan)
+        if refusal:
+            return Refused(message.call, Code.BAD_SPEC, refusal)
         if known is not None and known != plan:
             lines = "; ".join(differences(known, plan))
             text = (
@@ -132,6 +144,16 @@ class Declared:
                 del self.plans[min(self.plans)]
             return Accepted(message.call, plan.index)
         return Refused(message.call, Code.SPEC_MISMATCH, text)
+
+    def _refusal(self, plan: LoopPlan) -> str:
+        """Why a pass does not go with the tables, empty if it does."""
+        for table in self.tables:
+            what, quorum = f"table {table.spec.name!r}", table.spec.consistency.quorum
+            if table.spec.is_quorum and not 1 <= quorum <= plan.slots:
+                return f"{what} has a quorum of {quorum} of {plan.slots} slots"
+            if table.spec.is_quorum and plan.kind is PlanKind.LOADER:
+                return f"{what}: a quorum needs leased slots, which own loaders do not have"
+        return ""
 
     def begin_from(self, source: Source, tables: list[tuple[TableSpec, bytes]]) -> None:
         """Tables begin with a checkpoint; known ones are placed anew."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from treefold.scheduler.core import SchedulerCore
+    from treefold.wire.decisions import QuorumDecision
     from treefold.wire.words import Outcome, Source
 
 RECORDS_MAX = 2_000  # written since the last snapshot, before the next one takes their place
@@ -41,7 +42,8 @@ class Memory:
         self._begun: tuple[int, Source | None] = (0, None)
         self._saved: dict[tuple[int, int, int], None] = {}
         self._newest = -1
-        self._stamp = (-1, -1, -1, -1, 0)
+        self._decided: QuorumDecision | None = None
+        self._stamp: tuple[object, ...] = ()
         self.count = 0
 
     def news(self, core: "SchedulerCore") -> list[r.Record]:
@@ -52,6 +54,7 @@ class Memory:
             core.chains.changes,
             core.checkpoints.changes,
             core.view.number + (core.ending is not None),
+            core.quorums.decided,
         )
         if stamp == self._stamp:
             return []
@@ -80,6 +83,9 @@ class Memory:
         yield from self._of_declared(core.declared)
         yield from self._of_chains(core.chains, core.view)
         yield from self._of_checkpoints(core.checkpoints)
+        if core.quorums.decided is not None and core.quorums.decided != self._decided:
+            self._decided = core.quorums.decided
+            yield r.QuorumDecided(self._decided)
         if core.ending is not None and not self._has_ended:
             self._has_ended = True
             yield r.Ended(core.ending.outcome, core.ending.text)
@@ -90,6 +96,7 @@ class Memory:
             self._rollbacks = core.rollback.count
             self._declared.clear()
             self._confirmed.clear()
+            self._decided = None
             yield r.RollingBack(core.rollback.was_done)
         begun = (core.rollback.count, core.checkpoints.source)
         if begun != self._begun and not core.rollback.is_choosing:
@@ -181,7 +188,7 @@ def _apply(core: "SchedulerCore", record: r.Record) -> None:
                 core.declared.tables[place.table].place = place
         case r.ChainConfirmed(table, shard, number, servers):
             core.chains.confirmed[table, shard] = (number, servers)
-        case r.RollingBack() | r.BegunAt() | r.Saved() | r.Written():
+        case r.RollingBack() | r.BegunAt() | r.Saved() | r.Written() | r.QuorumDecided():
             _go_on(core, record)
         case r.Draining(incarnation):
             core.chains.draining[incarnation] = None
@@ -189,11 +196,15 @@ def _apply(core: "SchedulerCore", record: r.Record) -> None:
             core.ending = Stop(outcome, text)
 
 
-def _go_on(core: "SchedulerCore", record: r.RollingBack | r.BegunAt | r.Saved | r.Written) -> None:
-    """Take up what is known of checkpoints."""
+def _go_on(
+    core: "SchedulerCore",
+    record: r.RollingBack | r.BegunAt | r.Saved | r.Written | r.QuorumDecided,
+) -> None:
+    """Take up what is known of checkpoints, and of the newest round."""
     match record:
         case r.RollingBack(was_done):
             core.rollback.take_up(was_done)
+            core.quorums.forget()
         case r.BegunAt(source, tables):
             core.rollback.is_choosing = False
             if source is not None:
@@ -203,6 +214,8 @@ def _go_on(core: "SchedulerCore", record: r.RollingBack | r.BegunAt | r.Saved | 
             core.checkpoints.take_up(message)
         case r.Written(version):
             core.checkpoints.take_up_newest(version)
+        case r.QuorumDecided(decision):
+            core.quorums.decided = decision
 
 
 def _declare(declared: Declared, record: r.TableDeclared | r.PlanDeclared) -> None:

@@ -2,7 +2,7 @@
 
 import math
 
-from treefold.wire.messages import NormDecision, NormReport
+from treefold.wire.decisions import NormDecision, NormReport
 
 ROUNDS_KEPT = 4  # decisions kept for servers that ask again
 

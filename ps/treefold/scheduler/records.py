@@ -12,6 +12,7 @@ from msgspec import Meta
 from treefold.common.errors import DataError
 from treefold.common.plan import Count, LoopPlan
 from treefold.common.spec import TableSpec, Text
+from treefold.wire.decisions import QuorumDecision
 from treefold.wire.messages import ShardSaved, View
 from treefold.wire.words import Member, Outcome, Source
 
@@ -109,9 +110,15 @@ class RollingBack(Noted, tag=13, frozen=True):
     was_done: bool
 
 
+class QuorumDecided(Noted, tag=14, frozen=True):
+    """Which slots are in a round; the newest counts."""
+
+    decision: QuorumDecision
+
+
 Record = (
     JobBegan | Enrolled | Parted | TableDeclared | PlanDeclared | ViewMade | ChainConfirmed
-    | Draining | Ended | BegunAt | Saved | Written | RollingBack
+    | Draining | Ended | BegunAt | Saved | Written | RollingBack | QuorumDecided
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -35,6 +35,7 @@ from treefold.server.holding import Shard
 from treefold.server.limits import ServerLimits
 from treefold.server.rounds import Arrived, RoundState
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy, UnitTaken
+from treefold.wire.decisions import NormDecision, QuorumDecision
 from treefold.wire.exchange import (
     SCHEDULER,
     Halt,
@@ -55,7 +56,6 @@ from treefold.wire.messages import (
     Fenced,
     HeartbeatSeen,
     Leave,
-    NormDecision,
     Pull,
     Push,
     Refused,
@@ -157,7 +157,7 @@ class ServerCore:
         times = [self.membership.next_deadline_ns(), self._drain_ns, self._drain_retry_ns]
         times.append(self.exchange.saves.next_deadline_ns())
         for shard in self.exchange.shards.values():
-            times += (shard.late_ns, shard.norm_retry_ns, shard.chain.retry_ns)
+            times += (shard.late_ns, shard.decision_retry_ns, shard.chain.retry_ns)
         return min([time_ns for time_ns in times if time_ns is not None], default=None)
 
     def check_invariants(self) -> None:
@@ -193,8 +193,8 @@ class ServerCore:
                 self._open_shards(now_ns)
             case View():
                 self._on_view(now_ns, message)
-            case NormDecision():
-                self.exchange.on_norm_decision(now_ns, message)
+            case NormDecision() | QuorumDecision():
+                self.exchange.on_decision(now_ns, message)
             case SavedSeen():
                 self.exchange.saves.on_seen(message)
             case Refused() | Accepted():
@@ -446,7 +446,7 @@ class ServerCore:
             self._leave_now(now_ns)
         elif self._drain_retry_ns is not None and now_ns >= self._drain_retry_ns:
             self._ask_to_drain(now_ns)
-        self.exchange.retry_norms(now_ns)
+        self.exchange.ask_again(now_ns)
         self.exchange.saves.retry(now_ns, self.shards)
         self.exchange.replication.retry(now_ns)
         due_ns = self.membership.next_deadline_ns()

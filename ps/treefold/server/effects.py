@@ -144,6 +144,19 @@ class CorrectParts(msgspec.Struct, frozen=True, gc=False):
     active: int
 
 
+class ScaleParts(msgspec.Struct, frozen=True, gc=False):
+    """Multiply the folds of parts with ``total / samples``: some slots are not in them.
+
+    Payloads stay, with other values.
+    """
+
+    table: int
+    shard: int
+    parts: list[ReadyPart]
+    samples: int
+    total: int
+
+
 class ComputeDigest(msgspec.Struct, frozen=True, gc=False):
     """Sum up values and optimizer state of a shard; answered by `DigestComputed`."""
 
@@ -283,6 +296,7 @@ Effect = (
     | ComputeNorm
     | MakeParts
     | CorrectParts
+    | ScaleParts
     | ComputeDigest
     | CopyUnit
     | LoadUnit

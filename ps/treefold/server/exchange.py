@@ -9,6 +9,7 @@ import math
 from treefold.common.errors import InvariantError
 from treefold.common.spec import Rule
 from treefold.common.story import Story
+from treefold.common.tree import Node
 from treefold.server import answers, lateness
 from treefold.server.asynchronous import Asynchronous
 from treefold.server.checkpoints import Saves
@@ -28,13 +29,13 @@ from treefold.server.effects import (
     UnitCopied,
 )
 from treefold.server.holding import Kept, Shard, Wait
+from treefold.server.quorum import Quorum
 from treefold.server.replication import Replication
 from treefold.server.rounds import Arrived, HyperOf, Round, RoundState
+from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision
 from treefold.wire.exchange import SCHEDULER, Peer, Send
 from treefold.wire.membership import MS, Membership
 from treefold.wire.messages import (
-    NormDecision,
-    NormReport,
     Pull,
     Refused,
     RoundHyper,
@@ -84,6 +85,7 @@ class Exchange:
         self.replication = Replication(self, membership, check_every, out)
         self.saves = Saves(membership, out)
         self.asynchronous = Asynchronous(self.saves, out)
+        self.quorum = Quorum(membership, out)
         self._out = out
 
     def on_done(self, now_ns: int, event: Done) -> None:
@@ -103,9 +105,12 @@ class Exchange:
     def on_push(self, now_ns: int, peer: Peer, shard: Shard, arrived: Arrived) -> None:
         """Take in one node of a run of parts, and make what can be made of it."""
         push = arrived.push
-        is_alone = shard.spec.is_asynchronous and shard.chain.is_primary
-        if is_alone and push.round != INITIAL_ROUND and shard.version != INITIAL_ROUND:
-            self.asynchronous.on_push(peer, shard, arrived)
+        is_first = push.round == INITIAL_ROUND or shard.version == INITIAL_ROUND
+        if shard.is_by_slot and not is_first:
+            if shard.spec.is_quorum and push.round == shard.version:
+                lateness.open_round(now_ns, shard)
+            own = self.quorum if shard.spec.is_quorum else self.asynchronous
+            own.on_push(peer, shard, arrived)
             self.advance(now_ns, shard)
             return
         if not shard.chain.is_started:  # the first copy will say where to begin
@@ -124,7 +129,9 @@ class Exchange:
         for number in range(push.count):
             held = arrived.held(number)
             part = push.part + number
-            is_taken = shard.is_loaded(part) and current.take(part, push, held, self._out)
+            node = Node(push.level, push.index)
+            is_here = shard.is_loaded(part)
+            is_taken = is_here and current.take(part, node, push.sender, held, self._out)
             if not is_taken:
                 self.duplicates += 1
                 if held.payload is not None:
@@ -147,9 +154,10 @@ class Exchange:
         """Take in what slot 0 brings."""
         if not shard.chain.is_started:
             return
-        if shard.spec.is_asynchronous and shard.chain.is_primary:
+        if shard.is_by_slot:
             if isinstance(message, RoundMeta) and shard.version != INITIAL_ROUND:
-                self.asynchronous.on_meta(peer, shard, message)
+                own = self.quorum if shard.spec.is_quorum else self.asynchronous
+                own.on_meta(peer, shard, message)
                 self.advance(now_ns, shard)
             return
         refusal = shard.refusal_of_hyper(message)
@@ -186,6 +194,8 @@ class Exchange:
             return False
         if shard.spec.is_asynchronous:
             self.asynchronous.begin(shard)
+        elif shard.spec.is_quorum:
+            self.quorum.begin(now_ns, shard)
         hyper = current.hyper
         if hyper is not None and hyper.norm_max > 0 and not current.is_norm_known:
             if shard.chain.is_primary:
@@ -209,7 +219,7 @@ class Exchange:
         if current.state is not RoundState.OPEN or not current.is_rooted:
             return
         current.state = RoundState.MEASURING
-        shard.norm_retry_ns = now_ns + NORM_RETRY_MS * MS
+        shard.decision_retry_ns = now_ns + NORM_RETRY_MS * MS
         ready = current.ready()
         self._out.append(ComputeNorm(shard.table, shard.number, current.number, ready))
 
@@ -305,7 +315,7 @@ class Exchange:
         if shard.round is None or shard.round.number != event.round:
             return
         shard.round.sums = event.sums
-        shard.norm_retry_ns = now_ns + NORM_RETRY_MS * MS
+        shard.decision_retry_ns = now_ns + NORM_RETRY_MS * MS
         self._out.append(Send(SCHEDULER, self._norm_report(shard)))
 
     def norms(self) -> list[tuple[int, int, float]]:
@@ -320,11 +330,13 @@ class Exchange:
                 found[shard.table] = (shard.table, shard.version - 1, kept.norm)
         return list(found.values())
 
-    def retry_norms(self, now_ns: int) -> None:
+    def ask_again(self, now_ns: int) -> None:
         """Report again what was not decided in time."""
         for shard in self.shards.values():
-            if shard.norm_retry_ns is not None and now_ns >= shard.norm_retry_ns:
-                shard.norm_retry_ns = now_ns + NORM_RETRY_MS * MS
+            if shard.decision_retry_ns is not None and now_ns >= shard.decision_retry_ns:
+                if self.quorum.report_again(now_ns, shard):
+                    continue
+                shard.decision_retry_ns = now_ns + NORM_RETRY_MS * MS
                 self._out.append(Send(SCHEDULER, self._norm_report(shard)))
 
     def _norm_report(self, shard: Shard) -> NormReport:
@@ -334,15 +346,20 @@ class Exchange:
         who = self.membership.incarnation
         return NormReport(who, shard.table, shard.number, current.number, current.sums)
 
-    def on_norm_decision(self, now_ns: int, decision: NormDecision) -> None:
-        """The scheduler has added all shards' shares."""
+    def on_decision(self, now_ns: int, decision: NormDecision | QuorumDecision) -> None:
+        """The scheduler has added all shards' shares, or says which slots are in a round."""
+        if isinstance(decision, QuorumDecision):
+            for shard in self.shards.values():
+                if shard.spec.is_quorum and self.quorum.on_decision(shard, decision):
+                    self.advance(now_ns, shard)
+            return
         for (table, _), shard in self.shards.items():
             current = shard.round
             if table != decision.table or current is None or current.number != decision.round:
                 continue
             if current.state is RoundState.MEASURING and not current.is_norm_known:
                 current.norm, current.is_norm_known = decision.norm, True
-                shard.norm_retry_ns = None
+                shard.decision_retry_ns = None
                 self._make_parts(shard, current)
                 self.advance(now_ns, shard)
 

@@ -123,7 +123,7 @@ class Shard:
     published_ns: int = 0
     round_time_ns: int = 0
     late_ns: int | None = None
-    norm_retry_ns: int | None = None
+    decision_retry_ns: int | None = None
     is_settled: bool = True
     digest: tuple[int, bytes] = (INITIAL_ROUND, b"")
     stuck_ns: int | None = None
@@ -148,6 +148,11 @@ class Shard:
     def is_whole(self) -> bool:
         """Whether the optimizer steps all parts at once."""
         return self.spec.placement is Placement.TENSORWISE and self.spec.rule is Rule.OPTIMIZER
+
+    @property
+    def is_by_slot(self) -> bool:
+        """Whether contributions of slots come here one by one, with what goes with each."""
+        return (self.spec.is_asynchronous or self.spec.is_quorum) and self.chain.is_primary
 
     @property
     def units_count(self) -> int:
@@ -232,7 +237,7 @@ class Shard:
                 (3 * self.round_time_ns + took_ns) // 4 if self.round_time_ns else took_ns
             )
         self.published_ns = now_ns
-        self.late_ns = self.norm_retry_ns = None
+        self.late_ns = self.decision_retry_ns = None
         self.contributors = done.contributors()
         self._learn()
         self.round = self._next_round()
@@ -240,7 +245,9 @@ class Shard:
     def _next_round(self) -> Round | None:
         if self.spec.rule is Rule.CONSTANT and self.version > INITIAL_ROUND:
             return None
-        return Round(self.version, (self.table, self.number), self.pieces)
+        is_quorum = self.spec.is_quorum and self.version != INITIAL_ROUND
+        which = self.version, (self.table, self.number)
+        return Round(*which, self.pieces, is_quorum=is_quorum)
 
     def refusal_of(self, push: Push) -> Refused | None:
         """Why a push cannot be meant for this shard, None if it can."""
@@ -313,7 +320,10 @@ class Shard:
         current = self.round
         if current is None or not self.chain.is_started:  # who is being restored lacks nothing
             return RoundStatus(self.table, self.number, self.version, [], is_meta_missing=False)
-        if current.active == 0:
+        if current.is_by_leaves and current.leaves:
+            lacking = [(n, current.lacking(n)) for n in range(self.parts_count)]
+            missing = [PartMissing(n, slots) for n, slots in lacking if slots][:parts_max]
+        elif current.active == 0:
             missing = [PartMissing(part, []) for part in range(min(parts_max, self.parts_count))]
         else:
             lacking = [(n, part.fold.missing()) for n, part in enumerate(current.folds)]
@@ -342,7 +352,7 @@ class Shard:
             return f"{what}: initial values"
         if not current.is_collecting:
             return f"{what} round {current.number}: the global gradient norm"
-        if current.active == 0:
+        if current.active == 0 and not current.leaves:
             return f"{what} round {current.number}: any slot"
         slots = ", ".join(str(slot) for slot in current.missing())
         return f"{what} round {current.number}: slots {slots}"

@@ -36,13 +36,14 @@ def reports(now_ns: int, shards: Mapping[tuple[int, int], Shard]) -> list[tuple[
             if shard.late_ns is None or shard.version != number:
                 continue
             current = shard.round
-            is_wanted = current is not None and (current.active > 0 or bool(shard.waits))
+            is_open = current is not None and (current.active > 0 or bool(current.leaves))
+            is_wanted = is_open or bool(shard.waits)
             if current is None or not current.is_collecting or not is_wanted:
                 shard.late_ns = None
                 continue
             shard.late_ns = now_ns + _period_ns(shard)
             is_late = True
-            is_unopened |= current.active == 0
+            is_unopened |= not is_open
             missing |= dict.fromkeys(current.missing())
         if is_late:
             found.append((number, [] if is_unopened else sorted(missing)))

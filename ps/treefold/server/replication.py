@@ -90,7 +90,8 @@ class Replication:
             shard.waits.clear()
             if current is not None:
                 current.reopen()
-            shard.late_ns = shard.norm_retry_ns = chain.retry_ns = shard.stuck_ns = None
+                self._release(tuple(current.drop_leaves()))
+            shard.late_ns = shard.decision_retry_ns = chain.retry_ns = shard.stuck_ns = None
         elif not was_primary:
             shard.is_settled = shard.version == INITIAL_ROUND
             shard.stuck_ns = None if shard.is_settled else now_ns

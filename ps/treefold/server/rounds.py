@@ -50,6 +50,19 @@ class Arrived(msgspec.Struct, frozen=True, gc=False):
 
 
 @dataclass(slots=True)
+class Leaf:
+    """A slot's contribution to a round that is folded when it is known which slots are in it."""
+
+    sender: int
+    parts: dict[int, Held] = field(default_factory=dict)
+    meta: RoundMeta | None = None
+
+    def is_whole(self, parts_count: int) -> bool:
+        """Whether all of it is here."""
+        return self.meta is not None and len(self.parts) == parts_count
+
+
+@dataclass(slots=True)
 class PartFold:
     """The nodes of one part, and who sent each contribution that is in them."""
 
@@ -95,6 +108,14 @@ class Round:
         What parts were made of, kept for members that lack it.
     contributed : list of (level, index, sender) or None
         What the primary says of the contributions in part 0.
+    leaves : dict of int to Leaf
+        Contributions by slot, of a round that may go on without the last slots.
+    included : list of int or None
+        The slots that are in such a round, once that is decided.
+    reported : int
+        How many slots the scheduler was told of.
+    is_quorum : bool
+        Whether the round may go on without the last slots.
     """
 
     number: int
@@ -117,6 +138,10 @@ class Round:
     wanted: list[int] | None = None
     roots: dict[int, ReadyPart] = field(default_factory=dict)
     contributed: list[tuple[int, int, int]] | None = None
+    leaves: dict[int, Leaf] = field(default_factory=dict)
+    included: list[int] | None = None
+    reported: int = 0
+    is_quorum: bool = False
 
     def __post_init__(self) -> None:
         """Initial values need nothing from slot 0."""
@@ -128,10 +153,14 @@ class Round:
         self.active = active
         self.folds = [PartFold(FoldSet(active), self.pieces[part]) for part in range(parts_count)]
 
-    def take(self, part: int, push: Push, held: Held, effects: list[Effect]) -> bool:
-        """Take in a node of one part and fold what meets; False if it was a duplicate."""
+    def take(
+        self, part: int, node: Node, sender: int | None, held: Held, effects: list[Effect]
+    ) -> bool:
+        """Take in a node of one part and fold what meets; False if it was a duplicate.
+
+        Nobody is the sender of a slot that is left out.
+        """
         target = self.folds[part]
-        node = Node(push.level, push.index)
         added = target.fold.add(node, held)
         if added is None:
             return False
@@ -140,7 +169,8 @@ class Round:
             low, high = span(node, self.active)
             for inner in [n for n in target.senders if low <= span(n, self.active)[0] < high]:
                 del target.senders[inner]
-        target.senders[node] = push.sender
+        if sender is not None:
+            target.senders[node] = sender
         effects += [ReleasePayload(old.payload) for old in dropped if old.payload is not None]
         for merge in merges:
             left, right = merge.left, merge.right
@@ -192,6 +222,11 @@ class Round:
         is_limited = self.hyper is not None and self.hyper.norm_max > 0
         return self.meta is not None and bool(self.made) and not is_limited
 
+    @property
+    def is_by_leaves(self) -> bool:
+        """Whether the round may go on without the last slots, and is not folded yet."""
+        return self.is_quorum and self.meta is None
+
     def reopen(self) -> None:
         """Another server leads the round from now on."""
         self.is_closed = False
@@ -207,7 +242,30 @@ class Round:
             if number not in self.made
             for held in part.fold.nodes.values()
         ]
-        return [payload for payload in held if payload is not None]
+        payloads = [payload for payload in held if payload is not None]
+        return payloads + [payload for slot in self.leaves for payload in self._of_leaf(slot)]
+
+    def _of_leaf(self, slot: int) -> list[int]:
+        held = self.leaves[slot].parts.values()
+        return [one.payload for one in held if one.payload is not None]
+
+    def drop_leaves(self) -> list[int]:
+        """Let go of contributions that are not folded; returns their payloads."""
+        payloads = [payload for slot in self.leaves for payload in self._of_leaf(slot)]
+        self.leaves.clear()
+        return payloads
+
+    @property
+    def due(self) -> int:
+        """How many slots have a batch, as those say that are here; 0 if none does."""
+        metas = (leaf.meta for leaf in self.leaves.values() if leaf.meta is not None)
+        return next((meta.due for meta in metas), 0)
+
+    def lacking(self, part: int) -> list[int]:
+        """Slots that one part lacks, of those that are in the round or may still be."""
+        wanted = range(self.due) if self.included is None else self.included
+        leaves = self.leaves
+        return [slot for slot in wanted if slot not in leaves or part not in leaves[slot].parts]
 
     def ready(self) -> list[ReadyPart]:
         """Parts that are rooted and not made, in the order in which they lie."""
@@ -223,6 +281,10 @@ class Round:
 
     def missing(self) -> list[int]:
         """Slots that some part, or the meta, still lacks."""
+        if self.is_by_leaves:
+            numbers = range(len(self.pieces))
+            without = [slot for slot, leaf in self.leaves.items() if leaf.meta is None]
+            return sorted({*without, *(slot for part in numbers for slot in self.lacking(part))})
         lacking = {slot: None for part in self.folds for slot in part.fold.missing()}
         if self.meta is None and self.number != INITIAL_ROUND:
             lacking[0] = None

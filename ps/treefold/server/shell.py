@@ -51,6 +51,7 @@ from treefold.server.effects import (
     ReleaseVersion,
     RestoreShard,
     SaveShard,
+    ScaleParts,
     ServerDrainAsked,
     ServerFailed,
     ShardRestored,
@@ -83,7 +84,14 @@ from treefold.wire.words import Frame, Role
 
 LISTENER = "listener"
 TensorWork = (
-    OpenShard | ComputeNorm | MakeParts | CorrectParts | ComputeDigest | CopyUnit | LoadUnit
+    OpenShard
+    | ComputeNorm
+    | MakeParts
+    | CorrectParts
+    | ScaleParts
+    | ComputeDigest
+    | CopyUnit
+    | LoadUnit
 )
 
 
@@ -298,8 +306,8 @@ class ServerShell:
                 return [DigestComputed(effect.table, effect.shard, effect.version, digest)]
             elif isinstance(effect, LoadUnit):
                 self._load(effect)
-            elif isinstance(effect, CorrectParts):
-                self._correct(effect)
+            elif isinstance(effect, CorrectParts | ScaleParts):
+                self._revise(effect)
             else:
                 self._make(effect)
         except (DataError, UnsupportedError) as error:
@@ -383,14 +391,18 @@ class ServerShell:
         while self._widened:
             self._pool.give(self._widened.pop())
 
-    def _correct(self, effect: CorrectParts) -> None:
-        """Correct a stale contribution, to values of its wire type, which copies get as well."""
-        delays = self._delays[effect.table, effect.shard]
+    def _revise(self, effect: CorrectParts | ScaleParts) -> None:
+        """Change what is applied, to values of its wire type, which copies get as well."""
         for ready in effect.parts:
             gradient = self._folded(ready, is_kept=True).gradient
-            if gradient is not None and ready.root is not None:
+            if gradient is None or ready.root is None:
+                continue
+            if isinstance(effect, ScaleParts):
+                gradient.mul_(effect.total / effect.samples)
+            else:
+                delays = self._delays[effect.table, effect.shard]
                 delays.correct(ready.part, gradient, effect.base, effect.active)
-                self._carrier.held(ready.root).payload.tensor.copy_(gradient)
+            self._carrier.held(ready.root).payload.tensor.copy_(gradient)
         while self._widened:
             self._pool.give(self._widened.pop())
 

@@ -62,12 +62,14 @@ class DistributedOptimizer(Optimizer):
         With a narrow one every gradient, every sum of gradients and the parameters that workers
         compute with are rounded to it, the same on any cluster; servers keep float32. Buffers are
         never rounded.
-    consistency : str or SSP
+    consistency : str, SSP or Quorum
         When servers apply contributions. ``"sync"``: those of all slots of a round together, once
         they are all there, with the same bits on any cluster. ``"async"``: each by itself, as it
         comes; slots are at rounds of their own, and each begins with the newest version. ``"ssp"``
         or ``SSP(staleness)``: the same, but no slot gets further ahead of the slowest than a bound.
-        The job's setting by default. All optimizers of a job have to be ``"sync"``, or none.
+        ``"quorum"`` or ``Quorum(slots)``: rounds as with ``"sync"``, which go on without the last
+        slots after a while. The job's setting by default. All optimizers of a job have to be
+        ``"sync"``, or all have one quorum, or none.
     compensation : str or DCASGD
         What servers do about contributions that were computed with an older version than they are
         applied to: ``"none"``; ``"lr-staleness"``, which divides the learning rate by the number of

@@ -8,16 +8,20 @@ import msgspec
 
 from treefold.common.config import Settings
 from treefold.common.errors import ConfigError
+from treefold.common.plan import SLOTS_MAX
 from treefold.common.spec import (
     COMPENSATIONS,
+    GRACE_MAX,
     VERSIONS_MAX,
     Compensation,
     Consistency,
     ConsistencyKind,
+    Late,
 )
 
 STALENESS_MAX = 1 << 31
 STRENGTH_MAX = 1e9
+LATE = {one.name.lower(): one for one in Late}
 _DELAYED = {False: Compensation.DC_ASGD, True: Compensation.DC_ASGD_ADAPTIVE}
 
 
@@ -49,6 +53,53 @@ class SSP:
         is_count = isinstance(value, int) and not isinstance(value, bool)
         if not is_count or not 0 <= self.staleness <= STALENESS_MAX:
             msg = f"staleness is {value!r}; it is a whole number of rounds, 0 or more"
+            raise ConfigError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class Quorum:
+    """Rounds as with ``"sync"``, which go on without the last slots after a while.
+
+    A round is over when all slots have contributed; or when ``slots`` of them have, and others have
+    had as long again, times ``grace``, as that took. What is in counts as the whole round would.
+    Source of the idea: Chen et al., Revisiting distributed synchronous SGD, 2016, section 3, which
+    drops what is late.
+
+    Parameters
+    ----------
+    slots : int
+        How many of the slots of a round are enough.
+    grace : float
+        How long the others are waited for, in units of the time that it usually takes to get
+        ``slots`` of them.
+    late : str
+        What becomes of the batches of others: ``"requeue"`` (a later round has them again, so that
+        every sample counts once per epoch) or ``"drop"``. What was computed of them is never used.
+
+    Raises
+    ------
+    ConfigError
+        A value is of the wrong kind, or out of range.
+    """
+
+    slots: int
+    grace: float = 0.5
+    late: str = "requeue"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        count: object = self.slots
+        is_count = isinstance(count, int) and not isinstance(count, bool)
+        if not is_count or not 1 <= self.slots <= SLOTS_MAX:
+            msg = f"a quorum of slots={count!r}; it is a whole number of slots, 1 or more"
+            raise ConfigError(msg)
+        grace: object = self.grace
+        is_number = isinstance(grace, int | float) and not isinstance(grace, bool)
+        if not is_number or not 0 <= self.grace <= GRACE_MAX:
+            msg = f"grace is {grace!r}; it is a number from 0 to {GRACE_MAX:g}"
+            raise ConfigError(msg)
+        if self.late not in LATE:
+            msg = f"late is {self.late!r}; it is one of {', '.join(map(repr, LATE))}"
             raise ConfigError(msg)
 
 
@@ -109,8 +160,9 @@ def consistency_of(value: object, settings: Settings, compensation: object = Non
 
     Parameters
     ----------
-    value : str, SSP or None
-        ``"sync"``, ``"async"``, ``"ssp"`` (with the job's staleness); None for the job's.
+    value : str, SSP, Quorum or None
+        ``"sync"``, ``"async"``, ``"ssp"`` (with the job's staleness), ``"quorum"`` (with the job's
+        quorum, grace and late); None for the job's.
     settings : Settings
         The job's.
     compensation : str, DCASGD or None
@@ -136,7 +188,8 @@ def consistency_of(value: object, settings: Settings, compensation: object = Non
         names = ", ".join(map(repr, COMPENSATIONS))
         msg = f"compensation={chosen!r}; it is one of {names}, or ps.DCASGD(...)"
         raise ConfigError(msg)
-    if known is not Compensation.NONE and rule.kind is ConsistencyKind.SYNC:
+    is_round = rule.kind in (ConsistencyKind.SYNC, ConsistencyKind.QUORUM)
+    if known is not Compensation.NONE and is_round:
         msg = f"compensation={chosen!r} needs consistency 'async' or 'ssp': a round is never stale"
         raise ConfigError(msg)
     return msgspec.structs.replace(rule, compensation=known)
@@ -163,12 +216,25 @@ def _rule_of(value: object, settings: Settings) -> Consistency:
         value = SSP(settings.staleness)
     if isinstance(value, SSP):
         return Consistency(ConsistencyKind.SSP, value.staleness)
+    if value == "quorum":
+        value = Quorum(settings.quorum, settings.grace, settings.late)
+    if isinstance(value, Quorum):
+        return _quorum_of(value, settings)
     if value == "sync":
         return Consistency()
     if value == "async":
         return Consistency(ConsistencyKind.ASYNC)
-    msg = f"consistency={value!r}; it is 'sync', 'async', 'ssp' or ps.SSP(staleness=...)"
+    names = "'sync', 'async', 'ssp', 'quorum', ps.SSP(...) or ps.Quorum(...)"
+    msg = f"consistency={value!r}; it is one of {names}"
     raise ConfigError(msg)
+
+
+def _quorum_of(value: Quorum, settings: Settings) -> Consistency:
+    if value.slots > settings.slots:
+        msg = f"a quorum of {value.slots} slots, of which a round has {settings.slots}"
+        raise ConfigError(msg)
+    rule = Consistency(ConsistencyKind.QUORUM, quorum=value.slots)
+    return msgspec.structs.replace(rule, grace=float(value.grace), late=LATE[value.late])
 
 
 class OverlapMode(Enum):

@@ -100,15 +100,15 @@ class Session:
 
     def check_can_mix(self, consistency: Consistency) -> None:
         """Refuse a table whose slots would be at other rounds than those of another one."""
-        is_sync = consistency.kind is ConsistencyKind.SYNC
-        others = [table for table in self.tables if table.is_asynchronous is is_sync]
-        if others:
-            text = (
-                f"table {others[0].options.name!r} is "
-                f"{'not ' if is_sync else ''}synchronous and the next one is the other way round; "
-                "the optimizers of one job are all consistency='sync', or none of them is"
-            )
-            raise UnsupportedError(text)
+        for table in self.tables:
+            other = table.options.consistency
+            if _times(other) != _times(consistency):
+                text = (
+                    f"table {table.options.name!r} has consistency {other.kind.name.lower()!r} and "
+                    f"the next one {consistency.kind.name.lower()!r}; the optimizers of one job "
+                    "are all synchronous, all asynchronous, or all of one quorum"
+                )
+                raise UnsupportedError(text)
 
     def is_taken(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to a table already."""
@@ -244,6 +244,12 @@ class Session:
                 "slot whose worker is gone, and all others would wait for it for ever"
             )
             raise UnsupportedError(text)
+        if any(table.is_quorum for table in self.tables):
+            text = (
+                "consistency='quorum' needs ps.batches(): an own loader reads on, so that nobody "
+                "could compute again what came too late"
+            )
+            raise UnsupportedError(text)
         limits = [table.norm_max for table in self.tables]
         size = self.client.size
         plan = LoopPlan(PlanKind.LOADER, 0, 0, 0, size, 0, size, 0, False, 0)
@@ -263,6 +269,13 @@ class Session:
             raise LocalProtocolError("no loop of an own loader was begun")
         if self.next_slot(self.plan) is None:
             raise JobFailedError("the job ended while this worker still had data")
+
+
+def _times(consistency: Consistency) -> object:
+    """What tables that are in one job have to have in common."""
+    if consistency.kind is ConsistencyKind.QUORUM:
+        return consistency
+    return consistency.kind is ConsistencyKind.SYNC
 
 
 class _Current:

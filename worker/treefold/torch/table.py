@@ -96,6 +96,8 @@ class Table:
         Limit for that of the round in work, 0 for none.
     is_asynchronous : bool
         Whether slots contribute one by one.
+    is_quorum : bool
+        Whether rounds go on without the last slots.
     front : int
         The round that left the state that was loaded, of an asynchronous table; otherwise -1.
     """
@@ -115,7 +117,7 @@ class Table:
         spec = table_spec(
             options.name, owned.inner, self._tensors, options.wire, options.consistency
         )
-        self.is_asynchronous = spec.is_asynchronous
+        self.is_asynchronous, self.is_quorum = spec.is_asynchronous, spec.is_quorum
         self.layout = Layout(spec)
         self._pieces: Pieces = cache(self.layout.pieces)
         self.buffers = Buffers(folded, bound.opaque, options.buffers)
@@ -293,7 +295,7 @@ class Table:
         share = 1.0 if self.is_asynchronous else samples_share_of(task, plan)
         self.pushing.end(self.buffers.shares(task.slot, share))
         groups = self._groups or hyper_of(self.owned.inner)
-        counts = task.slot == 0 or self.is_asynchronous
+        counts = task.slot == 0 or self.is_asynchronous or self.is_quorum
         return SlotMeta(groups, self.norm_max, self._next_state() if counts else b"")
 
     def end_loop(self, is_exact: bool) -> None:
@@ -315,7 +317,7 @@ class Table:
         self._is_loaded = False
 
     def _restore_schedule(self, task: Task, plan: LoopPlan) -> None:
-        is_first = task.round == plan.first_round and self._is_exact
+        is_first = task.round == plan.first_round and self._is_exact and not task.is_again
         start = self._loop_start if is_first or self._state is None else self._state.schedule
         if start is not None:
             self.schedules.restore(start)
@@ -365,7 +367,8 @@ def samples_share_of(task: Task, plan: LoopPlan) -> float:
     """A slot's share of its round's samples."""
     if plan.kind is PlanKind.LOADER:
         return 1.0 / plan.slots
-    return plan.slot_samples(task.round, task.slot) / plan.round_samples(task.round)
+    total = task.total or plan.round_samples(task.round)
+    return plan.slot_samples(task.round, task.slot) / total
 
 
 def load_frozen(

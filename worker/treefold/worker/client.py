@@ -65,6 +65,7 @@ class Client:
         self._ledger: Writer | None = None
         self._is_closed = self._is_joined = False
         self._waits_for, self._task_ns, self._pushed_ns, self._lent_in = "", 0, 0, -1
+        self._base = 0
         self._scratches: list[torch.Tensor] = []
         self._streams: list[Arrivals] = []
         self._shell.start()
@@ -229,8 +230,9 @@ class Client:
             if isinstance(answer.value, effects.Task) and answer.value.slot != effects.STANDING_BY:
                 self._task_ns, self._pushed_ns = time.perf_counter_ns(), self._not_computing_ns()
                 task = answer.value
-                is_lent = self._is_lent(task.round)
-                return Task(task.round, task.slot, snapshots, task.is_kept, is_lent)
+                self._base = task.round if task.base < 0 else task.base
+                which = task.round, task.slot, snapshots, task.is_kept, self._is_lent(self._base)
+                return Task(*which, task.total, task.is_again)
 
     def _is_lent(self, round_: int) -> bool:
         """Whether memory lent in this round is in use. With the next version it is free."""
@@ -280,7 +282,7 @@ class Client:
             elements = known[last].stop - known[where.part].start
             check(what, values.flat, elements, TORCH_DTYPES[known[where.part].wire])
             if values.owner is None:
-                self._lent_in = task.round
+                self._lent_in = self._base
         event = effects.Contributed(
             where.table, where.part, where.count, task.round, task.slot, (), where.absent
         )

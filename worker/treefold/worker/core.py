@@ -27,6 +27,7 @@ from treefold.wire.messages import (
     View,
 )
 from treefold.wire.words import Code, Outcome, Phase
+from treefold.worker import quorum
 from treefold.worker.declarations import Declarations
 from treefold.worker.effects import (
     STANDING_BY,
@@ -348,16 +349,17 @@ class WorkerCore:
         snapshots = self._advance(now_ns)
         if any(table.held != self.position for table in self.exchange.trained()):
             return
-        if self.is_draining or self.plan is None or self.plan.is_over(self.position):
+        plan, trained = self.plan, self.exchange.trained()
+        if self.is_draining or plan is None or quorum.is_over(trained, plan, self.position):
             self.exchange.push(self.local.flush() if self.local else [], self.local)
-            self._answer_task(LoopEnd(self.position, snapshots, self.is_draining))
+            end = quorum.end_round(trained, self.position)
+            self._answer_task(LoopEnd(end, snapshots, self.is_draining))
             return
         local = self._open_round(now_ns)
         slot = local.next_slot()
         if slot is not None:
-            local.in_hand = slot
             self._task_ns = now_ns
-            self._answer_task(Task(self.position, slot, snapshots, local.keeps(slot)))
+            self._answer_task(local.task(slot, snapshots))
         elif snapshots:
             self._answer_task(Task(self.position, STANDING_BY, snapshots))
 
@@ -407,12 +409,12 @@ class WorkerCore:
         """The round being computed, with the slots that this worker leases in it."""
         if self.plan is None or self.view is None:
             raise errors.InvariantError("a round without a plan", self.story.lines())
-        local = self.exchange.local
+        local, trained = self.exchange.local, self.exchange.trained()
         if local is None:
-            parts = {table.number: len(table.parts) for table in self.exchange.trained()}
-            local = LocalRound(self.position, self.plan, parts)
-            self.exchange.local = local
-        for table in self.exchange.trained():
+            parts = {table.number: len(table.parts) for table in trained}
+            tried = quorum.tried(trained, self.plan)
+            local = self.exchange.local = LocalRound(self.position, self.plan, parts, tried)
+        for table in trained:
             if not table.pulls:
                 self.exchange.pull(now_ns, table, self.position + 1, attempt=0)
         local.assign(self._leased(self.position))
@@ -453,13 +455,11 @@ class WorkerCore:
 
     def _check_waits(self, now_ns: int) -> None:
         waited_ns = now_ns - (self._started_ns or 0)
-        is_joining = self.membership.standing is Standing.JOINING
-        is_unknown = is_joining and self.membership.incarnation == 0
-        if is_unknown and waited_ns > self.limits.connect_timeout_ns and self.failure is None:
+        is_named = self.membership.standing is not Standing.JOINING or self.membership.incarnation
+        if not is_named and waited_ns > self.limits.connect_timeout_ns and self.failure is None:
             self.membership.give_up()
             waited = f"no scheduler answered within {waited_ns / 1e9:.0f} s"
-            text = f"{waited}; is it running at this address?"
-            self._fail(errors.SchedulerLostError(text))
+            self._fail(errors.SchedulerLostError(f"{waited}; is it running at this address?"))
         is_silent = self.membership.is_silent(now_ns)
         if is_silent and not self._is_silence_noted:
             text = "the scheduler does not answer; training goes on, changes wait for it"

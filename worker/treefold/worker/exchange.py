@@ -189,20 +189,21 @@ class Exchange:
     def contribute(self, leaf: Contributed) -> None:
         """Take in parts of a slot; push what cannot grow here."""
         local = self.local
+        slot = None if local is None else local.slot_of(leaf.round, leaf.slot)
         is_over = leaf.table in self.tables and self.tables[leaf.table].is_pulled
         is_over = is_over and not self.stream.is_open
-        if local is None or leaf.round != local.number or is_over:
+        if local is None or slot is None or is_over:
             self._out += [ReleasePayload(payload) for payload in leaf.payloads]
             return
         pushed: list[tuple[tuple[int, int], Pushed]] = []
         for number in range(leaf.count):
             key = (leaf.table, leaf.part + number)
             payload = leaf.payloads[number] if leaf.payloads else None
-            if local.has(key, leaf.slot):
+            if local.has(key, slot):
                 self._out += [] if payload is None else [ReleasePayload(payload)]
                 continue
             mask = int.from_bytes(leaf.absent[number], "little") if leaf.absent else 0
-            ready = local.contribute(key, leaf.slot, Held(payload, mask), self._out)
+            ready = local.contribute(key, slot, Held(payload, mask), self._out)
             pushed += [(key, one) for one in ready]
         self.push(pushed, local)
 
@@ -211,7 +212,7 @@ class Exchange:
         local, table = self.local, self.tables.get(event.table)
         if local is None or table is None or event.slot != 0 or event.round != local.number:
             return
-        if table.spec.is_asynchronous:
+        if table.spec.is_asynchronous or table.spec.is_quorum:
             return  # nothing is stepped before all of it is there
         local.hypers[event.table] = event
         for shard in table.place.shards if table.place else []:
@@ -220,22 +221,23 @@ class Exchange:
     def finish(self, event: SlotFinished) -> None:
         """The loop body of a slot is over: what it did not contribute is absent."""
         local = self.local
-        if local is None or event.round != local.number:
+        slot = None if local is None else local.slot_of(event.round, event.slot)
+        if local is None or slot is None:
             return
-        local.in_hand = None
-        local.done[event.slot] = None
+        local.done[slot] = None
         for table in self.trained():
             for number, part in enumerate(table.parts):
-                if not local.has((table.number, number), event.slot):
+                if not local.has((table.number, number), slot):
                     marks = ((1 << part.pieces) - 1).to_bytes(-(-part.pieces // 8), "little")
                     self.contribute(
                         Contributed(table.number, number, 1, event.round, event.slot, (), [marks])
                     )
-            counts = event.slot == 0 or table.spec.is_asynchronous
+            counts = slot == 0 or table.spec.is_asynchronous or table.spec.is_quorum
             if counts and table.number in event.metas:
-                local.metas[table.number] = event.metas[table.number]
+                local.metas[table.number, slot] = event.metas[table.number]
                 for shard in table.place.shards if table.place else []:
-                    self.send_meta(table, shard.shard, local)
+                    self.send_meta(table, shard.shard, local, slot)
+        local.in_hand = None
 
     def retry(self, now_ns: int) -> None:
         """Send again what was not answered in time."""
@@ -345,8 +347,9 @@ class Exchange:
         self.push(again, local)
         if status.is_meta_missing and table.number in local.hypers:
             self._send_hyper(table, status.shard, local)
-        if status.is_meta_missing and table.number in local.metas:
-            self.send_meta(table, status.shard, local)
+        for number, slot in local.metas if status.is_meta_missing else ():
+            if number == table.number:
+                self.send_meta(table, status.shard, local, slot)
 
     def _push_initial(self, table: Table, status: RoundStatus) -> None:
         place = table.shard(status.shard)
@@ -411,8 +414,8 @@ class Exchange:
             for shard in table.place.shards if table.place else []:
                 if number in local.hypers:
                     self._send_hyper(table, shard.shard, local)
-                if number in local.metas:
-                    self.send_meta(table, shard.shard, local)
+                for slot in [slot for one, slot in local.metas if one == number]:
+                    self.send_meta(table, shard.shard, local, slot)
 
     def _is_next(
         self, one: tuple[tuple[int, int], Pushed], after: tuple[tuple[int, int], Pushed]
@@ -462,16 +465,16 @@ class Exchange:
         )  # fmt: skip
         self._out.append(Send(place.server, message))
 
-    def send_meta(self, table: Table, shard: int, local: LocalRound) -> None:
-        """Send one shard what slot 0 brings."""
+    def send_meta(self, table: Table, shard: int, local: LocalRound, slot: int) -> None:
+        """Send one shard what goes with a slot, which is slot 0 unless all count."""
         place = table.shard(shard)
         if place is None or self.stream.is_held_back(local):
             return
-        meta = local.metas[table.number]
+        meta = local.metas[table.number, slot]
         message = RoundMeta(
             self.membership.job, self.membership.origin, place.view, table.number, shard,
             local.number, local.active, meta.groups, meta.norm_max, meta.state,
-            next(iter(local.done), 0) if table.spec.is_asynchronous else 0, local.first,
-            self.asynchronous.bases.get((table.number, shard), 0),
+            slot, local.first, self.asynchronous.bases.get((table.number, shard), 0),
+            local.is_again, local.due, *local.samples(slot),
         )  # fmt: skip
         self._out.append(Send(place.server, message))

@@ -4,7 +4,12 @@ import math
 from dataclasses import dataclass, field
 
 from treefold.common.layout import Layout, ShardSpan
-from treefold.common.round_state import decode_applied
+from treefold.common.round_state import (
+    NO_PROGRESS,
+    Progress,
+    decode_applied,
+    decode_progress,
+)
 from treefold.common.spec import Dtype, TableSpec
 from treefold.wire.messages import Published, Pulled, RoundStatus
 from treefold.wire.words import Need, ShardPlace, TablePlace
@@ -145,6 +150,7 @@ class Table:
     numbers: dict[tuple[int, int], int] = field(default_factory=dict)
     pulls: dict[int, ShardPull] = field(default_factory=dict)
     held: int = 0
+    progress: Progress = NO_PROGRESS
     _buffer_parts: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -214,6 +220,9 @@ class Table:
         self.held = first.version
         self.pulls = {}
         which = self.number, first.version
+        if self.spec.is_quorum:
+            self.progress = decode_progress(first.state)
+            return Snapshot(*which, self.progress.record, first.norm, payloads)
         if not self.spec.is_asynchronous:
             return Snapshot(*which, first.state, first.norm, payloads)
         applied = decode_applied(first.state)

@@ -6,10 +6,19 @@ from typing import TypeVar
 
 import msgspec
 
+from treefold.common.lineup import Lineup
 from treefold.common.plan import LoopPlan
 from treefold.common.tree import FoldSet, Node, canonical, root_level, sibling, span
 from treefold.wire.words import RUN_PARTS_MAX
-from treefold.worker.effects import Effect, FoldPayloads, HyperKnown, ReleasePayload, SlotMeta
+from treefold.worker.effects import (
+    Effect,
+    FoldPayloads,
+    HyperKnown,
+    ReleasePayload,
+    SlotMeta,
+    Snapshot,
+    Task,
+)
 
 ItemT = TypeVar("ItemT")
 
@@ -55,6 +64,8 @@ class LocalRound:
         The pass over the data that it belongs to.
     parts : dict of int to int
         Number of parts of each table that has rounds.
+    tried : Lineup or None
+        The batches of a round that may go on without the last slots.
 
     Notes
     -----
@@ -62,16 +73,22 @@ class LocalRound:
     pushed otherwise. A pushed payload is never folded into again: it may still be on its way out.
     """
 
-    def __init__(self, number: int, plan: LoopPlan, parts: dict[int, int]) -> None:
+    def __init__(
+        self, number: int, plan: LoopPlan, parts: dict[int, int], tried: Lineup | None = None
+    ) -> None:
         self.number = number
-        self.active = plan.active_slots(number)
-        self.first = plan.first_round
+        self.plan = plan
+        self.tried = tried
+        self.active = plan.active_slots(number) if tried is None else plan.slots
+        batches = [] if tried is None else tried.batches
+        self._samples = [plan.slot_samples(*batch) for batch in batches]
+        self.due = self.active if tried is None else len(tried.batches)
         self.assigned: dict[int, None] = {}
         self.done: dict[int, None] = {}
         self.in_hand: int | None = None
         self.hypers: dict[int, HyperKnown] = {}
-        self.metas: dict[int, SlotMeta] = {}
-        self.is_flushed = False
+        self.metas: dict[tuple[int, int], SlotMeta] = {}
+        self.is_flushed = tried is not None  # which slots are in is known when they have come
         self.parts = {
             (table, part): LocalPart(FoldSet(self.active))
             for table, count in parts.items()
@@ -81,8 +98,40 @@ class LocalRound:
     def assign(self, slots: list[int]) -> None:
         """Take on more slots; those without samples in this round are left out."""
         for slot in slots:
-            if slot < self.active:
+            if slot < self.due:
                 self.assigned[slot] = None
+
+    @property
+    def first(self) -> int:
+        """The round of the plan whose batches these are, or else the first one of the pass."""
+        return self.plan.first_round if self.tried is None else self.tried.batches[0][0]
+
+    @property
+    def is_again(self) -> bool:
+        """Whether the batches were late before."""
+        return self.tried is not None and self.tried.is_again
+
+    def slot_of(self, round_: int, slot: int) -> int | None:
+        """The slot that has a batch here, as the script names it; None if there is none."""
+        if self.tried is None:
+            return slot if round_ == self.number else None
+        if self.in_hand is None or self.tried.batches[self.in_hand] != (round_, slot):
+            return None
+        return self.in_hand
+
+    def task(self, slot: int, snapshots: list[Snapshot]) -> Task:
+        """What the script is to compute of a slot."""
+        self.in_hand = slot
+        is_kept = self.keeps(slot)
+        if self.tried is None:
+            return Task(self.number, slot, snapshots, is_kept)
+        batch = self.tried.batches[slot]
+        again = self.tried.is_again
+        return Task(*batch, snapshots, is_kept, self.number, sum(self._samples), again)
+
+    def samples(self, slot: int) -> tuple[int, int]:
+        """Samples of a slot, and of all slots together, where the round may go on without some."""
+        return self._samples[slot] if self._samples else 0, sum(self._samples)
 
     def next_slot(self) -> int | None:
         """The first slot that is still to be computed."""

@@ -83,6 +83,8 @@ class Stream:
         local, trained = self._rounds.local, self._rounds.trained()
         if self.is_open or local is None or local.number != version - 1 or not trained:
             return False
+        if local.tried is not None:  # others may go on before this worker is done with the version
+            return False
         return local.next_slot() is None and all(_is_begun(table, version) for table in trained)
 
     def begin(self, now_ns: int, version: int) -> list[Snapshot]:

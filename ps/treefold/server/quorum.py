@@ -1,0 +1,206 @@
+"""Rounds that go on without the last slots: what has come is folded once it is known what is in.
+
+Part of `treefold.server.core` in a file of its own; just as pure. Effects are appended to the
+core's list.
+
+Which slots are in is decided by the scheduler, once for all shards: of those that all of them
+have. Slots that are left out take part in the fold as if they had no gradient, so that the bits of
+a version depend on which slots are in, and on nothing else.
+"""
+
+import msgspec
+
+from treefold.common.lineup import Lineup, after
+from treefold.common.round_state import decode_progress
+from treefold.common.spec import Late
+from treefold.common.tree import Node, span
+from treefold.server.effects import Effect, ReleasePayload, ScaleParts
+from treefold.server.holding import Shard
+from treefold.server.rounds import Arrived, Held, HyperOf, Leaf, Round
+from treefold.wire.decisions import QuorumDecision, QuorumReport
+from treefold.wire.exchange import SCHEDULER, Peer, Send
+from treefold.wire.membership import MS, Membership
+from treefold.wire.messages import Push, Refused, RoundMeta
+from treefold.wire.words import Code
+
+RETRY_MS = 500  # a report that is not answered with a decision is sent again
+
+
+class Quorum:
+    """Contributions to rounds that may go on without the last slots.
+
+    Parameters
+    ----------
+    membership : Membership
+        Who this server is.
+    out : list of Effect
+        The core's effects.
+
+    Attributes
+    ----------
+    late : int
+        Parts of contributions that came when their round had gone on.
+    """
+
+    def __init__(self, membership: Membership, out: list[Effect]) -> None:
+        self.late = 0
+        self._membership = membership
+        self._out = out
+
+    # ---- contributions ------------------------------------------------------------------------
+
+    def on_push(self, peer: Peer, shard: Shard, arrived: Arrived) -> None:
+        """Take in parts of a contribution."""
+        push = arrived.push
+        low, high = span(Node(push.level, push.index), push.active)
+        refusal = shard.refusal_of(push) or shard.out_of_turn(push.round, push.active)
+        if refusal is None and high - low != 1:
+            text = f"node ({push.level}, {push.index}) is not one slot; workers do not fold here"
+            refusal = Refused(0, Code.BAD_NODE, text)
+        leaf = self._leaf(shard, push, low) if refusal is None else None
+        if leaf is None:
+            self._release([*arrived.payloads])
+            self._out += [] if refusal is None else [Send(peer, refusal)]
+            self.late += push.count if refusal is None else 0
+            return
+        for number in range(push.count):
+            held, part = arrived.held(number), push.part + number
+            if part not in leaf.parts:
+                leaf.parts[part] = held
+            elif held.payload is not None:
+                self._release([held.payload])
+
+    def on_meta(self, peer: Peer, shard: Shard, meta: RoundMeta) -> None:
+        """Take in what goes with a contribution."""
+        refusal = shard.refusal_of_hyper(meta) or shard.out_of_turn(meta.round, meta.active)
+        refusal = refusal or _refusal(shard, meta)
+        if refusal is not None:
+            self._out.append(Send(peer, refusal))
+            return
+        leaf = self._leaf(shard, meta, meta.slot)
+        if leaf is not None and leaf.meta is None:
+            leaf.meta = meta
+
+    def _leaf(self, shard: Shard, message: Push | RoundMeta, slot: int) -> Leaf | None:
+        """Where a slot's contribution is gathered; None if nothing can be added to it any more."""
+        current = shard.round
+        if current is None or message.round != current.number or not current.is_by_leaves:
+            return None
+        if current.included is not None and slot not in current.included:
+            return None
+        return current.leaves.setdefault(slot, Leaf(message.sender))
+
+    # ---- which slots are in -------------------------------------------------------------------
+
+    def begin(self, now_ns: int, shard: Shard) -> None:
+        """Tell the scheduler what is here, or fold what is in."""
+        current = shard.round
+        if current is None or not current.is_by_leaves or not current.leaves:
+            return
+        if not (shard.chain.is_primary and shard.chain.is_started):
+            return
+        whole = _whole(shard, current)
+        if current.included is None:
+            enough = max(1, min(shard.spec.consistency.quorum, current.due))
+            if len(whole) >= enough and len(whole) > current.reported:
+                self._report(now_ns, shard, current, whole)
+        elif all(slot in whole for slot in current.included):
+            shard.decision_retry_ns = None
+            self._fold(shard, current, current.included)
+
+    def report_again(self, now_ns: int, shard: Shard) -> bool:
+        """Ask for the decision once more; False if it is known, or is not asked for."""
+        current = shard.round
+        if current is None or not current.is_by_leaves:
+            return False
+        self._report(now_ns, shard, current, _whole(shard, current))
+        return True
+
+    def _report(self, now_ns: int, shard: Shard, current: Round, whole: list[int]) -> None:
+        current.reported = len(whole)
+        shard.decision_retry_ns = now_ns + RETRY_MS * MS
+        who = self._membership.incarnation
+        report = QuorumReport(who, shard.table, shard.number, current.number, whole, current.due)
+        self._out.append(Send(SCHEDULER, report))
+
+    def on_decision(self, shard: Shard, decision: QuorumDecision) -> bool:
+        """The scheduler says which slots are in; False if this is not about the shard's round."""
+        current = shard.round
+        if current is None or not current.is_by_leaves or current.number != decision.round:
+            return False
+        if current.included is None:
+            current.included = decision.slots
+            shard.decision_retry_ns = None
+            for slot in [slot for slot in current.leaves if slot not in decision.slots]:
+                leaf = current.leaves.pop(slot)
+                held = [one.payload for one in leaf.parts.values() if one.payload is not None]
+                self.late += len(leaf.parts)
+                self._release(held)
+        return True
+
+    def _fold(self, shard: Shard, current: Round, included: list[int]) -> None:
+        """Fold what is in, and let the round go its way as any other."""
+        leaves, current.leaves = current.leaves, {}
+        metas = [meta for slot in included if (meta := leaves[slot].meta) is not None]
+        first = metas[0]
+        if current.active == 0:
+            current.open(first.active, shard.parts_count)
+        before = dict.fromkeys([*current.rooted, *current.made])
+        for part, pieces in enumerate(shard.pieces):
+            nothing = (1 << pieces) - 1
+            for slot in range(current.active):
+                leaf = leaves.get(slot) if slot in included else None
+                held = Held(None, nothing) if leaf is None else leaf.parts[part]
+                who = None if leaf is None else leaf.sender
+                is_taken = part not in before and current.take(
+                    part, Node(0, slot), who, held, self._out
+                )
+                if not is_taken and held.payload is not None:
+                    self._release([held.payload])
+        self._scale(shard, current, metas, before)
+        current.hyper = HyperOf(first.groups, first.norm_max)
+        progress = decode_progress(shard.kept[shard.version].state)
+        batches = [(first.first, slot) for slot in range(first.due)]
+        if first.is_again:
+            batches = progress.again[: first.due]
+        is_requeued = shard.spec.consistency.late is Late.REQUEUE
+        tried = Lineup(batches, first.is_again)
+        state = after(progress, tried, included, first.state, is_requeued=is_requeued)
+        current.meta = msgspec.structs.replace(first, state=msgspec.msgpack.encode(state))
+        current.contributed = [(0, slot, leaves[slot].sender) for slot in included]
+
+    def _scale(
+        self, shard: Shard, current: Round, metas: list[RoundMeta], before: dict[int, None]
+    ) -> None:
+        """What is in has to count as all of the round's samples would."""
+        samples, total = sum(meta.samples for meta in metas), metas[0].total
+        parts = [ready for ready in current.ready() if ready.part not in before]
+        if parts and samples != total:
+            self._out.append(ScaleParts(shard.table, shard.number, parts, samples, total))
+
+    def _release(self, payloads: list[int]) -> None:
+        self._out += [ReleasePayload(payload) for payload in payloads]
+
+
+def _whole(shard: Shard, current: Round) -> list[int]:
+    return sorted(s for s, leaf in current.leaves.items() if leaf.is_whole(shard.parts_count))
+
+
+def _refusal(shard: Shard, meta: RoundMeta) -> Refused | None:
+    """Why a contribution must not be taken, None if it may."""
+    where = f"table {shard.spec.name!r} shard {shard.number} round {meta.round}"
+    if meta.slot >= meta.due or meta.due > meta.active or not 0 < meta.samples <= meta.total:
+        text = (
+            f"{where}: slot {meta.slot} of {meta.due} due and {meta.active} active ones, with "
+            f"{meta.samples} of {meta.total} samples"
+        )
+        return Refused(0, Code.BAD_NODE, text)
+    known = [one.meta for one in shard.round.leaves.values()] if shard.round is not None else []
+    of = meta.active, meta.due, meta.total, meta.first, meta.is_again
+    for other in known:
+        if other is None or other.round != meta.round:
+            continue
+        if (other.active, other.due, other.total, other.first, other.is_again) != of:
+            text = f"{where}: slots {other.slot} and {meta.slot} are of different data plans"
+            return Refused(0, Code.SPEC_MISMATCH, text)
+    return None
