@@ -12,8 +12,9 @@ from treefold.common.spec import Placement
 from treefold.common.tree import Node, span
 from treefold.server.effects import MakeParts, ReadyPart, RecordVersion, ReleaseVersion
 from treefold.server.holding import Shard
+from treefold.wire.decisions import QuorumDecision
 from treefold.wire.messages import Published
-from treefold.worker.effects import Snapshot
+from treefold.worker.effects import Snapshot, Task
 from treefold.worker.pulls import PartRange
 
 
@@ -51,6 +52,17 @@ class Checks:
         """The same as somebody with this view may know it."""
         return self.eras[bisect_right(self.rollbacks, view)]
 
+    def on_decided(self, decision: QuorumDecision) -> None:
+        """Rounds have all slots, and there is nothing to decide."""
+        raise Violation(f"{decision} in a job without a quorum")
+
+    def on_computed(self, who: int, task: Task) -> None:
+        """A worker writes down the samples of a slot that it is about to compute."""
+        self.computed[who, task.round, task.slot] = None
+
+    def enter(self, view: int) -> None:
+        """What is checked next is about somebody with this view."""
+
     def roll_back(self, view: int) -> None:
         """The job goes back to a checkpoint with this view."""
         self.rollbacks.append(view)
@@ -81,6 +93,7 @@ class Checks:
 
     def on_made(self, view: int, shard: Shard, effect: MakeParts, values: Sequence[object]) -> None:
         """Parts of a version are made of the right things, when those before are published."""
+        self.enter(view)
         key = (effect.table, effect.shard)
         where = f"version {effect.version} of table {effect.table} shard {effect.shard}"
         published = self.known(view).get(key, -1)
@@ -103,11 +116,12 @@ class Checks:
             given = f"{effect.groups} and limit {effect.norm_max}"
             raise Violation(f"{where} is made with {given}, and should be with {expected}")
         norm = self.reference.norm(effect.table, effect.version)
-        if not _same(effect.norm, norm):
+        if not same(effect.norm, norm):
             raise Violation(f"{where} is made with norm {effect.norm}, and should be with {norm}")
 
     def on_word(self, view: int, published: Published) -> None:
         """What workers are told of a version is what slot 0 left for it."""
+        self.enter(view)
         table, version = published.table, published.version
         where = f"version {version} of table {table} shard {published.shard}"
         newest = self.known(view).get((table, published.shard), -1)
@@ -120,7 +134,7 @@ class Checks:
         expected = b"" if is_constant else self.reference.state(table, version)
         if state != expected:
             raise Violation(f"{where} comes with state {state!r}, not {expected!r}")
-        if not is_constant and not _same(norm, self.reference.norm(table, version)):
+        if not is_constant and not same(norm, self.reference.norm(table, version)):
             raise Violation(f"{where} comes with norm {norm}")
 
     def on_released(self, view: int, effect: ReleaseVersion) -> None:
@@ -150,6 +164,7 @@ class Checks:
 
     def on_recorded(self, view: int, effect: RecordVersion, shard: Shard) -> None:
         """A version is whole; its contributors have each slot once and wrote their samples down."""
+        self.enter(view)
         del shard
         key, round_ = (effect.table, effect.shard), effect.version - 1
         known = self.known(view)
@@ -193,6 +208,7 @@ class Checks:
         values: Sequence[object],
     ) -> dict[int, int]:
         """What a worker loads is exactly one published version; returns that of each shard."""
+        self.enter(view)
         table, version = snapshot.table, snapshot.version
         where = f"the snapshot of table {table} version {version}"
         for part, value in zip(parts, values, strict=True):
@@ -215,5 +231,6 @@ def is_intact(snapshot: Snapshot, memories: Sequence[Memory]) -> bool:
     return all(m.buffer is None or m.buffer.word == snapshot.version for m in memories)
 
 
-def _same(left: float, right: float) -> bool:
+def same(left: float, right: float) -> bool:
+    """Whether two norms are one, NaN being itself."""
     return left == right or (math.isnan(left) and math.isnan(right))

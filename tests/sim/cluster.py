@@ -9,6 +9,7 @@ from tests.sim.checks import Checks
 from tests.sim.clock import draw_clock
 from tests.sim.contributions import Contributions
 from tests.sim.disk import Disk, File
+from tests.sim.gathered import Gathered
 from tests.sim.network import Network
 from tests.sim.process import Process
 from tests.sim.reference import Reference
@@ -106,6 +107,8 @@ class Cluster:
         self.world = World(scenario.seed, is_traced=self.is_traced)
         self.network = Network(self.world, scenario.weather)
         kind = Contributions if scenario.is_asynchronous else Checks
+        if scenario.is_quorum:
+            kind = Gathered
         self.checks = kind(Reference(scenario))
         self.disk = Disk()
         core = self.cores.scheduler(self._limits())

@@ -14,6 +14,7 @@ import msgspec
 
 from tests.sim.apart import apart, like
 from tests.sim.dealing import dealt, few
+from tests.sim.gathered import with_quorum
 from tests.sim.network import Weather
 from tests.sim.scenario import Early, Fault, Kind, Patience, Scenario, Theme, loader, passes, table
 from tests.sim.world import MS, SECOND
@@ -47,7 +48,10 @@ SKEWS_PPM = (0, 200, 200, 200, 200, 200, 2_000, 50_000)
 
 def draw(seed: int, theme: Theme | None = None) -> Scenario:
     """The scenario of a seed, of the theme that it draws itself unless one is given."""
-    return dealt(_draw(seed, theme))
+    if theme is Theme.QUORUM:
+        other = Theme.SAVED if seed % 8 == 0 else like(seed)
+        return dealt(with_quorum(_draw(seed, other), is_wanted=True))
+    return dealt(with_quorum(_draw(seed, theme)))
 
 
 def _draw(seed: int, theme: Theme | None) -> Scenario:

@@ -42,10 +42,12 @@ from treefold.server.effects import (
     RecordVersion,
     ReleasePayload,
     ReleaseVersion,
+    ScaleParts,
     UnitCopied,
 )
 from treefold.wire.chain import UnitCopy
 from treefold.wire.codec import decode
+from treefold.wire.decisions import QuorumDecision
 from treefold.wire.exchange import SCHEDULER, PeerLost, Received, Send
 from treefold.wire.messages import (
     AnyMessage,
@@ -114,6 +116,9 @@ class SchedulerProcess(Listener):
         if isinstance(effect.message, View):
             self.told = max(self.told, effect.message.number)
             self.is_formed |= effect.message.phase is not Phase.FORMING
+        if isinstance(effect.message, QuorumDecision):
+            self.network.count("decided")
+            self.checks.on_decided(effect.message)
         if self.disk.read(JOURNAL):
             self.disk.sync(JOURNAL)
         self.send_to(effect.peer, effect.message)
@@ -138,7 +143,8 @@ class SchedulerProcess(Listener):
 
     def take_up(self, before: "SchedulerProcess", found: list[records.Record]) -> None:
         """Go on with what another one wrote down; its connections lead here from now on."""
-        memory.take_up(self.scheduler, found)
+        if found:  # else nobody was told anything yet
+            memory.take_up(self.scheduler, found)
         self._see_era()
         self._view = self.told = before.told
         self.is_formed = before.is_formed
@@ -225,6 +231,7 @@ class ServerProcess(Listener):
             ReleasePayload: self._release,
             ComputeNorm: self._norm,
             MakeParts: self._make,
+            ScaleParts: self._scale,
             ComputeDigest: self._digest,
             CopyUnit: self._copy,
             LoadUnit: self._load,
@@ -399,12 +406,21 @@ class ServerProcess(Listener):
     def _release(self, effect: ReleasePayload) -> None:
         self.payloads.pop(effect.payload)
 
+    def _scale(self, effect: ScaleParts) -> None:
+        self.network.count("left out")
+        for ready in effect.parts:
+            if ready.root is not None:
+                self.payloads.keep(ready.root)
+                memory = self.payloads.get(ready.root)
+                memory.value = ("counts for all", memory.value, effect.samples, effect.total)
+
     def _values(self, parts: list[ReadyPart]) -> list[object]:
         return [None if p.root is None else self.payloads.get(p.root).value for p in parts]
 
     def _norm(self, effect: ComputeNorm) -> Iterable[object]:
         key = (effect.table, effect.shard)
         shard = self.server.shards[key]
+        self.checks.enter(self.server.view)
         self.checks.on_roots(shard, effect.round, effect.parts, self._values(effect.parts))
         if [part.part for part in effect.parts] != list(range(shard.parts_count)):
             raise Violation(f"a norm of parts {[part.part for part in effect.parts]}")

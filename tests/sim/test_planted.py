@@ -11,6 +11,7 @@ from tests.sim import (
     planted_chains,
     planted_clocks,
     planted_parts,
+    planted_quorum,
     planted_saves,
     planted_streams,
 )
@@ -28,6 +29,7 @@ MODULES = (
     planted_chains,
     planted_clocks,
     planted_parts,
+    planted_quorum,
     planted_saves,
     planted_streams,
 )  # importing them has filled `PLANTED`

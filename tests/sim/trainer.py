@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tests.sim.checks import is_intact, is_part_intact
 from tests.sim.contributions import Contributions
+from tests.sim.gathered import Gathered
 from tests.sim.memory import Gradients, Memory, Origin
 from tests.sim.scenario import Early, Scenario
 from tests.sim.worker import Found, Loaded, WorkerProcess
@@ -88,7 +89,7 @@ class Trainer:
         self.reference = process.checks.reference
         self.held: dict[int, int] = {}
         self.versions: dict[int, dict[int, int]] = {}
-        self.done: dict[tuple[int, int], None] = {}
+        self.done: dict[tuple[int, int, int], None] = {}
         self.begun = 0
         self.tasks = 0
         self.waits_for: Call | None = None
@@ -261,7 +262,7 @@ class Trainer:
         """One loop body: forward and backward, contributions as they are ready, the step."""
         assert isinstance(task, Task)
         self._check_task(task)
-        may_be_lent = self._lent_in == task.round or bool(self.process.streams)
+        may_be_lent = self._lent_in == self._base_of(task) or bool(self.process.streams)
         is_in_use = may_be_lent and self.process.payloads.is_lending
         for table in self.reference.trained:
             self._gradients_of(table).begin_slot(is_in_use)
@@ -375,6 +376,9 @@ class Trainer:
             part = self.process.worker.tables[table].parts[number]
             key = (table, part.start, part.stop)
             value, absent = self.reference.leaf(key, task.round, task.slot)
+            if value is not None and self.scenario.is_quorum:  # with another version it is another
+                assert isinstance(value, tuple)
+                value = (*value, task.base)
             if value is not None and self.scenario.is_asynchronous:  # another one makes another
                 value = (*key, task.round, task.slot, self.process.worker.membership.origin)
             if value is None:
@@ -409,7 +413,7 @@ class Trainer:
             origin = Origin.LENT if leaf.is_lent else Origin.OWN
             handles.append(payloads.add(leaf.memory, origin))
             if leaf.is_lent:
-                self._lent_in = task.round
+                self._lent_in = self._base_of(task)
                 self._gradients_of(leaf.table).is_lent = True
                 self.process.network.count("lent")
         absent = [leaf.marks for leaf in run] if any(leaf.absent for leaf in run) else []
@@ -444,16 +448,21 @@ class Trainer:
         if isinstance(checks, Contributions):
             origin = self.process.worker.membership.origin
             checks.check_begun(self.versions, (task.round, task.slot, origin))
-        elif any(version != task.round for version in versions):
+        elif any(version != self._base_of(task) for version in versions):
             raise Violation(f"{task} with versions {versions} loaded")
-        if (task.round, task.slot) in self.done:
+        which = self._base_of(task), task.round, task.slot
+        if which in self.done:
             raise Violation(f"{task} is given to a worker that has done it")
         if task.slot >= self.scenario.plan_of(task.round).active_slots(task.round):
             raise Violation(f"{task} has no samples")
-        self.done[task.round, task.slot] = None
-        self.begun = task.round
-        who = self.process.worker.membership.origin
-        self.process.checks.computed[who, task.round, task.slot] = None
+        self.done[which] = None
+        self.begun = self._base_of(task)
+        self.process.checks.enter(self.process.view)
+        self.process.checks.on_computed(self.process.worker.membership.origin, task)
+
+    def _base_of(self, task: Task) -> int:
+        """The round that a task is computed in, whatever its batch is called."""
+        return task.round if task.base < 0 else task.base
 
     def _check_end(self, end: LoopEnd, end_round: int) -> None:
         checks = self.process.checks
@@ -461,5 +470,10 @@ class Trainer:
             checks.check_over(self.versions, end_round)
             return
         versions = [self.held.get(table) for table in self.reference.trained]
+        if isinstance(checks, Gathered):
+            checks.enter(self.process.view)
+            for version in versions:
+                checks.check_over(end, version or 0, end_round)
+            return
         if any(version != end.version for version in versions) or end.version < end_round:
             raise Violation(f"{end} of a pass to {end_round} with versions {versions} loaded")

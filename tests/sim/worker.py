@@ -195,6 +195,7 @@ class WorkerProcess(Process):
         ]
         for one in found:
             if one.snapshot.is_streaming:
+                self.checks.enter(self.view)
                 self.checks.on_begun(one.snapshot)
             elif is_intact(one.snapshot, one.memories):
                 values = [memory.value for memory in one.memories]

@@ -174,7 +174,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             msg = f"consistency is {self.consistency!r}; it is sync, async, ssp or quorum"
             raise ConfigError(msg)
         if self.consistency == "quorum" and self.quorum < 1:
-            msg = "quorum is 0; with consistency=quorum it says how many slots of a round are enough"
+            msg = (
+                "quorum is 0; with consistency=quorum it says how many slots of a round are enough"
+            )
             raise ConfigError(msg)
         if self.late not in ("requeue", "drop"):
             msg = f"late is {self.late!r}; it is requeue or drop"

@@ -1,8 +1,9 @@
 """The ledger: which samples entered which version, written as the job runs and read back later.
 
-Servers write which worker's copy of each slot went into a version (one slot, in an asynchronous
-table), and at the end of a job digests of what they held; workers write which samples a slot had.
-All are MessagePack streams, one record after the other, in one folder.
+Servers write which worker's copy of each slot went into a version (by round and slot of the plan,
+where versions are not rounds of it), and at the end of a job digests of what they held; workers
+write which samples a slot had. All are MessagePack streams, one record after the other, in one
+folder.
 """
 
 import hashlib
@@ -46,7 +47,10 @@ class StateRecord(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class AppliedRecord(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """The contribution that made one version of one shard of an asynchronous table."""
+    """A contribution to one version of one shard, named by round and slot of the plan.
+
+    Of an asynchronous table it is the only one, of a table with a quorum one of several.
+    """
 
     table: int
     shard: int
@@ -123,7 +127,7 @@ def entries(folder: str, table: int = 0, shard: int = 0) -> list[Entry]:
     samples: dict[tuple[int, int, int], list[int]] = {}
     active: dict[int, int] = {}
     versions: list[VersionRecord] = []
-    applied: dict[int, AppliedRecord] = {}
+    applied: dict[tuple[int, int, int], AppliedRecord] = {}
     for record in read(folder):
         if isinstance(record, SamplesRecord):
             samples[record.incarnation, record.round, record.slot] = record.samples
@@ -131,11 +135,11 @@ def entries(folder: str, table: int = 0, shard: int = 0) -> list[Entry]:
         elif isinstance(record, StateRecord) or (record.table, record.shard) != (table, shard):
             continue
         elif isinstance(record, AppliedRecord):
-            applied[record.version] = record
+            applied[record.version, record.round, record.slot] = record
         elif record.version > 0:
             versions.append(record)
     found = []
-    for one in sorted(applied.values(), key=lambda record: record.version):
+    for _, one in sorted(applied.items()):
         known = samples[one.incarnation, one.round, one.slot]
         found.append(Entry(one.version, one.slot, one.incarnation, known))
     for record in sorted(versions, key=lambda version: version.version):

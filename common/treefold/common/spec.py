@@ -186,6 +186,14 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True):
         return is_alone and self.rule is Rule.OPTIMIZER
 
     @property
+    def is_by_batch(self) -> bool:
+        """Whether contributions to versions are named by round and slot of the plan.
+
+        Otherwise a version has the nodes of one round.
+        """
+        return self.is_asynchronous or self.is_quorum
+
+    @property
     def is_quorum(self) -> bool:
         """Whether rounds go on without the last slots."""
         is_quorum = self.consistency.kind is ConsistencyKind.QUORUM

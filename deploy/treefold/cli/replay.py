@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tell(spec: TableSpec, version: TapeVersion) -> None:
-    kinds = ("round", "slot") if spec.is_asynchronous else ("level", "index")
+    kinds = ("round", "slot") if spec.is_by_batch else ("level", "index")
     parts = [
         f"{kinds[0]} {one} {kinds[1]} {other} of worker {who}"
         for one, other, who in version.contributors

@@ -152,7 +152,7 @@ class Shard:
     @property
     def is_by_slot(self) -> bool:
         """Whether contributions of slots come here one by one, with what goes with each."""
-        return (self.spec.is_asynchronous or self.spec.is_quorum) and self.chain.is_primary
+        return self.spec.is_by_batch and self.chain.is_primary
 
     @property
     def units_count(self) -> int:

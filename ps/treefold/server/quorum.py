@@ -167,7 +167,7 @@ class Quorum:
         tried = Lineup(batches, first.is_again)
         state = after(progress, tried, included, first.state, is_requeued=is_requeued)
         current.meta = msgspec.structs.replace(first, state=msgspec.msgpack.encode(state))
-        current.contributed = [(0, slot, leaves[slot].sender) for slot in included]
+        current.contributed = [(*batches[slot], leaves[slot].sender) for slot in included]
 
     def _scale(
         self, shard: Shard, current: Round, metas: list[RoundMeta], before: dict[int, None]

@@ -60,7 +60,7 @@ class Recording:
         if not effect.is_primary or (effect.version > 0 and not effect.contributors):
             return  # what came as a copy was recorded by whoever made it
         of_version = effect.table, effect.shard, effect.version
-        if self._core.specs[effect.table].is_asynchronous and effect.version > 0:
+        if self._core.specs[effect.table].is_by_batch and effect.version > 0:
             for round_, slot, who in effect.contributors:
                 self._writer.add(AppliedRecord(*of_version, round_, slot, who))
             return

@@ -95,6 +95,8 @@ class Replication:
         elif not was_primary:
             shard.is_settled = shard.version == INITIAL_ROUND
             shard.stuck_ns = None if shard.is_settled else now_ns
+            if current is not None:
+                current.lead()
         if chain.is_primary:
             for who in chain.others:
                 self._bring_up(shard, who)

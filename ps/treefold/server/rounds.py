@@ -227,6 +227,11 @@ class Round:
         """Whether the round may go on without the last slots, and is not folded yet."""
         return self.is_quorum and self.meta is None
 
+    def lead(self) -> None:
+        """This server leads the round from now on, and has to get itself what it lacks."""
+        if self.is_quorum and not self.is_complete:
+            self.meta = None  # it comes again, with the contributions
+
     def reopen(self) -> None:
         """Another server leads the round from now on."""
         self.is_closed = False
