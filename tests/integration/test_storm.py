@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.exactness import complaints_one_by_one
+from tests.support.exactness import complaints_one_by_one, of_quorum
 from tests.support.processes import Cluster, Process
 from treefold.common.errors import UnavailableError
 from treefold.launch.link import Status, fetch, parse
 
-JOB = "whole_numbers.py"
+JOB, ELEMENTS = "whole_numbers.py", 400_000
 SERVERS, WORKERS = 3, 3
 PAUSE_S = 0.5
 STATUS_MS = 3_000
@@ -89,7 +89,7 @@ class Storm:
             return None
 
 
-@pytest.mark.parametrize("consistency", ["sync", "async", "ssp"])
+@pytest.mark.parametrize("consistency", ["sync", "async", "ssp", "quorum"])
 def test_every_gradient_counts_once_in_a_storm_of_kills(
     consistency: str, cluster: MakeCluster, tmp_path: Path, kills: int
 ) -> None:
@@ -100,7 +100,7 @@ def test_every_gradient_counts_once_in_a_storm_of_kills(
     ledger = "" if is_sync else str(tmp_path / "ledger")
     command = [JOB, f"--rounds={kills * ROUNDS_PER_KILL}", f"--slow={slow}"]
     settings = {"replicas": 2, "journal": str(tmp_path / "journal"), "dead_after_ms": 500}
-    settings |= {"consistency": consistency, "staleness": 2}
+    settings |= {"consistency": consistency, "staleness": 2, "quorum": 5, "grace": 0.1}
     with cluster(SERVERS, WORKERS, ledger=ledger, **settings) as job:
         for _ in range(WORKERS):
             job.worker(*command)
@@ -112,8 +112,16 @@ def test_every_gradient_counts_once_in_a_storm_of_kills(
         assert job.workers[0].found("^final") is None, "the job was over before the storm was"
         slow.unlink()
         job.end(*storm.dead)
-        finals = {worker.line("^final (.*)$")[1] for worker in job.workers if worker.status == 0}
-    assert finals == {"exact"}
-    if not is_sync:
+        done = [worker for worker in job.workers if worker.status == 0]
+        finals = {worker.line("^final (.*)$")[1] for worker in done}
+        bits = {worker.line("^bits (.*)$")[1] for worker in done}
+    if consistency == "quorum":
+        rounds = of_quorum(ledger, kills * ROUNDS_PER_KILL)
+        assert rounds.complaints == []
+        assert rounds.missed() > 0
+        assert bits == {rounds.bits(ELEMENTS)}
+    else:
+        assert finals == {"exact"}
+    if consistency in ("async", "ssp"):
         assert complaints_one_by_one(ledger, kills * ROUNDS_PER_KILL) == []
     assert min(storm.struck[role] for role in ("server", "worker", "scheduler")) > 0

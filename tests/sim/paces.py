@@ -2,13 +2,14 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import msgspec
 
 from tests.sim.cluster import Cluster, Cores, tiny_layout
 from tests.sim.contributions import Contributions
+from tests.sim.gathered import Gathered
 from tests.sim.network import Weather
 from tests.sim.scenario import Patience, Scenario, passes, table
 from tests.sim.stragglers import FixedLeases
@@ -48,11 +49,14 @@ def _ssp(bound: int) -> Consistency:
 
 
 ASYNC = Consistency(ConsistencyKind.ASYNC)
+QUORUM = Consistency(ConsistencyKind.QUORUM, quorum=28, grace=0.1)
 MODES = (
     Mode("sync", SYNC, is_elastic=True),
+    Mode("quorum 28", QUORUM, is_elastic=True),
     Mode("ssp 3", _ssp(3), is_elastic=True),
     Mode("async", ASYNC, is_elastic=True),
     Mode("sync, fixed shares", SYNC, is_elastic=False),
+    Mode("quorum 28, fixed shares", QUORUM, is_elastic=False),
     Mode("ssp 0, fixed shares", _ssp(0), is_elastic=False),
     Mode("ssp 3, fixed shares", _ssp(3), is_elastic=False),
     Mode("ssp 10, fixed shares", _ssp(10), is_elastic=False),
@@ -129,33 +133,50 @@ def schedule(mode: Mode, trouble: Trouble, rounds: int, seed: int = 1) -> Schedu
     scenario = scenario_of(mode, trouble, rounds, seed)
     scheduler = SchedulerCore if mode.is_elastic else FixedLeases
     trainer = stalling(seed) if trouble is Trouble.RANDOM else Trainer
-    each = 1 if mode.rule == SYNC else SLOTS
     with tiny_layout(scenario.block_elements, scenario.part_blocks_max):
         cluster = Cluster(scenario, Cores(scheduler=scheduler, trainer=trainer))
         cluster.begin()
-        reached = _reached(cluster, (ADAPTING_ROUNDS + rounds) * each)
+        steps = _run(cluster, (ADAPTING_ROUNDS + rounds) * SLOTS)
     assert list(cluster.checks.versions) == [(0, 0)], "there must be one order"
-    return _cut(cluster, reached, ADAPTING_ROUNDS * each)
+    return _cut(steps, ADAPTING_ROUNDS * SLOTS)
 
 
-def _reached(cluster: Cluster, last: int) -> list[int]:
-    """Run up to a version; returns when each was made."""
-    reached: list[int] = []
-    while len(reached) <= last:
+def _run(cluster: Cluster, count: int) -> list[Step]:
+    """Run until so many contributions are in; returns the versions that they made."""
+    steps: list[Step] = []
+    while count > 0:
         assert cluster.world.step(), "the job must not end before its last version"
         newest = cluster.checks.versions.get((0, 0), -1)
-        reached += [cluster.world.now_ns] * (newest + 1 - len(reached))
-    return reached[: last + 1]
+        while len(steps) < newest and count > 0:
+            steps.append(_step_of(cluster, len(steps) + 1))
+            count -= len(steps[-1].batches)
+    return steps
 
 
-def _cut(cluster: Cluster, reached: list[int], first: int) -> Schedule:
-    """The steps after a version. What began with an older one counts as begun with that."""
-    checks, steps = cluster.checks, []
-    for version in range(first + 1, len(reached)):
-        round_, slots, base = version - 1, tuple(range(SLOTS)), version - 1
-        if isinstance(checks, Contributions):
-            which = checks.histories[0, 0][version - 1].which
-            round_, slots, base = which[0], (which[1],), checks.begun[which][0, 0]
-        at_ns = reached[version] - reached[first]
-        steps.append(Step(at_ns, round_, slots, max(base, first) - first))
-    return Schedule(tuple(steps))
+def _step_of(cluster: Cluster, version: int) -> Step:
+    """How a version was made, just now."""
+    checks, round_ = cluster.checks, version - 1
+    batches, base = tuple((round_, slot) for slot in range(SLOTS)), round_
+    if isinstance(checks, Contributions):
+        which = checks.histories[0, 0][round_].which
+        batches, base = (which[:2],), checks.begun[which][0, 0]
+    elif isinstance(checks, Gathered):
+        tried = checks.tried(round_).batches
+        batches = tuple(tried[slot] for slot in checks.decisions[round_])
+        return Step(cluster.world.now_ns, batches, base, len(tried) / len(batches))
+    return Step(cluster.world.now_ns, batches, base)
+
+
+def _cut(steps: list[Step], count: int) -> Schedule:
+    """The steps after so many contributions. What began with an older version began with that."""
+    first = 0
+    while count > 0:
+        count -= len(steps[first].batches)
+        first += 1
+    began_ns = steps[first - 1].at_ns
+    return Schedule(
+        tuple(
+            replace(step, at_ns=step.at_ns - began_ns, base=max(step.base, first) - first)
+            for step in steps[first:]
+        )
+    )

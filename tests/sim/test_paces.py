@@ -54,8 +54,15 @@ def test_a_bound_does_not_cure_a_worker_that_stays_slow() -> None:
     assert slowed("ssp 10, fixed shares", Trouble.ONE) > 3.0
 
 
+def test_a_quorum_goes_on_without_a_worker_that_stays_slow() -> None:
+    assert slowed("quorum 28, fixed shares", Trouble.ONE) < 1.6
+    assert times("quorum 28, fixed shares", Trouble.RANDOM) < times(
+        "sync, fixed shares", Trouble.RANDOM
+    )
+
+
 def test_slots_that_move_cure_it_in_every_mode() -> None:
-    for name in ("sync", "ssp 3", "async"):
+    for name in ("sync", "quorum 28", "ssp 3", "async"):
         assert slowed(name, Trouble.ONE) < 1.35, name
 
 
@@ -89,7 +96,9 @@ def test_every_mode_learns_as_much_from_as_many_contributions(name: str) -> None
     usual = taught("sync", Trouble.NONE)
     found = taught(name, Trouble.ONE)
     assert abs(found.accuracy - usual.accuracy) < 0.04
-    assert abs(found.losses[-1] - usual.losses[-1]) < 0.1 * usual.losses[-1]
+    # Without some slots, as many contributions make more steps, each of full size.
+    band = 0.2 if name.startswith("quorum") else 0.1
+    assert abs(found.losses[-1] - usual.losses[-1]) < band * usual.losses[-1]
 
 
 def test_rounds_come_to_the_same_bits_whoever_is_slow_and_asynchronous_steps_do_not() -> None:

@@ -21,12 +21,12 @@ ROUNDS_OF_EPOCH = TRAIN // BATCH
 
 def rounds(count: int) -> list[Step]:
     """Of a synchronous job, a second each."""
-    return [Step(n + 1, n, tuple(range(SLOTS)), n) for n in range(count)]
+    return [Step(n + 1, tuple((n, slot) for slot in range(SLOTS)), n) for n in range(count)]
 
 
 def one_by_one(bases: list[int]) -> list[Step]:
     """Contributions of an asynchronous job, slot after slot, by the version they begin with."""
-    return [Step(n + 1, n // SLOTS, (n % SLOTS,), base) for n, base in enumerate(bases)]
+    return [Step(n + 1, (divmod(n, SLOTS),), base) for n, base in enumerate(bases)]
 
 
 class Plain:

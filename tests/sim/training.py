@@ -40,16 +40,18 @@ class Step:
     ----------
     at_ns : int
         When.
-    round, slots
-        Of the contributions that it was made of.
+    batches : tuple of (int, int)
+        Round and slot of the contributions that it was made of.
     base : int
         The version that their bodies began with.
+    weight : float
+        What their sum counts with.
     """
 
     at_ns: int
-    round: int
-    slots: tuple[int, ...]
+    batches: tuple[tuple[int, int], ...]
     base: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,9 @@ class Pupil:
     def step(self, step: Step) -> None:
         """Make the next version."""
         self._load(step.base)
-        total = fold([self._gradient(step.round, slot) for slot in step.slots])
+        total = fold([self._gradient(*batch) for batch in step.batches])
+        if step.weight != 1.0:
+            total = total * step.weight
         parts = enumerate(self._state.parts)
         folded = [FoldedPart(part, total[start:stop], b"\0") for part, (start, stop) in parts]
         self._state.step(folded, [HYPER])
@@ -211,7 +215,7 @@ def replay(steps: Sequence[Step], slots: int, seed: int) -> Lesson:
     applied = 0
     for step in steps:
         pupil.step(step)
-        before, applied = applied, applied + len(step.slots)
+        before, applied = applied, applied + len(step.batches)
         if applied // slots > before // slots:
             times_ns.append(step.at_ns)
             losses.append(pupil.loss())

@@ -5,10 +5,14 @@ slot. A version that was told to workers stays as it was told: a server that was
 down what its primary had, so two records of one version name the same contributions.
 """
 
+import hashlib
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.jobs.whole_numbers import SLOTS
+import torch
+
+from tests.integration.jobs.whole_numbers import KINDS, SLOTS, gradient_of
 from treefold.common import ledger
 from treefold.common.ledger import AppliedRecord, Record, SamplesRecord, VersionRecord
 from treefold.common.plan import LoopPlan, PlanKind
@@ -50,6 +54,73 @@ def complaints(folder: str, rounds: int, seed: int = 0) -> list[str]:
     lacking = [(s, v) for s in shards for v in range(1, rounds + 1) if (s, v) not in made]
     found += [f"shard {shard} version {version} was not made" for shard, version in lacking]
     return found if shards else [*found, "no version was made"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """What rounds were made of that may go on without the last slots.
+
+    Attributes
+    ----------
+    complaints : list of str
+        What is wrong; empty if nothing is.
+    batches : list of list of (int, int)
+        Round and slot of the plan, by version from 1 on.
+    order : list of int
+        The samples in the order of the plan.
+    """
+
+    complaints: list[str]
+    batches: list[list[tuple[int, int]]]
+    order: list[int]
+
+    def missed(self) -> int:
+        """How many versions have less than a round."""
+        return sum(len(batches) < SLOTS for batches in self.batches)
+
+    def bits(self, elements: int) -> str:
+        """The hash of the parameters that these versions come to."""
+        gradients = [gradient_of(kind, elements).float() / SLOTS for kind in range(KINDS)]
+        parameters = torch.zeros(elements)
+        for batches in self.batches:
+            total = torch.zeros(elements)
+            for round_, slot in batches:
+                total += gradients[self.sample(round_, slot) % KINDS]
+            if len(batches) < SLOTS:
+                total.mul_(SLOTS / len(batches))
+            parameters.sub_(total)
+        return hashlib.sha256(parameters.numpy().tobytes()).hexdigest()
+
+    def sample(self, round_: int, slot: int) -> int:
+        """The only sample of a batch."""
+        return self.order[round_ * SLOTS + slot]
+
+
+def of_quorum(folder: str, rounds: int, seed: int = 0) -> Rounds:
+    """The same for a job with a quorum: versions are the same set on every shard, batches once."""
+    records = ledger.read(folder)
+    wanted, found = _planned(rounds, seed), []
+    samples = {
+        (one.incarnation, one.round, one.slot): one.samples
+        for one in records
+        if isinstance(one, SamplesRecord)
+    }
+    made: dict[tuple[int, int], dict[tuple[int, int], None]] = {}
+    for record in (one for one in records if isinstance(one, AppliedRecord)):
+        which = (record.round, record.slot)
+        made.setdefault((record.shard, record.version), {})[which] = None
+        if samples.get((record.incarnation, *which)) != wanted.get(which):
+            found.append(f"{record} has other samples than planned")
+    versions = sorted({version for _, version in made})
+    batches = [sorted(made[0, version]) for version in versions if (0, version) in made]
+    for (shard, version), own in made.items():
+        if sorted(own) != sorted(made.get((0, version), {})):
+            found.append(f"version {version} has {sorted(own)} in shard {shard}, not in shard 0")
+    counts = Counter(which for one in batches for which in one)
+    found += [f"{which} counts {count} times" for which, count in counts.items() if count > 1]
+    found += [f"{which} does not count" for which in wanted if which not in counts]
+    order = permutation(rounds * SLOTS, seed, 0).tolist()
+    return Rounds(found if made else ["nothing was applied"], batches, order)
 
 
 def complaints_one_by_one(folder: str, rounds: int, seed: int = 0) -> list[str]:

@@ -11,7 +11,7 @@ from tests.support.reference import ReferenceJob
 from tests.support.sessions import backward, bare, dataset, joined, loss_of
 from treefold.common.config import Settings, load
 from treefold.common.errors import ConfigError, UnsupportedError
-from treefold.common.spec import SYNC, Compensation, Consistency, ConsistencyKind
+from treefold.common.spec import SYNC, Compensation, Consistency, ConsistencyKind, Late
 from treefold.torch.options import consistency_of
 
 SETTINGS = Settings()
@@ -31,6 +31,11 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
         ("ssp", Consistency(ConsistencyKind.SSP, 4)),
         (ps.SSP(staleness=0), Consistency(ConsistencyKind.SSP, 0)),
         (ps.SSP(7), Consistency(ConsistencyKind.SSP, 7)),
+        (ps.Quorum(6), Consistency(ConsistencyKind.QUORUM, quorum=6, grace=0.5)),
+        (
+            ps.Quorum(8, grace=0, late="drop"),
+            Consistency(ConsistencyKind.QUORUM, quorum=8, late=Late.DROP),
+        ),
     ],
 )
 def test_a_mode_has_a_name(value: object, expected: Consistency) -> None:
@@ -45,8 +50,29 @@ def test_a_script_that_says_nothing_gets_the_jobs_mode() -> None:
 
 @pytest.mark.parametrize("value", ["asynchronous", "SSP", 3, True, ps.SSP])
 def test_an_unknown_mode_is_refused_by_name(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"it is 'sync', 'async', 'ssp' or ps.SSP"):
+    with pytest.raises(ConfigError, match=r"it is one of 'sync', 'async', 'ssp', 'quorum'"):
         consistency_of(value, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"slots": 0}, {"slots": 2.0}, {"slots": True}, {"slots": 2, "grace": -1},
+     {"slots": 2, "grace": "0"}, {"slots": 2, "late": "blend"}],
+)  # fmt: skip
+def test_a_quorum_that_is_none_is_refused_by_name(arguments: dict[str, Any]) -> None:
+    *_, (name, value) = arguments.items()
+    with pytest.raises(ConfigError, match=f"{name}(=| is ){value!r}"):
+        ps.Quorum(**arguments)
+
+
+def test_a_quorum_of_more_slots_than_there_are_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a quorum of 9 slots, of which a round has 8"):
+        consistency_of(ps.Quorum(9), SETTINGS)
+    settings = load({"consistency": "quorum", "quorum": 2, "grace": 1.5, "late": "drop"}).settings
+    expected = Consistency(ConsistencyKind.QUORUM, quorum=2, grace=1.5, late=Late.DROP)
+    assert consistency_of(None, settings) == expected
+    with pytest.raises(ConfigError, match="needs consistency 'async' or 'ssp'"):
+        consistency_of("quorum", settings, "lr-staleness")
 
 
 @pytest.mark.parametrize("staleness", [-1, 1.5, "4", True, 1 << 40])
@@ -106,8 +132,12 @@ def test_a_momentum_that_is_corrected_has_to_be_there() -> None:
 
 
 def test_settings_that_are_no_mode_or_bound_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="consistency is 'quorum'; it is sync, async or ssp"):
+    with pytest.raises(ConfigError, match="consistency is 'bsp'; it is sync, async, ssp or quorum"):
+        load({"consistency": "bsp"})
+    with pytest.raises(ConfigError, match="quorum is 0; with consistency=quorum"):
         load({"consistency": "quorum"})
+    with pytest.raises(ConfigError, match="late is 'blend'"):
+        load({"late": "blend"})
     with pytest.raises(ConfigError, match="staleness"):
         load({"staleness": -1})
 
@@ -124,7 +154,7 @@ def test_tables_of_different_modes_are_refused_by_name() -> None:
     with joined(ReferenceJob(slots=2)):
         first, second = bare(), bare()
         ps.DistributedOptimizer(sgd(first), first, consistency="async")
-        with pytest.raises(UnsupportedError, match="table 'model' is not synchronous"):
+        with pytest.raises(UnsupportedError, match="table 'model' has consistency 'async'"):
             ps.DistributedOptimizer(sgd(second), second)
 
 

@@ -38,7 +38,10 @@ class NormDecision(Message, tag=16, frozen=True):
 
 
 class QuorumReport(Message, tag=27, frozen=True):
-    """A server to the scheduler: so far these slots of a round, of ``due``, are in a shard."""
+    """A server to the scheduler: so far these slots of a round, of ``due``, are in a shard.
+
+    Their batches are those of round ``planned`` of the plan, or of that one and others.
+    """
 
     incarnation: Count
     table: TableNumber
@@ -46,6 +49,7 @@ class QuorumReport(Message, tag=27, frozen=True):
     round: Round
     slots: Slots
     due: SlotCount
+    planned: Count = 0
 
 
 class QuorumDecision(Message, tag=28, frozen=True):

@@ -129,7 +129,9 @@ def _table(table: TableStatus) -> Text:
     shards = [f"{s.shard} on {_chain(s)} ({s.blocks} blocks)" for s in table.shards]
     text = f"table {table.name}: {table.tensors} tensors, {table.elements:,} elements{optimizer}"
     text += f"; shards {', '.join(shards) or 'not placed yet'}"
-    if table.consistency != "sync":
+    if table.consistency.startswith("quorum"):
+        text += f"; {table.consistency}, {table.missed} slots came too late"
+    elif table.consistency != "sync":
         stale = [f"{who} {one.median} (p99 {one.p99})" for who, one in table.staleness.items()]
         text += f"; {table.consistency}, staleness {', '.join(stale) or 'not known yet'}"
     return Text(text)

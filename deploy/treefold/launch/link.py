@@ -70,6 +70,7 @@ class TableStatus(msgspec.Struct, frozen=True):
     shards: list[ShardStatus]
     consistency: str = "sync"
     staleness: dict[str, WorkerStaleness] = {}
+    missed: int = 0
 
 
 class PlanStatus(msgspec.Struct, frozen=True):

@@ -36,12 +36,14 @@ class Quorums:
         How long it takes to get a quorum, from the decision before; smoothed, 0 if not known.
     missed : int
         Slots that were left out since this scheduler began.
+    planned : int
+        How far the job is in its plans, as a round of theirs.
     """
 
     def __init__(self, roster: Roster, declared: Declared) -> None:
         self.decided: QuorumDecision | None = None
         self.usual_ns = 0
-        self.missed = 0
+        self.missed = self.planned = 0
         self._roster = roster
         self._declared = declared
         self._reports: dict[tuple[int, int], QuorumReport] = {}
@@ -51,6 +53,7 @@ class Quorums:
     def forget(self) -> None:
         """The job goes back, and decides anew."""
         self.decided = self._decided_ns = self._closes_ns = None
+        self.planned = 0
         self._reports.clear()
 
     def on_report(self, now_ns: int, state: MemberState, report: QuorumReport) -> list[Send]:
@@ -59,6 +62,7 @@ class Quorums:
         if decided is not None and report.round <= decided.round:
             return [Send(state.peer, decided)] if report.round == decided.round else []
         self._reports[report.table, report.shard] = report
+        self.planned = max(self.planned, report.planned)
         common, due = self._common(report.round)
         if len(common) < self._enough(due):
             return []

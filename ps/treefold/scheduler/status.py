@@ -23,9 +23,7 @@ def status_of(core: SchedulerCore, now_ns: int) -> bytes:
         "view": core.view.number,
         "job": core.limits.job,
         "expected": {"servers": core.limits.servers, "workers": core.limits.workers},
-        "round": max(
-            (s.beat.round for s in states if s.beat and s.member.role is Role.WORKER), default=0
-        ),
+        "round": _round(core),
         "rounds_per_second": round(core.balance.round_rate, 3),
         "slots": len(core.view.leases.workers),
         "plan": _plan(core),
@@ -37,6 +35,14 @@ def status_of(core: SchedulerCore, now_ns: int) -> bytes:
         else {"outcome": core.ending.outcome.name.lower(), "text": core.ending.text},
     }
     return msgspec.json.encode(document)
+
+
+def _round(core: SchedulerCore) -> int:
+    """The round that the job is in, as the plan numbers them."""
+    if any(table.spec.is_quorum for table in core.tables):
+        return core.quorums.planned
+    workers = (s for s in core.roster.by_incarnation.values() if s.member.role is Role.WORKER)
+    return max((state.beat.round for state in workers if state.beat), default=0)
 
 
 def _checkpoint(core: SchedulerCore) -> dict[str, object] | None:
@@ -104,6 +110,7 @@ def _table(core: SchedulerCore, number: int) -> dict[str, object]:
         "elements": sum(tensor.elements for tensor in table.spec.tensors),
         "consistency": _consistency(table.spec.consistency),
         "staleness": _staleness(core, number, names),
+        "missed": core.quorums.missed if table.spec.is_quorum else 0,
         "shards": [
             {
                 "shard": place.shard,
@@ -120,6 +127,8 @@ def _table(core: SchedulerCore, number: int) -> dict[str, object]:
 
 def _consistency(rule: Consistency) -> str:
     kind = rule.kind.name.lower()
+    if rule.kind is ConsistencyKind.QUORUM:
+        return f"{kind}({rule.quorum})"
     return f"{kind}({rule.staleness})" if rule.kind is ConsistencyKind.SSP else kind
 
 

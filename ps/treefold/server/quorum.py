@@ -120,7 +120,9 @@ class Quorum:
         current.reported = len(whole)
         shard.decision_retry_ns = now_ns + RETRY_MS * MS
         who = self._membership.incarnation
-        report = QuorumReport(who, shard.table, shard.number, current.number, whole, current.due)
+        planned = max((meta.first for meta in current.metas()), default=0)
+        of = shard.table, shard.number, current.number
+        report = QuorumReport(who, *of, whole, current.due, planned)
         self._out.append(Send(SCHEDULER, report))
 
     def on_decision(self, shard: Shard, decision: QuorumDecision) -> bool:
@@ -195,11 +197,10 @@ def _refusal(shard: Shard, meta: RoundMeta) -> Refused | None:
             f"{meta.samples} of {meta.total} samples"
         )
         return Refused(0, Code.BAD_NODE, text)
-    known = [one.meta for one in shard.round.leaves.values()] if shard.round is not None else []
+    current = shard.round
+    known = current.metas() if current is not None and current.number == meta.round else ()
     of = meta.active, meta.due, meta.total, meta.first, meta.is_again
     for other in known:
-        if other is None or other.round != meta.round:
-            continue
         if (other.active, other.due, other.total, other.first, other.is_again) != of:
             text = f"{where}: slots {other.slot} and {meta.slot} are of different data plans"
             return Refused(0, Code.SPEC_MISMATCH, text)

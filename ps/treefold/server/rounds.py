@@ -1,6 +1,7 @@
 """The round that a shard collects, for `treefold.server.core`; pure."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -263,8 +264,11 @@ class Round:
     @property
     def due(self) -> int:
         """How many slots have a batch, as those say that are here; 0 if none does."""
-        metas = (leaf.meta for leaf in self.leaves.values() if leaf.meta is not None)
-        return next((meta.due for meta in metas), 0)
+        return next((meta.due for meta in self.metas()), 0)
+
+    def metas(self) -> Iterator[RoundMeta]:
+        """What goes with contributions that are not folded."""
+        return (leaf.meta for leaf in self.leaves.values() if leaf.meta is not None)
 
     def lacking(self, part: int) -> list[int]:
         """Slots that one part lacks, of those that are in the round or may still be."""
