@@ -68,6 +68,8 @@ def test_a_job_with_a_quorum_goes_on_from_its_checkpoint_on_another_cluster(shel
     run.signal(signal.SIGINT)
     assert run.end() == 128 + signal.SIGINT
     begun = Store(str(folder)).versions()[0]
+    made = shell.run("checkpoint", "export", str(folder), str(shell.folder / "exported"))
+    assert made.returncode == 0, made.stderr
     run = shell.start(
         "run", "--servers", "3", "--workers", "2", *options, "--resume", str(folder),
         "--ledger", str(ledgers[1]), *script,

@@ -12,8 +12,10 @@ from treefold.common.spec import Compensation, Consistency, ConsistencyKind, Rul
 LIKE = (Theme.MIXED, Theme.FENCED, Theme.DYING, Theme.ENDING, Theme.LAGGING, *[Theme.CHAINED] * 3)
 
 
-def like(seed: int) -> Theme:
-    """Of which other theme the rest of such a seed is."""
+def like(seed: int, *, every: bool = False) -> Theme:
+    """Of which other theme the rest of such a seed is; of ``every`` one, with checkpoints too."""
+    if every and seed % 8 == 0:
+        return Theme.SAVED
     return random.Random(f"like {seed}").choice(LIKE)
 
 

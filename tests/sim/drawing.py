@@ -48,10 +48,9 @@ SKEWS_PPM = (0, 200, 200, 200, 200, 200, 2_000, 50_000)
 
 def draw(seed: int, theme: Theme | None = None) -> Scenario:
     """The scenario of a seed, of the theme that it draws itself unless one is given."""
-    if theme is Theme.QUORUM:
-        other = Theme.SAVED if seed % 8 == 0 else like(seed)
-        return dealt(with_quorum(_draw(seed, other), is_wanted=True))
-    return dealt(with_quorum(_draw(seed, theme)))
+    is_wanted = theme is Theme.QUORUM
+    job = _draw(seed, like(seed, every=True) if is_wanted else theme)
+    return dealt(with_quorum(job, is_wanted=is_wanted))
 
 
 def _draw(seed: int, theme: Theme | None) -> Scenario:

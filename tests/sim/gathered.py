@@ -213,7 +213,8 @@ class Gathered(Checks):
             if start not in slots:
                 return None, (1 << len(self.reference.tensors(*key))) - 1
             value, marks = self.reference.leaf(key, *self.tried(round_).batches[start])
-            return None if value is None else (*value, round_), marks  # type: ignore[misc]
+            assert value is None or isinstance(value, tuple)
+            return None if value is None else (*value, round_), marks
         left = self._node(key, round_, Node(node.level - 1, 2 * node.index), slots)
         other = Node(node.level - 1, 2 * node.index + 1)
         if span(other, count)[0] >= stop:

@@ -20,7 +20,7 @@ from treefold.checkpoint.shards import ShardReader
 from treefold.checkpoint.store import Store
 from treefold.common.errors import CheckpointError, ConfigError
 from treefold.common.layout import Layout
-from treefold.common.round_state import ModelRecord, OpaqueTensor, RoundState, decode_applied
+from treefold.common.round_state import ModelRecord, OpaqueTensor, RoundState, record_of
 from treefold.common.spec import Dtype
 
 FORMATS = ("torch", "safetensors")
@@ -205,8 +205,7 @@ def _state(manifest: Manifest, table: TableEntry) -> dict[int, bytes]:
     if not table.state:
         return {}
     try:
-        is_alone = table.spec.is_asynchronous
-        state = decode_applied(table.state).record if is_alone else table.state
+        state = record_of(table.spec, table.state)
         return msgspec.msgpack.decode(state, type=RoundState).opaque if state else {}
     except (msgspec.MsgspecError, ValueError) as error:
         raise _damaged(manifest, f"the round of {table.spec.name!r}: {error}") from error

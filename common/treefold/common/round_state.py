@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from treefold.common.spec import ELEMENTS_MAX, RANK_MAX, TENSORS_MAX, Name
+from treefold.common.spec import ELEMENTS_MAX, RANK_MAX, TENSORS_MAX, Name, TableSpec
 
 
 class Schedule(msgspec.Struct, frozen=True, array_like=True):
@@ -107,6 +107,13 @@ _progress = msgspec.msgpack.Decoder(Progress)
 def decode_progress(state: bytes) -> Progress:
     """What the state of a version of such a table says; version 0 has none."""
     return _progress.decode(state) if state else NO_PROGRESS
+
+
+def record_of(spec: TableSpec, state: bytes) -> bytes:
+    """The encoded `RoundState` in the state of a version; empty if there is none."""
+    if spec.is_asynchronous:
+        return decode_applied(state).record
+    return decode_progress(state).record if spec.is_quorum else state
 
 
 class OpaqueTensor(msgspec.Struct, frozen=True, array_like=True):
