@@ -111,7 +111,7 @@ def baseline() -> list[str]:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("consistency", ["sync", "ssp", "async"])
+@pytest.mark.parametrize("consistency", ["sync", "quorum", "ssp", "async"])
 def test_every_mode_learns_what_one_process_does_with_a_slow_worker_among_four(
     consistency: str,
     cluster: MakeCluster,
@@ -125,7 +125,8 @@ def test_every_mode_learns_what_one_process_does_with_a_slow_worker_among_four(
             baseline.append(job.worker(*command, "--pause-ms=0").line(r"^accuracy (\S+) at")[1])
             job.end()
     (alone,) = baseline
-    with cluster(2, 4, consistency=consistency, staleness=2) as job:
+    settings = {"staleness": 2, "quorum": 6, "grace": 0.1}
+    with cluster(2, 4, consistency=consistency, **settings) as job:
         for pause_ms in (2.0, 2.0, 2.0, SLOWER):
             job.worker(*command, f"--pause-ms={pause_ms}")
         job.end()

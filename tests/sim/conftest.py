@@ -1,19 +1,45 @@
 """Options of the simulator, beside ``--seeds N`` of all tests, and its line in their summary."""
 
 import gc
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from tests.sim.runs import PROCESSORS, TALLY
+from tests.sim.background import Background
+from tests.sim.runs import TALLY
+
+BACKGROUND = pytest.StashKey[Background]()
+SEEDS, PLANTED = "test_no_seed_breaks_a_promise", "test_a_planted_bug_is_found"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare ``--first-seed``; it is known when this folder is named on the command line."""
     group = parser.getgroup("treefold")
     group.addoption("--first-seed", type=int, default=0, help="where the simulator's seeds begin")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin at once with what takes long, while tests of real processes wait for each other."""
+    batches = [int(str(value)) for value in _chosen(session, SEEDS, "batch")]
+    names = [str(value) for value in _chosen(session, PLANTED, "name")]
+    if not (batches or names) or session.config.option.collectonly:
+        return
+    gc.freeze()  # what torch imported need not be looked at again and again
+    first = int(session.config.getoption("--first-seed", 0))
+    seeds = range(first, first + int(session.config.getoption("--seeds")))
+    session.config.stash[BACKGROUND] = Background(seeds, batches, names)
+
+
+def _chosen(session: pytest.Session, test: str, parameter: str) -> Iterator[object]:
+    for item in session.items:
+        if isinstance(item, pytest.Function) and item.originalname == test:
+            yield item.callspec.params[parameter]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave nothing behind."""
+    if BACKGROUND in session.config.stash:
+        session.config.stash[BACKGROUND].end()
 
 
 def pytest_terminal_summary(
@@ -26,16 +52,8 @@ def pytest_terminal_summary(
 
 
 @pytest.fixture(scope="session")
-def seeds(pytestconfig: pytest.Config) -> range:
-    """The seeds that the simulator is to run."""
-    gc.freeze()  # what torch imported need not be looked at again and again
-    first = int(pytestconfig.getoption("--first-seed", 0))
-    return range(first, first + int(pytestconfig.getoption("--seeds")))
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    """A process for each processor; a seed does not know which one runs it."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSORS, context) as executor:
-        yield executor
+def background(pytestconfig: pytest.Config) -> Background:
+    """What was begun before the first test; now it is waited for."""
+    found = pytestconfig.stash[BACKGROUND]
+    found.hasten()
+    return found

@@ -2,15 +2,13 @@
 
 import re
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from tests.sim.background import BATCHES, Background
 from tests.sim.planted import folded_in_arrival_order
-from tests.sim.runs import FAULTS, PROCESSORS, TALLY, Tally, each, tally
+from tests.sim.runs import FAULTS, TALLY, Tally, each, tally
 
-BATCHES = 10  # no test may take for ever
-FAILURES_MAX = 3  # of each batch, enough to see a pattern
 SAMPLE = range(400)
 EXPECTED = (
     "Fenced", "Grant", "Flush", "RoundLate", "RoundStatus", "NormDecision", "Stop",
@@ -21,13 +19,11 @@ EXPECTED = (
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_no_seed_breaks_a_promise(
-    batch: int, seeds: range, pool: ProcessPoolExecutor, pytestconfig: pytest.Config
+    batch: int, background: Background, pytestconfig: pytest.Config
 ) -> None:
-    share, count = seeds[batch::BATCHES], PROCESSORS
-    runs = [pool.submit(tally, share[first::count], FAILURES_MAX) for first in range(count)]
     found = Tally()
-    for run in runs:
-        found.add(run.result())
+    for one in background.tallies(batch):
+        found.add(one)
     pytestconfig.stash.setdefault(TALLY, Tally()).add(found)
     firsts = [story.splitlines()[0] for story in found.stories]
     assert not firsts, "\n".join([*firsts, "", "the first of them:", found.stories[0]])

@@ -1,0 +1,51 @@
+"""Planted bugs are looked for, each by seeds of the kind that meets it."""
+
+import pytest
+
+from tests.sim import (
+    found,
+    planted,
+    planted_apart,
+    planted_chains,
+    planted_clocks,
+    planted_parts,
+    planted_quorum,
+    planted_saves,
+    planted_streams,
+)
+from tests.sim.planting import PLANTED
+from tests.sim.runs import each
+from tests.sim.scenario import Theme
+from tests.sim.world import Violation
+
+SEEDS_MAX = 150
+MODULES = (
+    found,
+    planted,
+    planted_apart,
+    planted_chains,
+    planted_clocks,
+    planted_parts,
+    planted_quorum,
+    planted_saves,
+    planted_streams,
+)  # importing them has filled `PLANTED`
+NAMES = list(PLANTED)
+
+
+def run_seeds(theme: Theme, count: int, first: int = 0) -> None:
+    """Run so many seeds of a theme."""
+    for _ in each(range(first, first + count), theme):
+        pass
+
+
+def is_found(name: str) -> bool:
+    """Whether seeds of a bug's theme break a promise where it is planted."""
+    bug, theme, first = PLANTED[name]
+    with pytest.MonkeyPatch.context() as patch:
+        bug(patch)
+        try:
+            run_seeds(theme, SEEDS_MAX, first)
+        except Violation:
+            return True
+    return False
