@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from treefold.common import address
 from treefold.common.errors import ConfigError
 from treefold.common.spec import COMPENSATIONS
 
@@ -34,9 +35,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scheduler : str
         Address of the scheduler, such as ``tcp://10.0.0.1:29700``; empty: this process is alone.
     bind : str
-        Address that a scheduler or server listens on; port 0 takes a free one.
+        Address that a scheduler or server listens on: a number, ``*``, an interface, a network or
+        a name of this machine; port 0 takes a free one.
     advertise : str
-        Address that others are told to connect to; empty: the bound one.
+        Address that others are told to connect to; port 0 is the bound one, ``{hostname}`` this
+        machine's name; empty: the bound one.
     insecure : bool
         Whether an address beyond this machine may be bound although nothing is encrypted.
     servers, workers : int
@@ -171,9 +174,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(msg)
         for key in ("scheduler", "bind", "advertise"):
             value: str = getattr(self, key)
-            if value and not value.startswith(("tcp://", "ipc://", "inproc://")):
-                msg = f"{key} is {value!r}; an address begins with tcp://, ipc:// or inproc://"
-                raise ConfigError(msg)
+            if value:
+                address.check(key, value)
 
     @property
     def is_recoverable(self) -> bool:

@@ -32,9 +32,10 @@ from treefold.scheduler.effects import (
 )
 from treefold.scheduler.journal import Journal
 from treefold.scheduler.points import POINTS
+from treefold.transport.hosts import listening, told
 from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
-from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context, Hub, advertised
+from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context, Hub
 from treefold.wire.exchange import Halt, Note, PeerLost, Send
 from treefold.wire.membership import MS
 from treefold.wire.words import Outcome
@@ -59,11 +60,11 @@ class SchedulerShell:
         self._outbox = Outbox(self._hub)
         bound = self._hub.listen(
             LISTENER,
-            settings.bind,
+            listening(settings.bind),
             insecure=settings.insecure,
             frame_bytes_max=CONTROL_FRAME_BYTES_MAX,
         )
-        self.address = advertised(bound, settings.advertise)
+        self.address = told(bound, settings.advertise, "")
         self._log = logger("scheduler")
         self._settings = settings
         self._core = SchedulerCore(limits_of(settings))

@@ -64,6 +64,7 @@ from treefold.server.recording import Recording
 from treefold.server.saving import Restored, ShardFiles
 from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
 from treefold.transport.carrier import Carrier, Destination, Held
+from treefold.transport.hosts import listening, located, told
 from treefold.transport.lanes import lane_settings
 from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
@@ -73,7 +74,6 @@ from treefold.transport.sockets import (
     DATA_FRAME_BYTES_MAX,
     Context,
     Hub,
-    advertised,
 )
 from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Peer, PeerLost, Send
@@ -103,14 +103,15 @@ class ServerShell:
         spare_compiler()
         self._hub = Hub(context)
         self._outbox = Outbox(self._hub)
+        scheduler = located(settings.scheduler, settings.connect_timeout_s)
         bound = self._hub.listen(
             LISTENER,
-            settings.bind,
+            listening(settings.bind),
             insecure=settings.insecure,
             frame_bytes_max=DATA_FRAME_BYTES_MAX,
         )
-        self.address = advertised(bound, settings.advertise)
-        self._hub.connect(SCHEDULER, settings.scheduler, CONTROL_FRAME_BYTES_MAX)
+        self.address = told(bound, settings.advertise, scheduler)
+        self._hub.connect(SCHEDULER, scheduler, CONTROL_FRAME_BYTES_MAX)
         identity = Identity(
             Role.SERVER,
             random_number(),

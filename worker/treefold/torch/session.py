@@ -316,7 +316,11 @@ def init(
     arguments = {"slots": slots, "seed": seed, "scheduler": scheduler}
     settings = load(arguments).settings
     spare_compiler()
-    client = _connect(settings)
+    try:
+        client = _connect(settings)
+    except SchedulerLostError as error:
+        end_with(error, NOT_FORMED_STATUS)
+        raise
     if threads:
         torch.set_num_threads(threads)
     seed_all(settings.seed)
