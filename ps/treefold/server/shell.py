@@ -5,8 +5,10 @@ import signal
 import socket as _socket
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 
+import msgspec
 import torch
 
 from treefold.common import layout as layouts
@@ -78,7 +80,7 @@ from treefold.transport.sockets import (
 from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Peer, PeerLost, Send
 from treefold.wire.membership import MS, Identity, Membership
-from treefold.wire.messages import AnyMessage, Pulled, Push
+from treefold.wire.messages import AnyMessage, Pulled, Push, Register
 from treefold.wire.words import Frame, Role
 
 LISTENER = "listener"
@@ -110,7 +112,8 @@ class ServerShell:
             insecure=settings.insecure,
             frame_bytes_max=DATA_FRAME_BYTES_MAX,
         )
-        self.address = told(bound, settings.advertise, scheduler)
+        self._tell_address = partial(told, bound, settings.advertise, scheduler)
+        self.address = self._tell_address()
         self._hub.connect(SCHEDULER, scheduler, CONTROL_FRAME_BYTES_MAX)
         identity = Identity(
             Role.SERVER,
@@ -241,7 +244,10 @@ class ServerShell:
 
     def _send(self, effect: Send) -> list[Event]:
         if effect.peer == SCHEDULER:
-            self._outbox.send(SCHEDULER, None, effect.message)
+            message = effect.message
+            if isinstance(message, Register):  # this machine may have got another number since
+                message = msgspec.structs.replace(message, address=self._tell_address())
+            self._outbox.send(SCHEDULER, None, message)
             return []
         if isinstance(effect.payload, PartsRef) and isinstance(effect.message, Pulled):
             is_sent = self._send_parts(effect.peer, effect.message, effect.payload)
