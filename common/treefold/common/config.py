@@ -60,6 +60,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         How many checkpoints are kept; older ones are removed.
     resume : str
         Folder of checkpoints that the job begins from, with the newest one that is whole.
+    state : str
+        Folder in which a scheduler keeps journals and checkpoints of one job after another; it
+        takes the place of ``journal``, ``checkpoint`` and ``resume``.
     check_every : int
         Rounds between two comparisons of a shard's copies; 0: never.
     rank : int
@@ -126,6 +129,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_every: Positive = 200
     checkpoints_kept: Positive = 3
     resume: str = ""
+    state: str = ""
     check_every: NotNegative = 100
     slots: Annotated[int, Meta(ge=1, le=65_536)] = 8
     seed: Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)] = 0

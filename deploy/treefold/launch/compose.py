@@ -21,7 +21,7 @@ SIZES = {"servers": 2, "workers": 4}
 REPLICAS = 2
 CHOSEN_HERE = (
     "scheduler", "bind", "advertise", "engine", "insecure", "rank", "journal", "checkpoint",
-    "resume", "max_restarts", "linger", "ledger", "tape",
+    "resume", "state", "max_restarts", "linger", "ledger", "tape",
 )  # fmt: skip
 """Settings that the file chooses by itself."""
 PATIENCE_S = {"connect_timeout_s": 60.0, "rejoin_grace_s": 60.0}
@@ -31,11 +31,11 @@ TEMPLATE = """\
 # A treefold cluster. Made by:
 #   treefold render compose@OPTIONS@
 #
-#   docker compose up --build                      train; everybody leaves when the job is done
+#   docker compose up --build                      train; everybody leaves when the job is done.
+#                                                  Stopped before: goes on. Again: another job
 #   docker compose up -d --scale worker=8          more workers, any time; servers likewise
 #   docker kill treefold-server-1                  training goes on@AS_LONG@
-#   JOB=second RESUME=job docker compose up        another job, from the checkpoints of the first
-#   docker compose down -v                         forget all jobs
+#   docker compose down -v                         forget all jobs, with their checkpoints
 name: treefold
 
 x-member: &member
@@ -70,9 +70,7 @@ services:
       TREEFOLD_SCHEDULER: tcp://127.0.0.1:@PORT@ # for its health check and treefold status
       TREEFOLD_BIND: tcp://*:@PORT@
       TREEFOLD_ADVERTISE: tcp://scheduler:@PORT@
-      TREEFOLD_JOURNAL: @STATE@/${JOB:-job}/journal
-      TREEFOLD_CHECKPOINT: @STATE@/${JOB:-job}/checkpoints
-      TREEFOLD_RESUME: ${RESUME:+@STATE@/${RESUME:-}/checkpoints}
+      TREEFOLD_STATE: @STATE@
     volumes: ["state:@STATE@"]
     stop_grace_period: 30s
     healthcheck:

@@ -16,7 +16,7 @@ from treefold.common.errors import ConfigError
 from treefold.common.failpoints import arm, failpoint
 from treefold.common.log import logger
 from treefold.common.process import random_number
-from treefold.scheduler import memory, records
+from treefold.scheduler import jobs, memory, records
 from treefold.scheduler.admission import SchedulerLimits
 from treefold.scheduler.core import SchedulerCore
 from treefold.scheduler.effects import (
@@ -239,7 +239,7 @@ def main(settings: Settings, announce: Callable[[str], None]) -> int:
         Exit status.
     """
     arm("scheduler")
-    shell = SchedulerShell(settings)
+    shell = SchedulerShell(jobs.chosen(settings))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop_once(shell))
     announce(shell.address)
