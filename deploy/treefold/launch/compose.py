@@ -61,6 +61,7 @@ x-health: &health # asks the scheduler whether it hears from the member in this 
   start_period: 60s
   retries: 3
 
+# Nobody depends on anybody: members wait for the scheduler, and are told by it when the job ends.
 services:
   scheduler:
     <<: *member
@@ -83,9 +84,8 @@ services:
     environment: *settings
     deploy:
       replicas: @SERVERS@
-    depends_on: [scheduler]
     volumes: ["state:@STATE@"]
-    stop_grace_period: 60s # SIGTERM drains: others take over the shards
+    stop_grace_period: 90s # SIGTERM drains: others take over the shards
     healthcheck: *health
 
   worker:
@@ -94,7 +94,6 @@ services:
     environment: *settings
     deploy:
       replicas: @WORKERS@
-    depends_on: [scheduler, server]
     stop_grace_period: 30s # SIGTERM: finish the slot, then leave
     healthcheck: *health
 
