@@ -4,7 +4,8 @@
 as Debian's package dataset-fashion-mnist installs; tests marked ``data`` are skipped without it.
 ``--seeds N`` says how many seeds the simulator runs, ``--headers N`` how many headers the decoder
 gets, ``--kills N`` how many processes the storm kills, ``--partitions=full`` that every pair of
-processes is cut off for every time, which takes half an hour.
+processes is cut off for every time, which takes half an hour. ``--engine DIR`` (or
+``TREEFOLD_TEST_ENGINE``) names the folder of a container engine (`tests.support.engine`).
 
 What tests measured, and what could not be run, is told in the last lines.
 """
@@ -42,6 +43,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("chosen", "full"),
         default="chosen",
         help="cuts of the network: all pairs for 1 s and a few for longer, or all for 1, 10, 40 s",
+    )
+    group.addoption(
+        "--engine",
+        default=os.environ.get("TREEFOLD_TEST_ENGINE"),
+        metavar="DIR",
+        help="folder of the container engine that `python -m tests.support.engine DIR` prepared",
     )
     group.addoption(
         "--headers", type=int, default=1_000_000, help="mutated headers that the decoder is given"

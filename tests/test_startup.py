@@ -15,6 +15,7 @@ HEAVY = ("numpy", "sympy", "torch", "torch._dynamo")
 COMMANDS = {
     "checkpoint": ["treefold.cli.checkpoint", "treefold.checkpoint.manifest"],
     "config": ["treefold.cli.config"],
+    "render": ["treefold.cli.render"],
     "run": ["treefold.cli.run"],
     "scheduler": ["treefold.cli.scheduler", "treefold.scheduler.shell"],
     "status": ["treefold.cli.status"],

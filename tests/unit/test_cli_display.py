@@ -14,6 +14,7 @@ from treefold.cli import doctor
 from treefold.cli.display import PLAIN_NS, Display, Meter, PlainView, Progress, display_on
 from treefold.cli.doctor import CheckError
 from treefold.cli.live import LiveView
+from treefold.cli.status import say_who_is_here
 from treefold.cli.tables import print_status, spans
 from treefold.common.errors import RemoteProtocolError
 from treefold.launch.link import Status, parse
@@ -59,6 +60,19 @@ def progress(round_: int, headline: str = "1 servers, 2 workers") -> Progress:
 
 
 # ---- progress ------------------------------------------------------------------------------------
+
+
+def test_who_is_live_on_a_host_is_named_and_nobody_is_a_failure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    known = document(
+        member("server-0"), member("worker-1", host="there"), member("worker-2", state="dead")
+    )
+    assert say_who_is_here(known, "here") == 0
+    assert capsys.readouterr().out.startswith("here: server-0 of view ")
+    gone = document(member("worker-2", state="dead"))
+    assert say_who_is_here(gone, "here") == 1
+    assert capsys.readouterr().out == "here: no live member\n"
 
 
 def test_speed_is_a_mean_of_the_last_seconds_and_the_total_adds_up() -> None:

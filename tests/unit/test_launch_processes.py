@@ -168,6 +168,7 @@ def test_every_process_gets_its_own_address_and_all_other_settings(
         bind="ipc:///tmp/x/server-1",
         rank=1,
         advertise="",
+        engine="none",
         linger=False,
     )
     assert load({}).settings == expected

@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from treefold.common import address, engines
 from treefold.common.errors import ConfigError
 from treefold.common.spec import COMPENSATIONS
 
@@ -34,9 +35,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scheduler : str
         Address of the scheduler, such as ``tcp://10.0.0.1:29700``; empty: this process is alone.
     bind : str
-        Address that a scheduler or server listens on; port 0 takes a free one.
+        Address that a scheduler or server listens on: a number, ``*``, an interface, a network or
+        a name of this machine; port 0 takes a free one.
     advertise : str
-        Address that others are told to connect to; empty: the bound one.
+        Address that others are told to connect to; port 0 is the bound one, ``{hostname}`` this
+        machine's name; empty: the bound one.
+    engine : str
+        Whose environment says where the scheduler is when no setting does: ``auto``, ``none``,
+        ``dmlc``, ``torchrun``, ``slurm``, ``tf-config`` or ``kubernetes``.
     insecure : bool
         Whether an address beyond this machine may be bound although nothing is encrypted.
     servers, workers : int
@@ -54,6 +60,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         How many checkpoints are kept; older ones are removed.
     resume : str
         Folder of checkpoints that the job begins from, with the newest one that is whole.
+    state : str
+        Folder in which a scheduler keeps journals and checkpoints of one job after another; it
+        takes the place of ``journal``, ``checkpoint`` and ``resume``.
     check_every : int
         Rounds between two comparisons of a shard's copies; 0: never.
     rank : int
@@ -116,6 +125,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scheduler: str = ""
     bind: str = "tcp://127.0.0.1:0"
     advertise: str = ""
+    engine: str = engines.AUTO
     insecure: bool = False
     servers: Positive = 1
     workers: Positive = 1
@@ -126,6 +136,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_every: Positive = 200
     checkpoints_kept: Positive = 3
     resume: str = ""
+    state: str = ""
     check_every: NotNegative = 100
     slots: Annotated[int, Meta(ge=1, le=65_536)] = 8
     seed: Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)] = 0
@@ -184,14 +195,16 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.compensation not in COMPENSATIONS:
             msg = f"compensation is {self.compensation!r}; it is one of {', '.join(COMPENSATIONS)}"
             raise ConfigError(msg)
+        if self.engine not in engines.NAMES:
+            msg = f"engine is {self.engine!r}; it is one of {', '.join(engines.NAMES)}"
+            raise ConfigError(msg)
         if self.lane not in ("auto", "socket"):
             msg = f"lane is {self.lane!r}; it is auto or socket"
             raise ConfigError(msg)
         for key in ("scheduler", "bind", "advertise"):
             value: str = getattr(self, key)
-            if value and not value.startswith(("tcp://", "ipc://", "inproc://")):
-                msg = f"{key} is {value!r}; an address begins with tcp://, ipc:// or inproc://"
-                raise ConfigError(msg)
+            if value:
+                address.check(key, value)
 
     @property
     def is_recoverable(self) -> bool:
@@ -205,14 +218,16 @@ KEYS = Settings.__struct_fields__
 class Loaded(msgspec.Struct, frozen=True):
     """Settings, and where the value of each key came from.
 
-    That is ``argument``, ``environment``, the name of a file, or ``default``.
+    That is ``argument``, ``environment``, the name of a file, a variable of an engine, or
+    ``default``. ``engine`` says in one line what was taken from an engine, if anything was.
     """
 
     settings: Settings
     origins: dict[str, str]
+    engine: str = ""
 
 
-def load(arguments: Mapping[str, object], file: str | None = None) -> Loaded:
+def load(arguments: Mapping[str, object], file: str | None = None, role: str = "") -> Loaded:
     """Gather the settings of this process.
 
     Parameters
@@ -222,6 +237,9 @@ def load(arguments: Mapping[str, object], file: str | None = None) -> Loaded:
     file : str, optional
         A TOML file; by default ``TREEFOLD_CONFIG`` or ``treefold.toml`` in the working directory if
         there is one.
+    role : str
+        What this process is for an engine: ``scheduler``, ``server``, ``worker``, or a ``script``
+        that may be alone; empty: engines are not asked.
 
     Raises
     ------
@@ -241,14 +259,34 @@ def load(arguments: Mapping[str, object], file: str | None = None) -> Loaded:
             _check_known(key, origin)
             values[key] = value
             origins[key] = origin
+    said = _ask_engine(values, origins, role)
     try:
-        return Loaded(msgspec.convert(values, Settings, strict=False), origins)
+        return Loaded(msgspec.convert(values, Settings, strict=False), origins, said)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         where = ", ".join(f"{key} from {origins[key]}" for key in values)
         msg = f"a setting is wrong: {error} (given: {where})"
         raise ConfigError(msg) from error
+
+
+def _ask_engine(values: dict[str, object], origins: dict[str, str], role: str) -> str:
+    """Fill in what an engine says and nobody else has said; returns it as a line."""
+    chosen = str(values.get("engine", engines.AUTO))
+    if not role or chosen not in engines.NAMES:
+        return ""
+    found = engines.find(chosen, os.environ, role)
+    told = {} if found is None else dict(found.values)
+    # Whoever says where the scheduler is, or where to listen, does not want half of it replaced.
+    if values.get("scheduler"):
+        told = {key: value for key, value in told.items() if key == "rank"}
+    if values.get("bind"):
+        told = {key: value for key, value in told.items() if key not in ("bind", "advertise")}
+    used = {key: value for key, value in told.items() if key not in values}
+    for key, (value, variable) in used.items():
+        values[key], origins[key] = value, variable
+    parts = [f"{key} {value} ({variable})" for key, (value, variable) in used.items()]
+    return f"from the environment of {found.engine}: {', '.join(parts)}" if found and used else ""
 
 
 def environment_of(values: Mapping[str, object]) -> dict[str, str]:

@@ -6,6 +6,7 @@ status starts in a fraction of the time.
 
 import zmq
 
+from treefold.common.address import is_ipv6
 from treefold.common.errors import ConfigError
 
 REPLY_BYTES_MAX = 64 << 20  # as much as any control message may have
@@ -35,6 +36,7 @@ class Requester:
             zmq.MAXMSGSIZE: REPLY_BYTES_MAX,
             zmq.RECONNECT_IVL: RECONNECT_MS,
             zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
+            zmq.IPV6: int(is_ipv6(address)),
         }
         for option, value in options.items():
             self._socket.setsockopt(option, value)

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import msgspec
 import zmq
 
+from treefold.common.address import is_ipv6, is_named
 from treefold.common.errors import ConfigError, LocalProtocolError
 from treefold.transport.traffic import Traffic
 
@@ -29,6 +30,7 @@ UNACKNOWLEDGED_MAX_MS = 3_000  # what the kernel could not deliver for so long: 
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 30, 10, 3
 Context = zmq.Context[zmq.Socket[bytes]]
 """What sockets live in; roles in one process share one to reach each other over `inproc://`."""
+NUMBERS_THREAD, NAMES_THREAD = 1, 2  # bits: ZeroMQ's first and second thread
 LOOPBACK_HOSTS = ("localhost", "[::1]", "::1")
 
 
@@ -60,7 +62,7 @@ class Hub:
     """
 
     def __init__(self, context: Context | None = None) -> None:
-        self._context = Context() if context is None else context
+        self._context = Context(io_threads=2) if context is None else context
         self._owns_context = context is None
         self._poller = zmq.Poller()
         self._sockets: dict[Hashable, zmq.Socket[bytes]] = {}
@@ -98,6 +100,7 @@ class Hub:
         """
         check_reach(address, insecure=insecure)
         new = self._open(zmq.ROUTER, frame_bytes_max)
+        self._suit(new, address)
         new.setsockopt(zmq.ROUTER_MANDATORY, 1)
         wanted = (
             address[:-2] + ":*"
@@ -123,6 +126,7 @@ class Hub:
         """
         self.disconnect(name)
         new = self._open(zmq.DEALER, frame_bytes_max)
+        self._suit(new, address)
         try:
             new.connect(address)
         except zmq.ZMQError as error:
@@ -273,6 +277,17 @@ class Hub:
         self._poller.register(new, zmq.POLLIN)
         return new
 
+    def _suit(self, sock: zmq.Socket[bytes], address: str) -> None:
+        """Set what depends on the address.
+
+        ZeroMQ looks a name up before each attempt to connect, in the thread that carries all
+        messages. A name that nobody answers for any more, as of a container that died, would hold
+        up everybody; so names have a thread of their own.
+        """
+        sock.setsockopt(zmq.IPV6, int(is_ipv6(address)))
+        if self._owns_context:
+            sock.setsockopt(zmq.AFFINITY, NAMES_THREAD if is_named(address) else NUMBERS_THREAD)
+
     def _receive(
         self, name: Hashable, sock: zmq.Socket[bytes], batch_max: int
     ) -> Iterator[Arrival]:
@@ -343,15 +358,6 @@ def check_reach(address: str, *, insecure: bool) -> None:
         "127.0.0.1, or set insecure if the network is yours alone"
     )
     raise ConfigError(msg)
-
-
-def advertised(bound: str, advertise: str) -> str:
-    """The address that others are told, from the bound one and the setting, if there is one."""
-    if not advertise:
-        return bound
-    if advertise.endswith(":0"):
-        return f"{advertise[:-2]}:{bound.rsplit(':', 1)[1]}"
-    return advertise
 
 
 def _bind_text(address: str, error: zmq.ZMQError) -> str:

@@ -6,6 +6,7 @@ import time
 from treefold.cli.flags import Parser
 from treefold.cli.status import found_address
 from treefold.common.errors import ConfigError, UnavailableError
+from treefold.transport.hosts import located
 from treefold.transport.request import Requester
 from treefold.wire.codec import decode_all, encode
 from treefold.wire.messages import Accepted, DrainRequest, Refused
@@ -51,7 +52,7 @@ def ask(address: str, member: str) -> Accepted | Refused:
     UnavailableError
         It does not.
     """
-    requester = Requester(address)
+    requester = Requester(located(address, 0))
     deadline_ns = time.monotonic_ns() + ANSWER_MS * 1_000_000
     try:
         while time.monotonic_ns() < deadline_ns:

@@ -45,13 +45,15 @@ class Parser(argparse.ArgumentParser):
         for key in self._keys:
             add_setting(group, key, texts[key], defaults[key])
 
-    def read(self, words: list[str]) -> tuple[argparse.Namespace, Loaded]:
+    def read(self, words: list[str], role: str = "") -> tuple[argparse.Namespace, Loaded]:
         """Parse a command line and gather the settings of this process.
 
         Parameters
         ----------
         words : list of str
             What follows the subcommand.
+        role : str
+            What this process becomes, if an engine may say where its scheduler is.
 
         Returns
         -------
@@ -69,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.refuse(unknown[0])
         given = {key: getattr(options, key) for key in self._keys}
-        return options, load(given, options.config)
+        return options, load(given, options.config, role)
 
     def refuse(self, word: str) -> NoReturn:
         """End with a word about an unknown flag, and the nearest right one."""

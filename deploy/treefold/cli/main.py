@@ -32,6 +32,7 @@ COMMANDS = {
     "drain": "let others take over a member's work, and the member leave",
     "checkpoint": "list, inspect, verify or export checkpoints",
     "replay": "step again what a job recorded, and compare",
+    "render": "print a cluster as a Compose file",
     "doctor": "check the installation with a push and pull round trip",
     "config": "show every setting and where its value comes from",
 }

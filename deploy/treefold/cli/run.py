@@ -23,7 +23,7 @@ DESCRIPTION = (
 )
 COMMAND_METAVAR = "SCRIPT [ARG ...] | -- COMMAND [ARG ...]"
 COMMAND_HELP = "a Python script with its arguments, or after -- any command"
-CHOSEN_HERE = ("scheduler", "bind", "advertise", "insecure", "rank", "linger")
+CHOSEN_HERE = ("scheduler", "bind", "advertise", "engine", "insecure", "rank", "linger", "state")
 """Settings that a launch on one machine chooses by itself."""
 
 

@@ -17,8 +17,8 @@ DESCRIPTION = (
 )
 DEFAULT_ADDRESS = "tcp://127.0.0.1:29700"
 FLAGS = (
-    "bind", "advertise", "insecure", "servers", "workers", "replicas", "journal",
-    "checkpoint", "checkpoint_every", "checkpoints_kept", "resume", "slots", "seed",
+    "bind", "advertise", "engine", "insecure", "servers", "workers", "replicas", "journal",
+    "checkpoint", "checkpoint_every", "checkpoints_kept", "resume", "state", "slots", "seed",
     "heartbeat_ms", "dead_after_ms",
     "server_dead_after_ms", "form_timeout_s", "rejoin_grace_s", "max_restarts", "linger",
     "log_level",
@@ -38,11 +38,13 @@ def main(words: list[str]) -> int:
     int
         0 the job is done, 1 it failed, 3 the cluster did not form in time.
     """
-    _, loaded = Parser("scheduler", DESCRIPTION, FLAGS).read(words)
+    _, loaded = Parser("scheduler", DESCRIPTION, FLAGS).read(words, "scheduler")
     settings = loaded.settings
     if loaded.origins["bind"] == "default":
         settings = msgspec.structs.replace(settings, bind=DEFAULT_ADDRESS)
     configure(settings.log_level, "scheduler")
+    if loaded.engine:
+        logger("scheduler").info(loaded.engine)
     return serve(settings)
 
 

@@ -7,14 +7,14 @@ import msgspec
 
 from treefold.cli.flags import Parser, check_scheduler
 from treefold.common.config import load
-from treefold.common.log import configure
+from treefold.common.log import configure, logger
 
 DESCRIPTION = (
     "Start one server. The first line that it prints is the address at which it takes pushes and "
     "pulls. It ends when the job has."
 )
 FLAGS = (
-    "scheduler", "bind", "advertise", "insecure", "rank", "connect_timeout_s", "lane",
+    "scheduler", "bind", "advertise", "engine", "insecure", "rank", "connect_timeout_s", "lane",
     "lane_bytes_max", "check_every", "ledger", "tape", "tape_bytes_max", "log_level",
 )  # fmt: skip
 
@@ -34,12 +34,14 @@ def main(words: list[str]) -> int:
     """
     parser = Parser("server", DESCRIPTION, FLAGS)
     parser.add_argument("--join", metavar="ADDRESS", help="the same as --scheduler")
-    options, loaded = parser.read(words)
+    options, loaded = parser.read(words, "server")
     settings = loaded.settings
     if options.join:
         settings = load(msgspec.to_builtins(settings) | {"scheduler": options.join}).settings
     check_scheduler(settings, "server")
     configure(settings.log_level, "server")
+    if loaded.engine:
+        logger("server").info(loaded.engine)
     gc.disable()
     from treefold.server.shell import main as run  # noqa: PLC0415 # after the flags are checked
 

@@ -1,5 +1,6 @@
 """``treefold status``: who is there, what is where, the round, and what anything waits for."""
 
+import socket
 import sys
 
 import msgspec
@@ -9,7 +10,7 @@ from treefold.cli.flags import Parser
 from treefold.cli.scheduler import DEFAULT_ADDRESS
 from treefold.cli.tables import print_status
 from treefold.common.errors import ConfigError
-from treefold.launch.link import fetch, parse
+from treefold.launch.link import Status, fetch, parse
 from treefold.launch.runtime import running
 
 DESCRIPTION = (
@@ -30,18 +31,31 @@ def main(words: list[str]) -> int:
     Returns
     -------
     int
-        0 if the scheduler answered.
+        0 if the scheduler answered; with ``--here`` 1 if it knows of no live member on this host.
     """
     parser = Parser("status", DESCRIPTION, ["scheduler"])
     parser.add_argument("--json", action="store_true", help="print the whole document as JSON")
+    parser.add_argument(
+        "--here", action="store_true", help="say only whether a member on this host is live"
+    )
     options, loaded = parser.read(words)
     body = fetch(loaded.settings.scheduler or found_address(), ANSWER_MS)
+    if options.here:
+        return say_who_is_here(parse(body), socket.gethostname())
     if options.json:
         sys.stdout.write(msgspec.json.format(body, indent=2).decode() + "\n")
     else:
         width = None if sys.stdout.isatty() else PIPED_WIDTH
         print_status(parse(body), Console(highlight=False, width=width))
     return 0
+
+
+def say_who_is_here(status: Status, host: str) -> int:
+    """Name the live members of a host; the exit code is 1 if there are none."""
+    names = [member.name for member in status.members if member.is_live and member.host == host]
+    words = f"{', '.join(names)} of view {status.view}" if names else "no live member"
+    sys.stdout.write(f"{host}: {words}\n")
+    return 0 if names else 1
 
 
 def found_address() -> str:

@@ -7,6 +7,7 @@ import msgspec
 from treefold.cli.flags import Parser, check_scheduler
 from treefold.cli.run import COMMAND_HELP, COMMAND_METAVAR, command_of
 from treefold.common.config import PREFIX, environment_of
+from treefold.common.log import configure
 from treefold.launch.commands import prepared
 from treefold.launch.link import fetch
 
@@ -15,8 +16,8 @@ DESCRIPTION = (
     "signals reach it and its exit code is seen as if it had been started without treefold."
 )
 FLAGS = (
-    "scheduler", "rank", "slots", "seed", "consistency", "staleness", "quorum", "grace", "late",
-    "compensation", "connect_timeout_s", "retry_ms", "lane", "lane_bytes_max", "ledger",
+    "scheduler", "engine", "rank", "slots", "seed", "consistency", "staleness", "quorum", "grace",
+    "late", "compensation", "connect_timeout_s", "retry_ms", "lane", "lane_bytes_max", "ledger",
     "log_level",
 )  # fmt: skip
 
@@ -43,9 +44,11 @@ def main(words: list[str]) -> int:
     """
     parser = Parser("worker", DESCRIPTION, FLAGS)
     parser.add_argument("command", nargs="...", metavar=COMMAND_METAVAR, help=COMMAND_HELP)
-    options, loaded = parser.read(words)
+    options, loaded = parser.read(words, "worker")
     settings = loaded.settings
     check_scheduler(settings, "worker")
+    if loaded.engine:
+        configure(settings.log_level, "worker").info(loaded.engine)
     command = command_of(options.command, parser)
     fetch(settings.scheduler, int(settings.connect_timeout_s * 1000))
     values = environment_of(msgspec.to_builtins(settings)) | {PREFIX + "CONFIG": os.devnull}

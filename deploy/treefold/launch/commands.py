@@ -11,6 +11,7 @@ import msgspec
 
 from treefold.checkpoint.store import Store
 from treefold.common.config import KEYS, PREFIX, Settings, environment_of
+from treefold.common.engines import NONE
 from treefold.common.errors import ConfigError
 from treefold.launch.core import SCHEDULER
 
@@ -98,6 +99,7 @@ class Attempt:
             scheduler="" if name == SCHEDULER else self.scheduler,
             bind=self._known(name) or self._bind(name),
             advertise="",
+            engine=NONE,
             insecure=False,
             linger=False,
             journal=self._journal if name == SCHEDULER else "",

@@ -5,6 +5,7 @@ import time
 import msgspec
 
 from treefold.common.errors import RemoteProtocolError, UnavailableError
+from treefold.transport.hosts import located
 from treefold.transport.request import Requester
 from treefold.wire.codec import decode_all, encode
 from treefold.wire.messages import StatusReply, StatusRequest
@@ -222,9 +223,9 @@ def fetch(address: str, timeout_ms: int) -> bytes:
     ConfigError
         The address is malformed.
     UnavailableError
-        Nobody answered.
+        Nobody answered, or nobody knows the scheduler's name.
     """
-    link = StatusLink(address)
+    link = StatusLink(located(address, timeout_ms / 1000))
     try:
         deadline_ns = time.monotonic_ns() + timeout_ms * 1_000_000
         while (left_ms := (deadline_ns - time.monotonic_ns()) // 1_000_000) > 0:

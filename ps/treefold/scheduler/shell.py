@@ -16,7 +16,7 @@ from treefold.common.errors import ConfigError
 from treefold.common.failpoints import arm, failpoint
 from treefold.common.log import logger
 from treefold.common.process import random_number
-from treefold.scheduler import memory, records
+from treefold.scheduler import jobs, memory, records
 from treefold.scheduler.admission import SchedulerLimits
 from treefold.scheduler.core import SchedulerCore
 from treefold.scheduler.effects import (
@@ -32,9 +32,10 @@ from treefold.scheduler.effects import (
 )
 from treefold.scheduler.journal import Journal
 from treefold.scheduler.points import POINTS
+from treefold.transport.hosts import listening, told
 from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
-from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context, Hub, advertised
+from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context, Hub
 from treefold.wire.exchange import Halt, Note, PeerLost, Send
 from treefold.wire.membership import MS
 from treefold.wire.words import Outcome
@@ -59,11 +60,11 @@ class SchedulerShell:
         self._outbox = Outbox(self._hub)
         bound = self._hub.listen(
             LISTENER,
-            settings.bind,
+            listening(settings.bind),
             insecure=settings.insecure,
             frame_bytes_max=CONTROL_FRAME_BYTES_MAX,
         )
-        self.address = advertised(bound, settings.advertise)
+        self.address = told(bound, settings.advertise, "")
         self._log = logger("scheduler")
         self._settings = settings
         self._core = SchedulerCore(limits_of(settings))
@@ -238,7 +239,7 @@ def main(settings: Settings, announce: Callable[[str], None]) -> int:
         Exit status.
     """
     arm("scheduler")
-    shell = SchedulerShell(settings)
+    shell = SchedulerShell(jobs.chosen(settings))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop_once(shell))
     announce(shell.address)

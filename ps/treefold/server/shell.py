@@ -5,8 +5,10 @@ import signal
 import socket as _socket
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 
+import msgspec
 import torch
 
 from treefold.common import layout as layouts
@@ -65,21 +67,16 @@ from treefold.server.recording import Recording
 from treefold.server.saving import Restored, ShardFiles
 from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
 from treefold.transport.carrier import Carrier, Destination, Held
+from treefold.transport.hosts import listening, located, told
 from treefold.transport.lanes import lane_settings
 from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
 from treefold.transport.pool import BufferPool
-from treefold.transport.sockets import (
-    CONTROL_FRAME_BYTES_MAX,
-    DATA_FRAME_BYTES_MAX,
-    Context,
-    Hub,
-    advertised,
-)
+from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, DATA_FRAME_BYTES_MAX, Context, Hub
 from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Peer, PeerLost, Send
 from treefold.wire.membership import MS, Identity, Membership
-from treefold.wire.messages import AnyMessage, Pulled, Push
+from treefold.wire.messages import AnyMessage, Pulled, Push, Register
 from treefold.wire.words import Frame, Role
 
 LISTENER = "listener"
@@ -111,14 +108,16 @@ class ServerShell:
         spare_compiler()
         self._hub = Hub(context)
         self._outbox = Outbox(self._hub)
+        scheduler = located(settings.scheduler, settings.connect_timeout_s)
         bound = self._hub.listen(
             LISTENER,
-            settings.bind,
+            listening(settings.bind),
             insecure=settings.insecure,
             frame_bytes_max=DATA_FRAME_BYTES_MAX,
         )
-        self.address = advertised(bound, settings.advertise)
-        self._hub.connect(SCHEDULER, settings.scheduler, CONTROL_FRAME_BYTES_MAX)
+        self._tell_address = partial(told, bound, settings.advertise, scheduler)
+        self.address = self._tell_address()
+        self._hub.connect(SCHEDULER, scheduler, CONTROL_FRAME_BYTES_MAX)
         identity = Identity(
             Role.SERVER,
             random_number(),
@@ -248,7 +247,10 @@ class ServerShell:
 
     def _send(self, effect: Send) -> list[Event]:
         if effect.peer == SCHEDULER:
-            self._outbox.send(SCHEDULER, None, effect.message)
+            message = effect.message
+            if isinstance(message, Register):  # this machine may have got another number since
+                message = msgspec.structs.replace(message, address=self._tell_address())
+            self._outbox.send(SCHEDULER, None, message)
             return []
         if isinstance(effect.payload, PartsRef) and isinstance(effect.message, Pulled):
             is_sent = self._send_parts(effect.peer, effect.message, effect.payload)

@@ -4,6 +4,7 @@ There is one session at a time, from `init` to `shutdown` or the end of the proc
 decided what the script may call when; tensors and sockets are for others.
 """
 
+import sys
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from treefold.common.config import Settings, load
+from treefold.common.engines import SCRIPT
 from treefold.common.errors import (
     ConfigError,
     FormationError,
@@ -292,7 +294,7 @@ def init(
     scheduler: str | None = None,
     threads: int = 1,
 ) -> None:
-    """Join the cluster, or start one inside this process if no scheduler's address is set.
+    """Join the cluster, or start one inside this process if no scheduler's address is known.
 
     Waits until the cluster has formed.
 
@@ -305,7 +307,8 @@ def init(
     seed : int, optional
         The job's seed; ``TREEFOLD_SEED`` or 0 if not given.
     scheduler : str, optional
-        The scheduler's address; ``TREEFOLD_SCHEDULER`` if not given.
+        The scheduler's address; ``TREEFOLD_SCHEDULER`` if not given, and else what the environment
+        of an engine says that started several processes (``docs/config.md``).
     threads : int
         Threads that torch may compute with; all workers need the same number, since it can change
         the bits of a sum. 0 leaves torch's own setting alone.
@@ -327,9 +330,16 @@ def init(
         msg = f"threads is {threads}; it is a number of threads, or 0 for torch's own setting"
         raise ConfigError(msg)
     arguments = {"slots": slots, "seed": seed, "scheduler": scheduler}
-    settings = load(arguments).settings
+    loaded = load(arguments, role=SCRIPT)
+    settings = loaded.settings
+    if loaded.engine:
+        sys.stderr.write(f"treefold: {loaded.engine}\n")  # a script's logging is its own
     spare_compiler()
-    client = _connect(settings)
+    try:
+        client = _connect(settings)
+    except SchedulerLostError as error:
+        end_with(error, NOT_FORMED_STATUS)
+        raise
     if threads:
         torch.set_num_threads(threads)
     seed_all(settings.seed)

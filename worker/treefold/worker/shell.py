@@ -21,6 +21,7 @@ from treefold.common.fold import Folder, Payload
 from treefold.common.log import logger
 from treefold.common.process import ProcessFigures, Spent, random_number
 from treefold.transport.carrier import Carrier, Destination, Held
+from treefold.transport.hosts import located
 from treefold.transport.lanes import lane_settings
 from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
@@ -133,7 +134,8 @@ class WorkerShell:
     def __init__(self, settings: Settings, context: Context | None = None) -> None:
         self.hub = Hub(context)
         self._outbox = Outbox(self.hub)
-        self.hub.connect(SCHEDULER, settings.scheduler, CONTROL_FRAME_BYTES_MAX)
+        scheduler = located(settings.scheduler, settings.connect_timeout_s)
+        self.hub.connect(SCHEDULER, scheduler, CONTROL_FRAME_BYTES_MAX)
         identity = Identity(
             Role.WORKER,
             random_number(),
