@@ -17,6 +17,7 @@ DESCRIPTION = (
 FLAGS = (
     "scheduler", "rank", "slots", "seed", "consistency", "staleness", "compensation",
     "connect_timeout_s", "retry_ms", "lane", "lane_bytes_max", "ledger", "log_level",
+    "metrics_port", "metrics_bind", "metrics_token_file", "timeline",
 )  # fmt: skip
 
 

@@ -86,6 +86,7 @@ class SchedulerCore:
         self.view = View(0, Phase.FORMING, 0, [], [], Leases(0, []), Leases(0, []))
         self.phase = Phase.FORMING
         self.ending: Stop | None = None
+        self.metrics = ""
         self.norms = NormBook()
         self.checkpoints = Checkpoints(self.declared)
         self.rollback = Rollback(self.roster, self.declared, self.chains, self.checkpoints)

@@ -22,6 +22,7 @@ def status_of(core: SchedulerCore, now_ns: int) -> bytes:
         "phase": core.phase.name.lower(),
         "view": core.view.number,
         "job": core.limits.job,
+        "metrics": core.metrics,
         "expected": {"servers": core.limits.servers, "workers": core.limits.workers},
         "round": max(
             (s.beat.round for s in states if s.beat and s.member.role is Role.WORKER), default=0
@@ -78,6 +79,7 @@ def _member(core: SchedulerCore, state: MemberState, now_ns: int) -> dict[str, o
         "host": state.member.host,
         "pid": state.member.pid,
         "address": state.member.address,
+        "metrics": beat.metrics if beat else "",
         "seen_ms_ago": (now_ns - state.seen_ns) // 1_000_000,
         "is_draining": who in core.chains.draining,
         "slots": [slot for slot, holder in enumerate(core.view.leases.workers) if holder == who],

@@ -57,12 +57,14 @@ from treefold.server.effects import (
     ShardStored,
     UnitCopied,
 )
+from treefold.server.figures import ServerTally
 from treefold.server.limits import ServerLimits
 from treefold.server.points import POINTS
 from treefold.server.published import Published
 from treefold.server.recording import Recording
 from treefold.server.saving import Restored, ShardFiles
 from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
+from treefold.transport.body import Body
 from treefold.transport.carrier import Carrier, Destination, Held
 from treefold.transport.lanes import lane_settings
 from treefold.transport.loop import Loop
@@ -75,6 +77,7 @@ from treefold.transport.sockets import (
     Hub,
     advertised,
 )
+from treefold.transport.watch import watch_for
 from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Peer, PeerLost, Send
 from treefold.wire.membership import MS, Identity, Membership
@@ -142,6 +145,9 @@ class ServerShell:
         self._spent = Spent()
         self._log = logger("server")
         self._is_drain_asked = self._is_named = False
+        body = Body(self._core.membership, self._carrier, self._spent)
+        tally = ServerTally(self._core, body, self._states, self._hub.traffic)
+        self._loop.watch = watch_for(settings, Role.SERVER, tally, self._hub.bell.ring)
 
     @property
     def ending(self) -> str:
@@ -170,6 +176,7 @@ class ServerShell:
         self._recording.end({} if self._halt.status else self._states)
         self._loop.flush()
         self._files.end()
+        self._loop.end_watch()
         self._carrier.lanes.close()
         self._hub.close()
         return self._halt.status

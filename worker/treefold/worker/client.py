@@ -341,7 +341,7 @@ class Client:
         return self._shell.spent
 
     def _not_computing_ns(self) -> int:
-        return self.spent.ns.get("push", 0) + self.spent.ns.get("pull", 0)
+        return sum(self.spent.ns.get(what, 0) for what in ("push", "pull", "await"))
 
     # ---- push, pull, wait ---------------------------------------------------------------------
 

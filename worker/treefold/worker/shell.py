@@ -20,6 +20,7 @@ from treefold.common.failpoints import arm
 from treefold.common.fold import Folder, Payload
 from treefold.common.log import logger
 from treefold.common.process import ProcessFigures, Spent, random_number
+from treefold.transport.body import Body
 from treefold.transport.carrier import Carrier, Destination, Held
 from treefold.transport.lanes import lane_settings
 from treefold.transport.loop import Loop
@@ -31,6 +32,7 @@ from treefold.transport.sockets import (
     Context,
     Hub,
 )
+from treefold.transport.watch import watch_for
 from treefold.wire.exchange import SCHEDULER, Note, Send
 from treefold.wire.membership import MS, Identity, Membership
 from treefold.wire.messages import Push
@@ -52,11 +54,14 @@ from treefold.worker.effects import (
     LoopEnd,
     ReleasePayload,
     Retire,
+    SlotFinished,
     Snapshot,
     StreamBegun,
     StreamsOver,
     Task,
+    TaskCalled,
 )
+from treefold.worker.figures import WorkerTally
 from treefold.worker.flats import Flats
 from treefold.worker.limits import WorkerLimits
 from treefold.worker.points import POINTS
@@ -164,6 +169,11 @@ class WorkerShell:
         self._log = logger("worker")
         self._is_closing = self._is_rung = self._is_named = False
         self._crash: Exception | None = None
+        self._task_ns = 0
+        body = Body(self.core.membership, self._carrier, self.spent)
+        tally = WorkerTally(self.core, body, self._events.__len__, self.hub.traffic)
+        self._watch = watch_for(settings, Role.WORKER, tally, self.hub.bell.ring)
+        self._loop.watch = self._watch
         self._thread = threading.Thread(target=self._run, name="treefold-io", daemon=True)
 
     def start(self) -> None:
@@ -172,6 +182,8 @@ class WorkerShell:
 
     def post(self, event: Event | Settle | GiveBack, values: Values | None = None) -> None:
         """Give the core an event; ``values`` become its payloads. For the training thread."""
+        if self._watch is not None and isinstance(event, SlotFinished):
+            self._watch.computed(self._task_ns, event)
         self._events.append((event, values))
         if not self._is_rung:  # it has not looked since the last time: that one counts for this
             self._is_rung = True
@@ -184,7 +196,10 @@ class WorkerShell:
         if self._crash is not None:
             return Answer(None, [], self._crash)
         self.post(event)
-        return answers.get()
+        answer = answers.get()
+        if isinstance(event, TaskCalled):
+            self._task_ns = time.monotonic_ns()
+        return answer
 
     def keep_initial(self, table: str, values: torch.Tensor) -> None:
         """Hold the initial values of a table until its first version is here."""
@@ -227,6 +242,7 @@ class WorkerShell:
             for answers in list(self._answers.values()):
                 answers.put(Answer(None, [], error))
         finally:
+            self._loop.end_watch()
             self._carrier.lanes.close()
             self.hub.close()
 
@@ -287,7 +303,7 @@ class WorkerShell:
                 self._streams[table].put(part, held.payload.tensor, held.segment)
             case StreamBegun(table, version):
                 ranges = [(part.start, part.stop) for part in self.core.tables[table].parts]
-                self._streams[table] = Arrivals(version, ranges)
+                self._streams[table] = Arrivals(version, ranges, self.spent)
             case StreamsOver(error):
                 self._end_streams(error)
             case Complete(call, value):
