@@ -81,6 +81,11 @@ class Spent:
         """Count ``ns`` more for ``what``."""
         self.ns[what] = self.ns.get(what, 0) + ns
 
+    def mark(self, what: str, began_ns: int, **args: int) -> None:
+        """Show in the timeline that something has taken from then until now."""
+        if self.timeline is not None:
+            self.timeline.span(what, began_ns, time.monotonic_ns(), args)
+
     def on(self, what: str) -> "Stopwatch":
         """A context that counts the time spent in it."""
         return Stopwatch(self, what)

@@ -5,13 +5,14 @@ has one event per line, which is what `merge` relies on. Times are those of the 
 clock, so that files of one host lie on one axis.
 """
 
-import json
 import os
 import threading
 from collections import deque
 from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
+
+import msgspec
 
 from treefold.common.errors import ConfigError
 
@@ -20,7 +21,7 @@ PENDING_MAX = 100_000  # spans between two writes; more are left out
 WRITE_NS = 500_000_000  # from one write to the next
 OPEN, CLOSE, BETWEEN = b"[\n", b"\n]\n", b",\n"
 WAITS = ("wait", "await")
-Args = Mapping[str, int | str]
+Args = Mapping[str, int]
 
 
 class Timeline:
@@ -71,7 +72,7 @@ class Timeline:
 
     def write(self) -> None:
         """Write what there is."""
-        lines: list[str] = []
+        lines: list[bytes] = []
         for _ in range(len(self._spans)):
             thread, name, began_ns, ended_ns, args = self._spans.popleft()
             if thread not in self._named:
@@ -89,7 +90,7 @@ class Timeline:
             }
             if args:
                 event["args"] = args
-            lines.append(json.dumps(event, separators=(",", ":")))
+            lines.append(msgspec.json.encode(event))
         if lines:
             self._append(lines)
 
@@ -100,7 +101,7 @@ class Timeline:
             self._put([self._note(f"{self._dropped} spans are left out")])
         os.close(self._file)
 
-    def _append(self, lines: list[str]) -> None:
+    def _append(self, lines: list[bytes]) -> None:
         size = sum(map(len, lines)) + len(BETWEEN) * len(lines)
         if self._is_full or self._end + size > BYTES_MAX:
             self._dropped += len(lines)
@@ -110,23 +111,23 @@ class Timeline:
             return
         self._put(lines)
 
-    def _put(self, lines: list[str]) -> None:
-        body = BETWEEN.join(line.encode() for line in lines)
+    def _put(self, lines: list[bytes]) -> None:
+        body = BETWEEN.join(lines)
         whole = body if self._is_first else BETWEEN + body
         os.pwrite(self._file, whole + CLOSE, self._end)
         self._is_first = False
         self._end += len(whole)
 
-    def _meta(self, kind: str, thread: int, name: str) -> str:
+    def _meta(self, kind: str, thread: int, name: str) -> bytes:
         event = {
             "name": kind, "ph": "M", "pid": self._number, "tid": thread, "args": {"name": name}
         }  # fmt: skip
-        return json.dumps(event, separators=(",", ":"))
+        return msgspec.json.encode(event)
 
-    def _note(self, text: str) -> str:
+    def _note(self, text: str) -> bytes:
         event: dict[str, object] = {"name": text, "ph": "i", "s": "p", "ts": self._last_us}
         event |= {"pid": self._number, "tid": 0}
-        return json.dumps(event, separators=(",", ":"))
+        return msgspec.json.encode(event)
 
 
 def part_of(base: str, role: str) -> Path:

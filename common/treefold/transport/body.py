@@ -21,8 +21,8 @@ class Body:
 
     @property
     def rank(self) -> int:
-        """The member's rank, -1 while the scheduler has not said it."""
-        return self.membership.rank if self.membership.is_member else -1
+        """The member's rank, -1 until the scheduler has said one."""
+        return self.membership.rank if self.membership.incarnation else -1
 
     def readings(self) -> Iterator[Reading]:
         """Metrics of any member."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ANSWER_MAX_S = 5.0  # how long somebody who asks waits for a process that is busy
 WAIT_LEAST_NS = 5_000  # shorter waits are left out of a timeline
 ANSWERED_MAX = 4  # questions that are answered between two events
+SHOWN = ("table", "shard", "round", "slot", "version", "part", "count")
 AnswerT = TypeVar("AnswerT")
 
 
@@ -89,6 +90,7 @@ class Watch:
         self._questions: deque[_Question[list[Reading]] | _Question[list[Target]]] = deque()
         self._endpoint: Endpoint | None = None
         self._is_begun = False
+        self._shown: dict[type, list[str]] = {}
 
     def open(self, settings: Settings) -> None:
         """Begin to offer metrics, as the settings say.
@@ -150,11 +152,6 @@ class Watch:
     def _targets(self) -> list["Target"]:
         return [(self.address, self._role), *self.tally.targets()]
 
-    def computed(self, began_ns: int, event: object) -> None:
-        """The training thread has computed since then."""
-        if self.timeline is not None:
-            self.timeline.span("compute", began_ns, time.monotonic_ns(), _args(event))
-
     # ---- for the thread that owns the sockets ----------------------------------------------
 
     def turn(self) -> None:
@@ -171,7 +168,7 @@ class Watch:
         rank = self.tally.rank()
         if rank != self._rank:
             self._rank = rank
-            timeline.name(self._role if rank < 0 else f"{self._role}-{rank}")
+            timeline.name(f"{self._role}-{rank}")
         timeline.write_at(time.monotonic_ns())
 
     def handled(self, event: object, effects: Sequence[object], began_ns: int) -> None:
@@ -182,7 +179,16 @@ class Watch:
             what = event.message if isinstance(event, Received) else event
             name = self.tally.spans.get(type(what))
             if name is not None:
-                self.timeline.span(name, began_ns, ended_ns, _args(what))
+                self.timeline.span(name, began_ns, ended_ns, self._about(what))
+
+    def _about(self, what: object) -> dict[str, int]:
+        """What a span is about, for people who look at it."""
+        kind = type(what)
+        known = self._shown.get(kind)
+        if known is None:
+            fields = getattr(kind, "__struct_fields__", ())
+            known = self._shown[kind] = [name for name in SHOWN if name in fields]
+        return {name: getattr(what, name) for name in known}
 
     def waiting(self, arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
         """The same arrivals; how long the first one was waited for is written down."""
@@ -211,13 +217,6 @@ class Watch:
 
 Target = tuple[str, str]
 """Where metrics are, as ``host:port``, and whose they are."""
-
-
-def _args(what: object) -> dict[str, int | str]:
-    """What a span is about, for people who look at it."""
-    names = ("table", "shard", "round", "slot", "version", "part", "count")
-    found = {name: getattr(what, name, None) for name in names}
-    return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
 def watch_for(

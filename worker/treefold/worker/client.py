@@ -227,7 +227,7 @@ class Client:
                     raise SystemExit(0)
                 return LoopEnd(answer.value.version, snapshots)
             if isinstance(answer.value, effects.Task) and answer.value.slot != effects.STANDING_BY:
-                self._task_ns, self._pushed_ns = time.perf_counter_ns(), self._not_computing_ns()
+                self._task_ns, self._pushed_ns = time.monotonic_ns(), self._not_computing_ns()
                 task = answer.value
                 is_lent = self._is_lent(task.round)
                 return Task(task.round, task.slot, snapshots, task.is_kept, is_lent)
@@ -318,7 +318,8 @@ class Client:
         self._scratches.clear()
         if not self.is_void:
             self._shell.post(effects.SlotFinished(task.round, task.slot, metas))
-        took_ns = time.perf_counter_ns() - self._task_ns
+        took_ns = time.monotonic_ns() - self._task_ns
+        self.spent.mark("compute", self._task_ns, round=task.round, slot=task.slot)
         self.spent.add("compute", took_ns - (self._not_computing_ns() - self._pushed_ns))
 
     def record_samples(self, task: Task, samples: Sequence[int]) -> None:

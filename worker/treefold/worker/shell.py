@@ -54,12 +54,10 @@ from treefold.worker.effects import (
     LoopEnd,
     ReleasePayload,
     Retire,
-    SlotFinished,
     Snapshot,
     StreamBegun,
     StreamsOver,
     Task,
-    TaskCalled,
 )
 from treefold.worker.figures import WorkerTally
 from treefold.worker.flats import Flats
@@ -169,11 +167,9 @@ class WorkerShell:
         self._log = logger("worker")
         self._is_closing = self._is_rung = self._is_named = False
         self._crash: Exception | None = None
-        self._task_ns = 0
         body = Body(self.core.membership, self._carrier, self.spent)
         tally = WorkerTally(self.core, body, self._events.__len__, self.hub.traffic)
-        self._watch = watch_for(settings, Role.WORKER, tally, self.hub.bell.ring)
-        self._loop.watch = self._watch
+        self._loop.watch = watch_for(settings, Role.WORKER, tally, self.hub.bell.ring)
         self._thread = threading.Thread(target=self._run, name="treefold-io", daemon=True)
 
     def start(self) -> None:
@@ -182,8 +178,6 @@ class WorkerShell:
 
     def post(self, event: Event | Settle | GiveBack, values: Values | None = None) -> None:
         """Give the core an event; ``values`` become its payloads. For the training thread."""
-        if self._watch is not None and isinstance(event, SlotFinished):
-            self._watch.computed(self._task_ns, event)
         self._events.append((event, values))
         if not self._is_rung:  # it has not looked since the last time: that one counts for this
             self._is_rung = True
@@ -196,10 +190,7 @@ class WorkerShell:
         if self._crash is not None:
             return Answer(None, [], self._crash)
         self.post(event)
-        answer = answers.get()
-        if isinstance(event, TaskCalled):
-            self._task_ns = time.monotonic_ns()
-        return answer
+        return answers.get()
 
     def keep_initial(self, table: str, values: torch.Tensor) -> None:
         """Hold the initial values of a table until its first version is here."""
