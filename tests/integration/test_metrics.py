@@ -124,6 +124,9 @@ def test_prometheus_finds_all_members_of_a_job_and_sees_what_they_do(
     assert prometheus.values(f'{PREFIX}cluster_nodes{{role="server",state="live"}}') == [SERVERS]
     assert sum(prometheus.values(f"{PREFIX}slots")) == SLOTS
     assert len(prometheus.ask(f"{PREFIX}worker_step")) == WORKERS
+    assert len(prometheus.ask(f"{PREFIX}worker_steps_total > 0")) == WORKERS
+    assert len(prometheus.ask(f'{PREFIX}busy_seconds_total{{activity="compute"}} > 0')) == WORKERS
+    assert sum(prometheus.values(f"{PREFIX}worker_wait_seconds_total")) > 0
     led = f'{PREFIX}contributions_applied_total{{table="model"}}'
     # Nothing is refused, every slot counts once per shard, and a version is one contribution.
     assert prometheus.values(f"max({led}) > 0 and max({led}) <= max({PREFIX}shard_version)")
