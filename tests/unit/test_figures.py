@@ -78,6 +78,18 @@ def test_a_worker_that_falls_silent_is_counted_and_its_slots_are_seen_elsewhere(
     assert nodes["worker", "live"] == nodes["worker", "dead"] == nodes["server", "live"] == 1
 
 
+def test_beats_that_did_not_come_are_counted_when_the_next_one_does() -> None:
+    driver = Driver()
+    driver.train()
+    tally = SchedulerTally(driver.core, Traffic())
+    driver.beat(2)
+    beat = driver.core.roster.by_incarnation[2].beat
+    assert beat is not None
+    for at_ms in (0, 500, 1_400, 3_000):  # every 500 are due: at 2,000 and 2,500 there was none
+        tally.see(Received(WORKERS[0], beat), [], at_ms * MS, at_ms * MS + 1)
+    assert values(tally, "heartbeats_missed_total") == {("server",): 0, ("worker",): 2}
+
+
 def test_a_backup_that_takes_over_is_counted() -> None:
     driver = Driver(replace(LIMITS, servers=2, workers=1, replicas=2))
     driver.register(SERVER, Role.SERVER, 100)

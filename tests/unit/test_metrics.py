@@ -91,6 +91,14 @@ def test_the_page_and_the_code_have_the_same_names_types_units_labels_and_roles(
     assert sorted(described(PAGE)) == sorted(declared())
 
 
+def test_no_label_tells_parameters_apart() -> None:
+    labels = {label for metric in METRICS for label in metric.labels}
+    assert labels == {
+        "version", "role", "rank", "op", "status", "way", "queue", "activity", "state", "worker",
+        "member", "part", "table", "shard", "kind", "reason",
+    }  # fmt: skip
+
+
 def test_a_metric_that_one_of_them_lacks_would_be_noticed() -> None:
     row = next(line for line in PAGE.splitlines() if line.startswith("| `treefold_slots`"))
     assert sorted(described(PAGE.replace(row, ""))) != sorted(declared())

@@ -125,6 +125,7 @@ METRICS = (
     Metric("slots", _G, "Slots that a live worker leases", ("worker",), _OF_SCHEDULER),
     Metric("slot_duration_seconds", _G, "Time per slot as forecast", ("worker",), _OF_SCHEDULER),
     Metric("member_silence_seconds", _G, "Since a live member spoke", ("member",), _OF_SCHEDULER),
+    Metric("heartbeats_missed_total", _C, "Beats that did not come", ("role",), _OF_SCHEDULER),
     Metric("members_lost_total", _C, "Members given up for silence", ("role",), _OF_SCHEDULER),
     Metric("failovers_total", _C, "Shards whose backup took over", ("role",), _OF_SCHEDULER),
     Metric("rollbacks_total", _C, "Times the job went back to a checkpoint", (), _OF_SCHEDULER),

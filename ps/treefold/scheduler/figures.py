@@ -9,6 +9,7 @@ from treefold.scheduler.core import SchedulerCore
 from treefold.scheduler.effects import ManifestWritten, WriteManifest
 from treefold.transport.tally import Tally, of_traffic
 from treefold.transport.traffic import Traffic
+from treefold.wire.exchange import Received
 from treefold.wire.messages import (
     DeclarePlan,
     DeclareTable,
@@ -50,14 +51,18 @@ class SchedulerTally(Tally):
         self._newest_bytes = 0
         self._newest_s = 0.0
         self._written = {"ok": 0, "failed": 0}
+        self._beats_ns: dict[int, int] = {}
+        self._missed: dict[Role, int] = dict.fromkeys(MEMBERS, 0)
 
     def offered(self, address: str) -> None:
         """Say it to those who ask for the status."""
         self._core.metrics = address
 
     def see(self, event: object, effects: Sequence[object], began_ns: int, ended_ns: int) -> None:
-        """Count messages, and checkpoints."""
+        """Count messages, beats that did not come, and checkpoints."""
         super().see(event, effects, began_ns, ended_ns)
+        if isinstance(event, Received) and isinstance(event.message, Heartbeat):
+            self._hear(event.message.incarnation, began_ns)
         if isinstance(event, ManifestWritten):
             size = self._bytes.pop(event.version, 0)
             self._written["failed" if event.text else "ok"] += 1
@@ -68,6 +73,16 @@ class SchedulerTally(Tally):
             if isinstance(effect, WriteManifest):
                 files = [file for table in effect.manifest.tables for file in table.files]
                 self._bytes[effect.manifest.version] = sum(file.nbytes for file in files)
+
+    def _hear(self, who: int, now_ns: int) -> None:
+        """Count the beats that should have come since the last one of a member."""
+        state = self._core.roster.by_incarnation.get(who)
+        if state is None or not state.is_live:
+            self._beats_ns.pop(who, None)
+            return
+        quiet_ns = now_ns - self._beats_ns.get(who, now_ns)
+        self._beats_ns[who] = now_ns
+        self._missed[state.member.role] += max(0, quiet_ns // self._core.limits.heartbeat_ns - 1)
 
     def readings(self) -> Iterator[Reading]:
         """Everything that a scheduler can be asked for."""
@@ -96,12 +111,15 @@ class SchedulerTally(Tally):
             for life in ("live", "dead", "left"):
                 yield Reading("cluster_nodes", counts.get((word, life), 0), (word, life))
             yield Reading("members_lost_total", roster.lost[role], (word,))
-        holders = self._core.view.leases.workers
+            yield Reading("heartbeats_missed_total", self._missed[role], (word,))
+        held: dict[int, int] = {}
+        for holder in self._core.view.leases.workers:
+            held[holder] = held.get(holder, 0) + 1
         for state in roster.live():
             silent_ns = max(0, now_ns - state.seen_ns)
             yield Reading("member_silence_seconds", silent_ns / NS, (state.name,))
             if state.member.role is Role.WORKER:
-                yield Reading("slots", holders.count(state.member.incarnation), (state.name,))
+                yield Reading("slots", held.get(state.member.incarnation, 0), (state.name,))
                 yield Reading("slot_duration_seconds", state.slot_time_ns / NS, (state.name,))
 
     def _of_checkpoints(self) -> Iterator[Reading]:
