@@ -115,6 +115,18 @@ def test_files_of_processes_become_one_and_are_gone(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_script_that_begins_anew_in_its_process_writes_another_file(tmp_path: Path) -> None:
+    base = str(tmp_path / "run.json")
+    for number in range(2):
+        timeline = Timeline(part_of(base, "worker"), 1)
+        timeline.span(f"span {number}", 0, 1)
+        timeline.close()
+    assert merge(base) == 2
+    events = json.loads(Path(base).read_text())["traceEvents"]
+    found = sorted(event["name"] for event in events if event["ph"] == "X")
+    assert found == ["span 0", "span 1"]
+
+
 def test_what_a_killed_process_left_is_merged_as_well(tmp_path: Path) -> None:
     base = str(tmp_path / "run.json")
     timeline = Timeline(part_of(base, "server"), 1)

@@ -5,6 +5,7 @@ has one event per line, which is what `merge` relies on. Times are those of the 
 clock, so that files of one host lie on one axis.
 """
 
+import itertools
 import os
 import threading
 from collections import deque
@@ -131,8 +132,13 @@ class Timeline:
 
 
 def part_of(base: str, role: str) -> Path:
-    """The file of this process, beside the one that they are merged into."""
-    return Path(f"{base}.{role}-{os.getpid()}.json")
+    """A new file for this process, beside the one that they are merged into.
+
+    It may have one already, if its script has begun anew in the same process.
+    """
+    stem = f"{base}.{role}-{os.getpid()}"
+    names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+    return next(path for path in map(Path, (f"{name}.json" for name in names)) if not path.exists())
 
 
 def parts_of(base: str) -> list[Path]:
