@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-HEAVY = ("numpy", "sympy", "torch", "torch._dynamo")
+HEAVY = ("numpy", "sympy", "torch", "torch._dynamo", "prometheus_client")
 
 # A command imports the module of its own name, and the shell of what it becomes only when it is
 # sure that it will run.

@@ -49,11 +49,12 @@ class Background:
         self._hunts = {name: self._begin(is_found, name) for name in names}
 
     def hasten(self) -> None:
-        """Somebody waits for it: what is not begun yet gives way to nobody."""
+        """Somebody waits for it: what is not done yet is begun again, and gives way to nobody."""
+        self._pools[0].shutdown(wait=False, cancel_futures=True)
         self._pools.append(_pool(None))
-        jobs = [*self._hunts.values(), *(one for of in self._tallies.values() for one in of)]
+        jobs = [*(one for of in self._tallies.values() for one in of), *self._hunts.values()]
         for job in jobs:
-            if job.future.cancel():
+            if not job.future.done() or job.future.cancelled():
                 job.future = self._pools[-1].submit(job.function, *job.arguments)
 
     def tallies(self, batch: int) -> Iterator[Tally]:

@@ -209,6 +209,11 @@ def test_a_status_says_who_is_there_what_is_where_and_what_is_waited_for() -> No
     assert "server-0 waits for slots 3 of round 12" in text
 
 
+def test_a_status_says_where_metrics_are_if_they_are_offered() -> None:
+    assert "http://h:1/metrics" in shown(document(metrics="h:1"))
+    assert "metrics" not in shown(document())
+
+
 def test_a_status_of_a_cluster_that_forms_says_who_is_missing() -> None:
     text = shown(document(member("server-0"), phase="forming", plan=None, slots=0))
     assert "1 of 1 servers and 0 of 2 workers are there" in text

@@ -155,7 +155,9 @@ def test_the_address_is_known_beforehand_over_ipc_and_only_then() -> None:
 def test_every_process_gets_its_own_address_and_all_other_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = Settings(servers=2, slots=5, advertise="tcp://10.0.0.1:1", linger=True)
+    settings = Settings(
+        servers=2, slots=5, advertise="tcp://10.0.0.1:1", linger=True, metrics_port=9100
+    )
     plan = LaunchPlan(settings, ["true"], "ipc", {"TREEFOLD_SLOTS": "9", "HOME": "/home/x"})
     attempt = Attempt(plan, "/tmp/x")  # noqa: S108 # only a name
     environment = attempt.environment("server-1")
@@ -170,6 +172,7 @@ def test_every_process_gets_its_own_address_and_all_other_settings(
         advertise="",
         engine="none",
         linger=False,
+        metrics_port=9102,
     )
     assert load({}).settings == expected
 

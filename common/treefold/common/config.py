@@ -118,6 +118,17 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         replay``; empty: none.
     tape_bytes_max : int
         Bytes that each server may record.
+    metrics_port : int
+        Port of this process's metrics; 0 takes a free one, -1: they are not offered. ``treefold
+        run`` counts up from it, one port for each process.
+    metrics_bind : str
+        Host that metrics are offered on.
+    metrics_token_file : str
+        File with the bearer token that whoever asks for metrics has to have; needed if
+        ``metrics_bind`` can be reached from other machines.
+    timeline : str
+        Name of the files in which processes write what took how long, for Chrome's trace viewer;
+        ``treefold run`` puts them together in the file of that name. Empty: none.
     log_level : str
         ``debug``, ``info``, ``warning`` or ``error``.
     """
@@ -161,6 +172,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ledger: str = ""
     tape: str = ""
     tape_bytes_max: Annotated[int, Meta(ge=1, le=1 << 50)] = 1 << 34
+    metrics_port: Annotated[int, Meta(ge=-1, le=65_535)] = -1
+    metrics_bind: str = "127.0.0.1"
+    metrics_token_file: str = ""
+    timeline: str = ""
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -295,6 +310,17 @@ def environment_of(values: Mapping[str, object]) -> dict[str, str]:
         PREFIX + key.upper(): str(value).lower() if isinstance(value, bool) else str(value)
         for key, value in values.items()
     }
+
+
+def metrics_port_of(settings: Settings, role: str, number: int = 0) -> int:
+    """The port of one of several processes that were started together, from that of the first.
+
+    That is the scheduler's; servers follow it, and workers follow them.
+    """
+    first = settings.metrics_port
+    if first <= 0 or role == "scheduler":
+        return first
+    return first + 1 + number + (settings.servers if role == "worker" else 0)
 
 
 def failpoints() -> tuple[str, str, str]:

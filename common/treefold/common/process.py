@@ -4,8 +4,12 @@ import ctypes
 import secrets
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    from treefold.common.timeline import Timeline
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 ALLOCATION_BYTES_MAX = 64 << 20  # larger allocations are rare, and go back when they are freed
@@ -59,14 +63,28 @@ class ProcessFigures:
 
 
 class Spent:
-    """How long a process did what, in nanoseconds by name. Only one thread adds to each name."""
+    """How long a process did what, in nanoseconds by name. Only one thread adds to each name.
+
+    Attributes
+    ----------
+    ns : dict of str to int
+        The sums.
+    timeline : Timeline or None
+        Where every span goes as well.
+    """
 
     def __init__(self) -> None:
         self.ns: dict[str, int] = {}
+        self.timeline: Timeline | None = None
 
     def add(self, what: str, ns: int) -> None:
         """Count ``ns`` more for ``what``."""
         self.ns[what] = self.ns.get(what, 0) + ns
+
+    def mark(self, what: str, began_ns: int, **args: int) -> None:
+        """Show in the timeline that something has taken from then until now."""
+        if self.timeline is not None:
+            self.timeline.span(what, began_ns, time.monotonic_ns(), args)
 
     def on(self, what: str) -> "Stopwatch":
         """A context that counts the time spent in it."""
@@ -85,7 +103,7 @@ class Stopwatch:
 
     def __enter__(self) -> None:
         """Start counting."""
-        self._began_ns = time.perf_counter_ns()
+        self._began_ns = time.monotonic_ns()
 
     def __exit__(
         self,
@@ -94,4 +112,7 @@ class Stopwatch:
         trace: TracebackType | None,
     ) -> None:
         """Stop counting."""
-        self._spent.add(self._what, time.perf_counter_ns() - self._began_ns)
+        ended_ns = time.monotonic_ns()
+        self._spent.add(self._what, ended_ns - self._began_ns)
+        if self._spent.timeline is not None:
+            self._spent.timeline.span(self._what, self._began_ns, ended_ns)

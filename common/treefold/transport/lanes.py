@@ -84,6 +84,11 @@ class Lanes:
         self._is_said = False
         self._log = logger("transport")
 
+    @property
+    def nbytes(self) -> int:
+        """Shared memory of our own, in bytes."""
+        return self._bytes
+
     # ---- our own memory -----------------------------------------------------------------------
 
     def create(self, nbytes: int) -> Segment | None:

@@ -15,6 +15,7 @@ from treefold.common.log import logger
 from treefold.transport.outbox import Outbox
 from treefold.transport.points import NOWHERE, Points
 from treefold.transport.sockets import Arrival, Hub
+from treefold.transport.watch import Watch
 from treefold.wire import codec
 from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import Peer, PeerLost, Received, Tick
@@ -80,6 +81,8 @@ class Loop(Generic[EventT, EffectT]):
     ----------
     points : Points
         Where a test may let the process die.
+    watch : Watch or None
+        Looks on, if anybody wants to know.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Loop(Generic[EventT, EffectT]):
         self._outbox = outbox
         self.core = core
         self.points: Points = NOWHERE
+        self.watch: Watch | None = None
         self.refused = 0
         self._tensors = tensors
         self._perform = perform
@@ -107,7 +111,8 @@ class Loop(Generic[EventT, EffectT]):
             deadlines_ns.append(self._tensors.next_deadline_ns())
         deadline_ns = min((one for one in deadlines_ns if one is not None), default=None)
         timeout_ns = None if deadline_ns is None else deadline_ns - time.monotonic_ns()
-        for arrival in self.hub.wait(timeout_ns, BATCH_MAX):
+        arrivals = self.hub.wait(timeout_ns, BATCH_MAX)
+        for arrival in arrivals if self.watch is None else self.watch.waiting(arrivals):
             for received in self._decode(arrival):
                 self.feed(received)
         if self._tensors is not None:
@@ -115,6 +120,8 @@ class Loop(Generic[EventT, EffectT]):
         deadline_ns = deadlines_ns[0]
         if deadline_ns is not None and time.monotonic_ns() >= deadline_ns:
             self.feed(Tick())
+        if self.watch is not None:
+            self.watch.turn()
 
     def feed(self, event: EventT | Received | PeerLost | Tick) -> None:
         """Give the core one event, and those that follow from it, and carry out what it says."""
@@ -123,8 +130,19 @@ class Loop(Generic[EventT, EffectT]):
             if failpoints.armed:
                 events.extend(self._pass_points(one))
                 continue
+            if self.watch is not None:
+                events.extend(self._watched(one, self.watch))
+                continue
             for effect in self.core.handle(time.monotonic_ns(), one):
                 events.extend(self._perform(effect))
+
+    def _watched(self, event: EventT | Received | PeerLost | Tick, watch: Watch) -> list[EventT]:
+        """Deal with one event as `feed` does, while somebody looks on."""
+        began_ns = time.monotonic_ns()
+        effects = self.core.handle(began_ns, event)
+        found = [one for effect in effects for one in self._perform(effect)]
+        watch.handled(event, effects, began_ns)
+        return found
 
     def _pass_points(self, event: EventT | Received | PeerLost | Tick) -> list[EventT]:
         """Deal with one event as `feed` does, past the points at which a test may end that."""
@@ -150,6 +168,11 @@ class Loop(Generic[EventT, EffectT]):
             if self._tensors is not None:
                 self._tensors.forget(lost)
             self.feed(PeerLost(lost))
+
+    def end_watch(self) -> None:
+        """Nobody looks on any more."""
+        if self.watch is not None:
+            self.watch.close()
 
     def _decode(self, arrival: Arrival) -> Iterator[Received]:
         """The messages of an arrival, each decoded when those before it are dealt with."""
@@ -183,6 +206,8 @@ class Loop(Generic[EventT, EffectT]):
 
     def _refuse(self, arrival: Arrival, text: str) -> None:
         self.refused += 1
+        if self.watch is not None:
+            self.watch.tally.malformed += 1
         self._log.warning("message refused (%d so far): %s", self.refused, text[:REFUSAL_TEXT_MAX])
         if isinstance(arrival.sender, bytes):
             refusal = Refused(0, Code.BAD_MESSAGE, text[:REFUSAL_TEXT_MAX])

@@ -95,6 +95,7 @@ class Vitals:
     staleness: list[tuple[int, int, list[int]]] = field(default_factory=list)
     spare: list[int] = field(default_factory=list)
     is_idle: bool = False
+    metrics: str = ""
 
 
 @dataclass(slots=True)
@@ -244,6 +245,7 @@ class Membership:
             v.staleness,
             v.spare,
             v.is_idle,
+            v.metrics,
         )
 
     def _register(self) -> Register:

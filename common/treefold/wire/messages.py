@@ -103,12 +103,12 @@ class Heartbeat(Message, tag=4, frozen=True):
     """A member is alive and has view ``view``.
 
     A worker adds what it measured, a server what it holds. ``round`` is the worker's current round
-    or the server's oldest open one; ``waiting`` says in words what the member waits for, empty if
-    for nothing. ``norms`` are ``(table, round, norm)`` of the newest norms that a server knows, for
-    a scheduler that was started again. ``saving`` counts shards that a server is writing to a
-    checkpoint, or has written and the scheduler has not said that it knows. ``staleness`` is, of
-    shard 0 of asynchronous tables, how many contributions of each worker were how stale. ``spare``
-    are leased slots of an asynchronous pass that are not begun; ``is_idle``: none is left to do.
+    or the server's oldest open one; ``waiting`` says what the member waits for. ``norms`` are
+    ``(table, round, norm)`` of the newest norms that a server knows, for a scheduler that was
+    started again. ``saving`` counts shards that a server is writing to a checkpoint, or has written
+    and the scheduler has not said that it knows. ``staleness`` is, of shard 0 of asynchronous
+    tables, how many contributions of each worker were how stale. ``spare`` are leased slots of an
+    asynchronous pass that are not begun; ``is_idle``: nothing is left. ``metrics``: where they are.
     """
 
     incarnation: Count
@@ -127,6 +127,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     staleness: StaleCounts = msgspec.field(default_factory=list)
     spare: Slots = msgspec.field(default_factory=list)
     is_idle: bool = False
+    metrics: Address = ""
 
 
 class HeartbeatSeen(Message, tag=5, frozen=True):

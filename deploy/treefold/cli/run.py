@@ -14,6 +14,7 @@ from treefold.cli.main import NOT_STARTED
 from treefold.common.config import KEYS, Loaded, Settings
 from treefold.common.errors import ConfigError
 from treefold.common.tape import check_is_new
+from treefold.common.timeline import begin, merge
 from treefold.launch.commands import TRANSPORTS, LaunchPlan
 from treefold.launch.shell import Launcher
 
@@ -49,12 +50,17 @@ def main(words: list[str]) -> int:
         transport=options.transport,
         environment=os.environ,
     )
+    base = plan.settings.timeline
+    begin(base)
     with display_on(sys.stdout, sys.stderr) as display:
         try:
             code = Launcher(plan, display).run()
         except OSError as error:
             display.event(f"the processes cannot be started: {error}")
             return NOT_STARTED
+        finally:
+            if base:
+                display.event(f"timeline of {merge(base)} processes in {base}")
         display.ended(code)
     return code
 

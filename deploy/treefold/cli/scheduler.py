@@ -22,6 +22,7 @@ FLAGS = (
     "heartbeat_ms", "dead_after_ms",
     "server_dead_after_ms", "form_timeout_s", "rejoin_grace_s", "max_restarts", "linger",
     "log_level",
+    "metrics_port", "metrics_bind", "metrics_token_file", "timeline",
 )  # fmt: skip
 
 

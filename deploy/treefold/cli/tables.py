@@ -43,6 +43,8 @@ def print_status(status: Status, console: Console) -> None:
     if status.phase == "forming":
         waits.insert(0, _missing(status))
     parts += [Text(line) for line in waits]
+    if status.metrics:
+        parts.append(Text(f"metrics at http://{status.metrics}/metrics, of all at /targets"))
     console.print(Group(*parts))
 
 

@@ -18,7 +18,7 @@ DESCRIPTION = (
 FLAGS = (
     "scheduler", "engine", "rank", "slots", "seed", "consistency", "staleness", "quorum", "grace",
     "late", "compensation", "connect_timeout_s", "retry_ms", "lane", "lane_bytes_max", "ledger",
-    "log_level",
+    "log_level", "metrics_port", "metrics_bind", "metrics_token_file", "timeline",
 )  # fmt: skip
 
 

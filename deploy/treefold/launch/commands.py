@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from treefold.checkpoint.store import Store
-from treefold.common.config import KEYS, PREFIX, Settings, environment_of
+from treefold.common.config import KEYS, PREFIX, Settings, environment_of, metrics_port_of
 from treefold.common.engines import NONE
 from treefold.common.errors import ConfigError
 from treefold.launch.core import SCHEDULER
@@ -94,6 +94,8 @@ class Attempt:
         if name.startswith("worker") and name in self._begun:
             patience_s = min(patience_s, AGAIN_S)
         self._begun[name] = None
+        role, _, number = name.partition("-")
+        port = metrics_port_of(self._plan.settings, role, int(number or 0))
         of_member = msgspec.structs.replace(
             self._plan.settings,
             scheduler="" if name == SCHEDULER else self.scheduler,
@@ -104,7 +106,8 @@ class Attempt:
             linger=False,
             journal=self._journal if name == SCHEDULER else "",
             resume=self._resume if name == SCHEDULER else "",
-            rank=int(name.partition("-")[2] or -1),
+            rank=int(number or -1),
+            metrics_port=port,
             connect_timeout_s=patience_s,
         )
         values = environment_of(msgspec.to_builtins(of_member))

@@ -34,6 +34,7 @@ class MemberStatus(msgspec.Struct, frozen=True):
     rss_bytes: int
     cpu_percent: float
     is_draining: bool = False
+    metrics: str = ""
 
     @property
     def is_live(self) -> bool:
@@ -130,6 +131,7 @@ class Status(msgspec.Struct, frozen=True):
     tables: list[TableStatus]
     ending: Ending | None
     checkpoint: CheckpointStatus | None = None
+    metrics: str = ""
 
     def live(self, role: str) -> list[MemberStatus]:
         """Live members of a role, by rank."""

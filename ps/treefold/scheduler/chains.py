@@ -45,6 +45,8 @@ class Chains:
         Whose copy is dropped as soon as one more than wanted is in sync.
     changes : int
         How often a chain was confirmed, or a server set to drain.
+    promotions : int
+        How often a backup took over from a primary that was gone.
     """
 
     def __init__(self, roster: Roster, declared: Declared, replicas: int) -> None:
@@ -55,7 +57,7 @@ class Chains:
         self.draining: dict[int, None] = {}
         self.lost: list[Key] = []
         self.moving: dict[Key, int] = {}
-        self.changes = 0
+        self.changes = self.promotions = 0
 
     # ---- what servers say ---------------------------------------------------------------------
 
@@ -150,6 +152,7 @@ class Chains:
             if not able:
                 return None
             server = able[0]
+            self.promotions += 1
             # The others can be promoted only if the last confirmed chain has them in sync.
             joining += [who for who in backups if who not in able]
             backups = able[1:]

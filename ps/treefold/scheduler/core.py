@@ -78,7 +78,7 @@ class SchedulerCore:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self.story = Story()
+        self.story, self.metrics = Story(), ""
         self.roster = Roster()
         self.declared = Declared()
         self.balance = Balance(self.roster, self.declared)

@@ -110,11 +110,14 @@ class Roster:
     ----------
     changes : int
         How often anybody came or went.
+    lost : dict of Role to int
+        How many fell silent.
     """
 
     def __init__(self) -> None:
         self.by_incarnation: dict[int, MemberState] = {}
         self.changes = 0
+        self.lost: dict[Role, int] = dict.fromkeys(Role, 0)
         self._next = 1
         self._live: dict[Role | None, list[MemberState]] = {}
 
@@ -137,6 +140,7 @@ class Roster:
         """A member is gone: it left with an outcome, or fell silent (None)."""
         state.move(happening)
         state.outcome = outcome
+        self.lost[state.member.role] += happening is Happening.SILENCE
         self._change()
 
     def restore_parted(self, incarnation: int, outcome: Outcome | None) -> None:

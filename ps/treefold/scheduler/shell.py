@@ -30,15 +30,17 @@ from treefold.scheduler.effects import (
     SchedulerStopAsked,
     WriteManifest,
 )
+from treefold.scheduler.figures import SchedulerTally
 from treefold.scheduler.journal import Journal
 from treefold.scheduler.points import POINTS
 from treefold.transport.hosts import listening, told
 from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
 from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context, Hub
+from treefold.transport.watch import watch_for
 from treefold.wire.exchange import Halt, Note, PeerLost, Send
 from treefold.wire.membership import MS
-from treefold.wire.words import Outcome
+from treefold.wire.words import Outcome, Role
 
 LISTENER = "listener"
 CLOSING_MAX_S = 10.0  # for old checkpoints to be removed
@@ -78,6 +80,8 @@ class SchedulerShell:
             self._begin(settings)
         self._loop: Loop[Event, Effect] = Loop(self._hub, self._outbox, self._core, self._perform)
         self._loop.points = POINTS
+        tally = SchedulerTally(self._core, self._hub.traffic)
+        self._loop.watch = watch_for(settings, Role.SCHEDULER, tally, self._hub.bell.ring)
         self._halt: Halt | None = None
         self._stop: SchedulerStopAsked | None = None
 
@@ -98,6 +102,7 @@ class SchedulerShell:
                 self._loop.feed(event)
         self._loop.flush()
         self._background.close(CLOSING_MAX_S)
+        self._loop.end_watch()
         self._hub.close()
         if self._journal is not None:
             self._journal.close()

@@ -44,11 +44,14 @@ class Asynchronous:
         Parts of contributions that were here already.
     stale : dict of (table, worker) to list of int
         Contributions to shard 0 by class of staleness.
+    sums : dict of (table, worker) to int
+        The staleness of all of them together.
     """
 
     def __init__(self, saves: Saves, out: list[Effect]) -> None:
         self.duplicates = 0
         self.stale: dict[tuple[int, int], list[int]] = {}
+        self.sums: dict[tuple[int, int], int] = {}
         self._saves = saves
         self._out = out
 
@@ -136,6 +139,7 @@ class Asynchronous:
         if shard.number == 0:
             counts = self.stale.setdefault((shard.table, worker), [0] * STALE_CLASSES)
             counts[min(stale.bit_length(), STALE_CLASSES - 1)] += 1
+            self.sums[shard.table, worker] = self.sums.get((shard.table, worker), 0) + stale
 
     def counts(self) -> list[tuple[int, int, list[int]]]:
         """The same for a heartbeat."""

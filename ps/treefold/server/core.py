@@ -87,6 +87,11 @@ class ServerCore:
         The scheduler's side of this process's life.
     limits : ServerLimits
         Times and bounds.
+
+    Attributes
+    ----------
+    members : dict of int to str
+        Names of all members that were in some view, by incarnation.
     """
 
     def __init__(self, membership: Membership, limits: ServerLimits) -> None:
@@ -102,6 +107,7 @@ class ServerCore:
         self._is_failed = False
         self._known: dict[tuple[int, int], None] = {}
         self._sources: dict[int, Source | None] = {}
+        self.members: dict[int, str] = {}
         self._drain_ns: int | None = None
         self._drain_retry_ns: int | None = None
         self._due_ns: int | None = None
@@ -275,6 +281,8 @@ class ServerCore:
             for place in table.shards
             if me in (place.server, *place.backups, *place.joining)
         }
+        names = {m.incarnation: f"{m.role.name.lower()}-{m.rank}" for m in view.members}
+        self.members |= names
         self._link(view)
         for key in [key for key in held if key not in self.places]:
             self._close(key)

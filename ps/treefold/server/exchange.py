@@ -73,6 +73,8 @@ class Exchange:
         Shards on their way to checkpoints.
     duplicates : int
         Contributions that were here already.
+    made : dict of (table, shard) to [int, int]
+        Versions that were made here, and the contributions in those that were as primary.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Exchange:
         self.story = story
         self.shards: dict[tuple[int, int], Shard] = {}
         self.duplicates = 0
+        self.made: dict[tuple[int, int], list[int]] = {}
         self.replication = Replication(self, membership, check_every, out)
         self.saves = Saves(membership, out)
         self.asynchronous = Asynchronous(self.saves, out)
@@ -288,6 +291,10 @@ class Exchange:
                 shard.table, shard.number, version, current.contributors(), is_primary=is_primary
             )
         )
+        if current.number != INITIAL_ROUND:
+            counts = self.made.setdefault((shard.table, shard.number), [0, 0])
+            counts[0] += 1
+            counts[1] += current.active if is_primary else 0
         self.story.add(now_ns, f"table {shard.table} shard {shard.number}: version {version}")
         shard.publish(now_ns, current)
         self.saves.save(shard)

@@ -210,6 +210,12 @@ class ShardState:
             raise DataError(self._text(f"a copy into shape {shape}, expected {wanted}"))
         out.copy_(self._master)
 
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of the tensors that the optimizer keeps."""
+        kept = (value for unit in self._units for _, value in unit.kept())
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
+
     def state_pieces(self) -> list[StatePiece]:
         """The optimizer's state tensor by tensor, the same whatever the cuts.
 

@@ -60,12 +60,14 @@ from treefold.server.effects import (
     ShardStored,
     UnitCopied,
 )
+from treefold.server.figures import ServerTally
 from treefold.server.limits import ServerLimits
 from treefold.server.points import POINTS
 from treefold.server.published import Published
 from treefold.server.recording import Recording
 from treefold.server.saving import Restored, ShardFiles
 from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
+from treefold.transport.body import Body
 from treefold.transport.carrier import Carrier, Destination, Held
 from treefold.transport.hosts import listening, located, told
 from treefold.transport.lanes import lane_settings
@@ -73,6 +75,7 @@ from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
 from treefold.transport.pool import BufferPool
 from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, DATA_FRAME_BYTES_MAX, Context, Hub
+from treefold.transport.watch import watch_for
 from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Peer, PeerLost, Send
 from treefold.wire.membership import MS, Identity, Membership
@@ -118,15 +121,8 @@ class ServerShell:
         self._tell_address = partial(told, bound, settings.advertise, scheduler)
         self.address = self._tell_address()
         self._hub.connect(SCHEDULER, scheduler, CONTROL_FRAME_BYTES_MAX)
-        identity = Identity(
-            Role.SERVER,
-            random_number(),
-            self.address,
-            _socket.gethostname(),
-            os.getpid(),
-            metadata.version("treefold"),
-            settings.rank,
-        )
+        who = random_number(), self.address, _socket.gethostname(), os.getpid()
+        identity = Identity(Role.SERVER, *who, metadata.version("treefold"), settings.rank)
         limits = ServerLimits(
             int(settings.connect_timeout_s * 1000) * MS, check_every=settings.check_every
         )
@@ -149,6 +145,9 @@ class ServerShell:
         self._spent = Spent()
         self._log = logger("server")
         self._is_drain_asked = self._is_named = False
+        body = Body(self._core.membership, self._carrier, self._spent)
+        tally = ServerTally(self._core, body, self._states, self._hub.traffic)
+        self._loop.watch = watch_for(settings, Role.SERVER, tally, self._hub.bell.ring)
 
     @property
     def ending(self) -> str:
@@ -177,6 +176,7 @@ class ServerShell:
         self._recording.end({} if self._halt.status else self._states)
         self._loop.flush()
         self._files.end()
+        self._loop.end_watch()
         self._carrier.lanes.close()
         self._hub.close()
         return self._halt.status

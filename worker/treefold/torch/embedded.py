@@ -4,7 +4,7 @@ import threading
 
 import msgspec
 
-from treefold.common.config import Settings
+from treefold.common.config import Settings, metrics_port_of
 from treefold.common.log import logger
 from treefold.common.process import random_number
 from treefold.scheduler.shell import SchedulerShell
@@ -42,11 +42,17 @@ def connect_embedded(settings: Settings) -> Client:
         max_restarts=0,
     )
     scheduler = SchedulerShell(msgspec.structs.replace(alone, bind=f"{name}-scheduler"), context)
-    inside = msgspec.structs.replace(alone, scheduler=scheduler.address, bind=f"{name}-server")
+    inside = msgspec.structs.replace(
+        alone,
+        scheduler=scheduler.address,
+        bind=f"{name}-server",
+        metrics_port=metrics_port_of(alone, "server"),
+    )
     server = ServerShell(inside, context)
     other = threading.Thread(target=scheduler.run, name="treefold-scheduler", daemon=True)
     other.start()
-    client = EmbeddedClient(inside, context)
+    own_port = metrics_port_of(alone, "worker")
+    client = EmbeddedClient(msgspec.structs.replace(inside, metrics_port=own_port), context)
 
     def serve() -> None:
         _serve(server, scheduler)

@@ -8,6 +8,7 @@ import threading
 
 import torch
 
+from treefold.common.process import Spent
 from treefold.transport.segments import Segment, holds
 
 
@@ -20,6 +21,8 @@ class Arrivals:
         Which.
     ranges : list of (int, int)
         Elements of each part.
+    spent : Spent, optional
+        Counts the time that was waited for parts.
 
     Attributes
     ----------
@@ -29,11 +32,14 @@ class Arrivals:
         Whether that is since a part was overwritten before it was read to its end.
     """
 
-    def __init__(self, version: int, ranges: list[tuple[int, int]]) -> None:
+    def __init__(
+        self, version: int, ranges: list[tuple[int, int]], spent: Spent | None = None
+    ) -> None:
         self.version = version
         self.ranges = ranges
         self.is_void = self.is_torn = False
         self._error: Exception | None = None
+        self._spent = Spent() if spent is None else spent
         self._here: dict[int, tuple[torch.Tensor, Segment | None]] = {}
         self._change = threading.Condition()
 
@@ -58,11 +64,16 @@ class Arrivals:
             Nothing can go on.
         """
         with self._change:
-            while part not in self._here and not self.is_void:
-                self._change.wait()
+            if part not in self._here and not self.is_void:
+                with self._spent.on("await"):
+                    self._wait_for(part)
             if self._error is not None:
                 raise self._error
             return None if self.is_void else self._here.pop(part)
+
+    def _wait_for(self, part: int) -> None:
+        while part not in self._here and not self.is_void:
+            self._change.wait()
 
     def is_here(self, part: int) -> bool:
         """Whether a part can be taken without waiting."""

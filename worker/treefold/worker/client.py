@@ -64,8 +64,7 @@ class Client:
         self._plan: LoopPlan | None = None
         self._ledger: Writer | None = None
         self._is_closed = self._is_joined = False
-        self._waits_for, self._task_ns, self._pushed_ns, self._lent_in = "", 0, 0, -1
-        self._base = 0
+        self._waits_for, self._task_ns, self._pushed_ns, self._lent_in, self._base = "", 0, 0, -1, 0
         self._scratches: list[torch.Tensor] = []
         self._streams: list[Arrivals] = []
         self._shell.start()
@@ -228,7 +227,7 @@ class Client:
                     raise SystemExit(0)
                 return LoopEnd(answer.value.version, snapshots)
             if isinstance(answer.value, effects.Task) and answer.value.slot != effects.STANDING_BY:
-                self._task_ns, self._pushed_ns = time.perf_counter_ns(), self._not_computing_ns()
+                self._task_ns, self._pushed_ns = time.monotonic_ns(), self._not_computing_ns()
                 task = answer.value
                 self._base = task.round if task.base < 0 else task.base
                 which = task.round, task.slot, snapshots, task.is_kept, self._is_lent(self._base)
@@ -320,8 +319,9 @@ class Client:
         self._scratches.clear()
         if not self.is_void:
             self._shell.post(effects.SlotFinished(task.round, task.slot, metas))
-        took_ns = time.perf_counter_ns() - self._task_ns
-        self.spent.add("compute", took_ns - (self._not_computing_ns() - self._pushed_ns))
+        self.spent.mark("compute", self._task_ns, round=task.round, slot=task.slot)
+        took_ns = time.monotonic_ns() - self._task_ns + self._pushed_ns
+        self.spent.add("compute", took_ns - self._not_computing_ns())
 
     def record_samples(self, task: Task, samples: Sequence[int]) -> None:
         """Write down which samples a slot has, if the job keeps a ledger."""
@@ -343,7 +343,7 @@ class Client:
         return self._shell.spent
 
     def _not_computing_ns(self) -> int:
-        return self.spent.ns.get("push", 0) + self.spent.ns.get("pull", 0)
+        return sum(self.spent.ns.get(what, 0) for what in ("push", "pull", "await"))
 
     # ---- push, pull, wait ---------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from treefold.common.failpoints import arm
 from treefold.common.fold import Folder, Payload
 from treefold.common.log import logger
 from treefold.common.process import ProcessFigures, Spent, random_number
+from treefold.transport.body import Body
 from treefold.transport.carrier import Carrier, Destination, Held
 from treefold.transport.hosts import located
 from treefold.transport.lanes import lane_settings
@@ -32,6 +33,7 @@ from treefold.transport.sockets import (
     Context,
     Hub,
 )
+from treefold.transport.watch import watch_for
 from treefold.wire.exchange import SCHEDULER, Note, Send
 from treefold.wire.membership import MS, Identity, Membership
 from treefold.wire.messages import Push
@@ -58,6 +60,7 @@ from treefold.worker.effects import (
     StreamsOver,
     Task,
 )
+from treefold.worker.figures import WorkerTally
 from treefold.worker.flats import Flats
 from treefold.worker.limits import WorkerLimits
 from treefold.worker.points import POINTS
@@ -166,6 +169,9 @@ class WorkerShell:
         self._log = logger("worker")
         self._is_closing = self._is_rung = self._is_named = False
         self._crash: Exception | None = None
+        body = Body(self.core.membership, self._carrier, self.spent)
+        tally = WorkerTally(self.core, body, self._events.__len__, self.hub.traffic)
+        self._loop.watch = watch_for(settings, Role.WORKER, tally, self.hub.bell.ring)
         self._thread = threading.Thread(target=self._run, name="treefold-io", daemon=True)
 
     def start(self) -> None:
@@ -229,6 +235,7 @@ class WorkerShell:
             for answers in list(self._answers.values()):
                 answers.put(Answer(None, [], error))
         finally:
+            self._loop.end_watch()
             self._carrier.lanes.close()
             self.hub.close()
 
@@ -289,7 +296,7 @@ class WorkerShell:
                 self._streams[table].put(part, held.payload.tensor, held.segment)
             case StreamBegun(table, version):
                 ranges = [(part.start, part.stop) for part in self.core.tables[table].parts]
-                self._streams[table] = Arrivals(version, ranges)
+                self._streams[table] = Arrivals(version, ranges, self.spent)
             case StreamsOver(error):
                 self._end_streams(error)
             case Complete(call, value):

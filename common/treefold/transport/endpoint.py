@@ -1,0 +1,307 @@
+"""The HTTP endpoint of a process's metrics: ``/metrics`` for Prometheus, ``/targets`` to find all.
+
+Threads of its own; it knows nothing of the process but two questions that it may ask. Only a
+process that offers metrics imports this module.
+"""
+
+import contextlib
+import hmac
+import ipaddress
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from urllib.parse import urlsplit
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from treefold.common.config import Settings
+from treefold.common.errors import ConfigError, UnavailableError
+from treefold.common.log import logger
+from treefold.common.metrics import BY_NAME, METRICS, PREFIX, Counts, Kind, Reading
+
+ASKERS_MAX = 8  # connections at a time; more are closed at once
+PATIENCE_S = 5.0  # for each piece of a request
+TOKEN_LETTERS_MIN = 16
+PROMETHEUS_OPEN_BOUND = "+Inf"
+Ask = Callable[[], list[Reading]]
+AskTargets = Callable[[], list[tuple[str, str]]]
+
+
+class Endpoint:
+    """Answers requests for metrics.
+
+    Parameters
+    ----------
+    settings : Settings
+        Where to listen, and the file of the token.
+    ask : callable
+        Gives all readings.
+    ask_targets : callable
+        Says where other processes offer theirs.
+
+    Attributes
+    ----------
+    address : str
+        Where others find it, as ``host:port``.
+
+    Raises
+    ------
+    ConfigError
+        The port is taken, or it can be reached from other machines and there is no token.
+    """
+
+    def __init__(self, settings: Settings, ask: Ask, ask_targets: AskTargets) -> None:
+        self._host = host = settings.metrics_bind
+        token = token_of(settings)
+        try:
+            self._server = _Server(host, settings.metrics_port, token)
+        except (OSError, OverflowError) as error:
+            where = f"{host} port {settings.metrics_port}"
+            msg = f"metrics cannot be offered at {where}: {error}; metrics_port 0 takes a free port"
+            raise ConfigError(msg) from error
+        self._server.pages = {
+            "/metrics": _Page(lambda accept: exposition(ask(), accept)),
+            "/targets": _Page(lambda _: (targets(ask_targets()), "application/json")),
+        }
+        self._port = int(self._server.server_address[1])
+        self.address = f"{_told(settings)}:{self._port}"
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="treefold-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening; requests that are being answered end by themselves."""
+        self._is_closing = True
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)  # noqa: S104 # compared
+        with contextlib.suppress(OSError):  # a thread that waits for somebody sees that it is over
+            socket.create_connection((host, self._port), PATIENCE_S).close()
+        self._thread.join()
+        self._server.server_close()
+
+    def _run(self) -> None:
+        while not self._is_closing:
+            self._server.handle_request()
+
+
+def token_of(settings: Settings) -> str:
+    """What a request has to bring along; empty for nothing.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, the token is too short, or there is none and metrics can be asked
+        for from other machines.
+    """
+    file = settings.metrics_token_file
+    if not file:
+        if not is_loopback(settings.metrics_bind):
+            msg = (
+                f"metrics_bind is {settings.metrics_bind}, which other machines can reach: name a "
+                "file with a token in metrics_token_file, or bind to 127.0.0.1"
+            )
+            raise ConfigError(msg)
+        return ""
+    try:
+        token = Path(file).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the token for metrics cannot be read: {error}") from error
+    if len(token) < TOKEN_LETTERS_MIN:
+        msg = f"the token in {file} has {len(token)} characters; {TOKEN_LETTERS_MIN} are the least"
+        raise ConfigError(msg)
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to a host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def exposition(readings: list[Reading], accept: str) -> tuple[bytes, str]:
+    """Readings as Prometheus reads them, and the type of that.
+
+    Parameters
+    ----------
+    readings : list of Reading
+        Of one process.
+    accept : str
+        What whoever asks understands, as in the header of that name.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Readings(readings))
+    ProcessCollector(registry=registry)
+    encode, kind = choose_encoder(accept)
+    return encode(registry), kind
+
+
+def targets(found: list[tuple[str, str]]) -> bytes:
+    """Where metrics are, as Prometheus's HTTP service discovery reads it."""
+    listed = [{"targets": [where], "labels": {"instance": who}} for where, who in found]
+    return json.dumps(listed).encode()
+
+
+class _Readings(Collector):
+    """Readings as families of one role; those without a value are named all the same."""
+
+    def __init__(self, readings: list[Reading]) -> None:
+        self._by_name: dict[str, list[Reading]] = {}
+        for reading in readings:
+            self._by_name.setdefault(reading.name, []).append(reading)
+        [build] = self._by_name["build_info"]
+        self._role = build.labels[1]
+
+    def collect(self) -> Iterator[Family]:
+        """Every metric of the role."""
+        for metric in METRICS:
+            if self._role in metric.roles:
+                yield self._family(metric.name)
+
+    def _family(self, name: str) -> Family:
+        metric, labels = BY_NAME[name], list(BY_NAME[name].labels)
+        text = f"{metric.text}."
+        counter, gauge, histogram = CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+        found = self._by_name.get(name, [])
+        if metric.kind is Kind.HISTOGRAM:
+            family = histogram(PREFIX + name, text, labels=labels)
+            for one in found:
+                if isinstance(one.value, Counts):
+                    family.add_metric(one.labels, _cumulated(one.value), one.value.sum)
+            return family
+        kind = counter if metric.kind is Kind.COUNTER else gauge
+        plain = kind(PREFIX + name, text, labels=labels)
+        for one in found:
+            if not isinstance(one.value, Counts):
+                plain.add_metric(one.labels, one.value)
+        return plain
+
+
+def _cumulated(value: Counts) -> list[tuple[str, float]]:
+    total, buckets = 0, []
+    for bound, count in zip([*value.bounds, None], value.counts, strict=True):
+        total += count
+        buckets.append((PROMETHEUS_OPEN_BOUND if bound is None else repr(bound), float(total)))
+    return buckets
+
+
+def _told(settings: Settings) -> str:
+    """The host that others are told."""
+    host = settings.metrics_bind
+    if host in ("0.0.0.0", "::"):  # noqa: S104 # compared, not bound
+        host = urlsplit(settings.advertise).hostname or socket.gethostname()
+    return f"[{host}]" if ":" in host else host
+
+
+class _Page:
+    """One page."""
+
+    def __init__(self, make: Callable[[str], tuple[bytes, str]]) -> None:
+        self.make = make
+
+
+class _Server(ThreadingMixIn, HTTPServer):
+    """Listens, and answers a bounded number of requests at a time."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, host: str, port: int, token: str) -> None:
+        self.pages: dict[str, _Page] = {}
+        self.token = token
+        self._free = threading.Semaphore(ASKERS_MAX)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _Handler)
+
+    def server_bind(self) -> None:
+        """Bind, without looking up what the host is called, which may take long."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = "treefold", self.server_address[1]
+
+    def process_request(
+        self, request: socket.socket | tuple[bytes, socket.socket], client_address: object
+    ) -> None:
+        """Answer in a thread, if there is one left."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(
+        self, request: socket.socket | tuple[bytes, socket.socket], client_address: object
+    ) -> None:
+        """Answer."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that goes away in the middle is nothing to print a trace for."""
+        del request
+        logger("metrics").debug("a request of %s failed", client_address, exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: _Server
+    server_version, sys_version = "treefold", ""
+    timeout = PATIENCE_S
+
+    def do_GET(self) -> None:
+        """Answer a request for a page."""
+        page = self.server.pages.get(self.path.partition("?")[0])
+        if not self._is_allowed():
+            self._say(HTTPStatus.UNAUTHORIZED, b"a bearer token is needed\n", "text/plain")
+        elif page is None:
+            names = " ".join(self.server.pages)
+            self._say(HTTPStatus.NOT_FOUND, f"there are {names}\n".encode(), "text/plain")
+        else:
+            self._show(page)
+
+    def _show(self, page: _Page) -> None:
+        try:
+            body, kind = page.make(self.headers.get("Accept", ""))
+        except UnavailableError as error:
+            self._say(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n".encode(), "text/plain")
+        except Exception:  # a fault in here must not cost more than a page
+            logger("metrics").exception("%s cannot be made", self.path)
+            self._say(HTTPStatus.INTERNAL_SERVER_ERROR, b"see the log\n", "text/plain")
+        else:
+            self._say(HTTPStatus.OK, body, kind)
+
+    def _is_allowed(self) -> bool:
+        token = self.server.token
+        given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+        return not token or hmac.compare_digest(given, f"Bearer {token}".encode())
+
+    def _say(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        if status is HTTPStatus.UNAUTHORIZED:
+            self.send_header("WWW-Authenticate", "Bearer")
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 # as it is inherited
+        """Say what was asked for, to those who look for it."""
+        logger("metrics").debug(format, *args)
