@@ -38,7 +38,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     advertise : str
         Address that others are told to connect to; empty: the bound one.
     insecure : bool
-        Whether an address beyond this machine may be bound although nothing is encrypted.
+        Whether an address beyond this machine may be bound without keys, so that nothing is
+        encrypted and whoever connects can do anything.
+    keys : str
+        Folder of keys, as ``treefold keys init`` makes it; empty: none. With keys every connection
+        is encrypted, both ends prove their keys, and roles say who may do what.
+    audit : str
+        File to which scheduler and servers append who asked for what; empty: none.
     servers, workers : int
         How many of each form the cluster.
     replicas : int
@@ -110,6 +116,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bind: str = "tcp://127.0.0.1:0"
     advertise: str = ""
     insecure: bool = False
+    keys: str = ""
+    audit: str = ""
     servers: Positive = 1
     workers: Positive = 1
     rank: Annotated[int, Meta(ge=-1, le=65_535)] = -1

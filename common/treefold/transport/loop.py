@@ -12,8 +12,10 @@ from typing import Generic, Protocol, TypeVar
 from treefold.common import failpoints
 from treefold.common.errors import RemoteProtocolError
 from treefold.common.log import logger
+from treefold.transport.gate import Gate
 from treefold.transport.outbox import Outbox
 from treefold.transport.points import NOWHERE, Points
+from treefold.transport.request import check_allowed
 from treefold.transport.sockets import Arrival, Hub
 from treefold.wire import codec
 from treefold.wire.chain import UnitCopy
@@ -94,6 +96,7 @@ class Loop(Generic[EventT, EffectT]):
         self._outbox = outbox
         self.core = core
         self.points: Points = NOWHERE
+        self._gate = Gate(hub.access, hub.audit)
         self.refused = 0
         self._tensors = tensors
         self._perform = perform
@@ -160,6 +163,11 @@ class Loop(Generic[EventT, EffectT]):
             return
         sizes = [payload.nbytes for payload in arrival.payloads]
         for message in messages:
+            denial = self._gate.denial(arrival, message)
+            if denial:
+                self._deny(arrival, message, denial)
+                continue
+            check_allowed(arrival.where, message)
             try:
                 codec.check_payload(message, sizes)
                 received = self._received(arrival, message)
@@ -181,9 +189,18 @@ class Loop(Generic[EventT, EffectT]):
         payloads = self._tensors.receive(arrival, message)
         return None if payloads is None else Received(peer, message, payloads)
 
+    def _deny(self, arrival: Arrival, message: AnyMessage, text: str) -> None:
+        self._say_refused(text)
+        if isinstance(arrival.sender, bytes):
+            refusal = Refused(getattr(message, "call", 0), Code.NOT_ALLOWED, text)
+            self._outbox.send(arrival.socket, arrival.sender, refusal)
+
     def _refuse(self, arrival: Arrival, text: str) -> None:
-        self.refused += 1
-        self._log.warning("message refused (%d so far): %s", self.refused, text[:REFUSAL_TEXT_MAX])
+        self._say_refused(text)
         if isinstance(arrival.sender, bytes):
             refusal = Refused(0, Code.BAD_MESSAGE, text[:REFUSAL_TEXT_MAX])
             self._outbox.send(arrival.socket, arrival.sender, refusal)
+
+    def _say_refused(self, text: str) -> None:
+        self.refused += 1
+        self._log.warning("message refused (%d so far): %s", self.refused, text[:REFUSAL_TEXT_MAX])

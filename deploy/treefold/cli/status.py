@@ -11,6 +11,8 @@ from treefold.cli.tables import print_status
 from treefold.common.errors import ConfigError
 from treefold.launch.link import fetch, parse
 from treefold.launch.runtime import running
+from treefold.transport.access import access_of
+from treefold.wire.permissions import CURIOUS
 
 DESCRIPTION = (
     "Ask a scheduler what is going on. Without --scheduler: the one that runs on this machine."
@@ -32,10 +34,11 @@ def main(words: list[str]) -> int:
     int
         0 if the scheduler answered.
     """
-    parser = Parser("status", DESCRIPTION, ["scheduler"])
+    parser = Parser("status", DESCRIPTION, ["scheduler", "keys"])
     parser.add_argument("--json", action="store_true", help="print the whole document as JSON")
     options, loaded = parser.read(words)
-    body = fetch(loaded.settings.scheduler or found_address(), ANSWER_MS)
+    access = access_of(loaded.settings, *CURIOUS)
+    body = fetch(loaded.settings.scheduler or found_address(), ANSWER_MS, access)
     if options.json:
         sys.stdout.write(msgspec.json.format(body, indent=2).decode() + "\n")
     else:

@@ -9,13 +9,15 @@ from treefold.cli.run import COMMAND_HELP, COMMAND_METAVAR, command_of
 from treefold.common.config import PREFIX, environment_of
 from treefold.launch.commands import prepared
 from treefold.launch.link import fetch
+from treefold.transport.access import access_of
+from treefold.wire.permissions import KeyRole
 
 DESCRIPTION = (
     "Wait for the scheduler, then become COMMAND with the cluster's settings in its environment: "
     "signals reach it and its exit code is seen as if it had been started without treefold."
 )
 FLAGS = (
-    "scheduler", "rank", "slots", "seed", "consistency", "staleness", "compensation",
+    "scheduler", "keys", "rank", "slots", "seed", "consistency", "staleness", "compensation",
     "connect_timeout_s", "retry_ms", "lane", "lane_bytes_max", "ledger", "log_level",
 )  # fmt: skip
 
@@ -46,6 +48,7 @@ def main(words: list[str]) -> int:
     settings = loaded.settings
     check_scheduler(settings, "worker")
     command = command_of(options.command, parser)
-    fetch(settings.scheduler, int(settings.connect_timeout_s * 1000))
+    access = access_of(settings, KeyRole.WORKER)
+    fetch(settings.scheduler, int(settings.connect_timeout_s * 1000), access)
     values = environment_of(msgspec.to_builtins(settings)) | {PREFIX + "CONFIG": os.devnull}
     os.execvpe(command[0], command, prepared(os.environ) | values)  # noqa: S606 # no shell is the point

@@ -5,7 +5,8 @@ import time
 import msgspec
 
 from treefold.common.errors import RemoteProtocolError, UnavailableError
-from treefold.transport.request import Requester
+from treefold.transport.access import Access
+from treefold.transport.request import Requester, check_allowed
 from treefold.wire.codec import decode_all, encode
 from treefold.wire.messages import StatusReply, StatusRequest
 
@@ -142,6 +143,8 @@ class StatusLink:
     ----------
     address : str
         The scheduler's.
+    access : Access, optional
+        This process's keys.
 
     Raises
     ------
@@ -149,8 +152,9 @@ class StatusLink:
         The address is malformed.
     """
 
-    def __init__(self, address: str) -> None:
-        self._requester = Requester(address)
+    def __init__(self, address: str, access: Access | None = None) -> None:
+        self._address = address
+        self._requester = Requester(address, access)
         self._call = 0
         self._asked_ns = 0
 
@@ -172,10 +176,16 @@ class StatusLink:
         -------
         (int, bytes) or None
             Nanoseconds as given to `ask`, and the document as JSON.
+
+        Raises
+        ------
+        AuthError
+            This process is refused.
         """
         deadline_ns = time.monotonic_ns() + timeout_ms * 1_000_000
         while (header := self._requester.receive(timeout_ms)) is not None:
             for message in decode_all(header):
+                check_allowed(self._address, message)
                 if isinstance(message, StatusReply) and message.call == self._call:
                     return self._asked_ns, message.body
             timeout_ms = max(0, (deadline_ns - time.monotonic_ns()) // 1_000_000)
@@ -201,7 +211,7 @@ def parse(body: bytes) -> Status:
         raise RemoteProtocolError(msg) from error
 
 
-def fetch(address: str, timeout_ms: int) -> bytes:
+def fetch(address: str, timeout_ms: int, access: Access | None = None) -> bytes:
     """Ask a scheduler for its status and wait for the answer.
 
     Parameters
@@ -210,6 +220,8 @@ def fetch(address: str, timeout_ms: int) -> bytes:
         The scheduler's.
     timeout_ms : int
         How long to wait.
+    access : Access, optional
+        This process's keys.
 
     Returns
     -------
@@ -220,10 +232,12 @@ def fetch(address: str, timeout_ms: int) -> bytes:
     ------
     ConfigError
         The address is malformed.
+    AuthError
+        This process is refused.
     UnavailableError
         Nobody answered.
     """
-    link = StatusLink(address)
+    link = StatusLink(address, access)
     try:
         deadline_ns = time.monotonic_ns() + timeout_ms * 1_000_000
         while (left_ms := (deadline_ns - time.monotonic_ns()) // 1_000_000) > 0:

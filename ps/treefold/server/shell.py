@@ -10,8 +10,9 @@ from importlib import metadata
 import torch
 
 from treefold.common import layout as layouts
+from treefold.common.audit import Audit
 from treefold.common.config import Settings
-from treefold.common.errors import DataError, UnsupportedError
+from treefold.common.errors import AuthError, DataError, UnsupportedError
 from treefold.common.failpoints import arm
 from treefold.common.fold import Folder, Payload
 from treefold.common.log import logger
@@ -63,6 +64,7 @@ from treefold.server.published import Published
 from treefold.server.recording import Recording
 from treefold.server.saving import Restored, ShardFiles
 from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
+from treefold.transport.access import access_of
 from treefold.transport.carrier import Carrier, Destination, Held
 from treefold.transport.lanes import lane_settings
 from treefold.transport.loop import Loop
@@ -79,9 +81,11 @@ from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Peer, PeerLost, Send
 from treefold.wire.membership import MS, Identity, Membership
 from treefold.wire.messages import AnyMessage, Pulled, Push
+from treefold.wire.permissions import KeyRole
 from treefold.wire.words import Frame, Role
 
 LISTENER = "listener"
+REFUSED_STATUS = 3  # not started, as far as the others are concerned
 TensorWork = (
     OpenShard | ComputeNorm | MakeParts | CorrectParts | ComputeDigest | CopyUnit | LoadUnit
 )
@@ -101,7 +105,8 @@ class ServerShell:
     def __init__(self, settings: Settings, context: Context | None = None) -> None:
         self._settings = settings
         spare_compiler()
-        self._hub = Hub(context)
+        audit = Audit(settings.audit, "server") if settings.audit else None
+        self._hub = Hub(context, access_of(settings, KeyRole.SERVER), audit)
         self._outbox = Outbox(self._hub)
         bound = self._hub.listen(
             LISTENER,
@@ -110,7 +115,8 @@ class ServerShell:
             frame_bytes_max=DATA_FRAME_BYTES_MAX,
         )
         self.address = advertised(bound, settings.advertise)
-        self._hub.connect(SCHEDULER, settings.scheduler, CONTROL_FRAME_BYTES_MAX)
+        at = settings.scheduler
+        self._hub.connect(SCHEDULER, at, CONTROL_FRAME_BYTES_MAX, KeyRole.SCHEDULER)
         identity = Identity(
             Role.SERVER,
             random_number(),
@@ -151,7 +157,11 @@ class ServerShell:
     def run(self) -> int:
         """Serve until the job ends; returns the exit status."""
         while self._halt is None:
-            self._loop.turn()
+            try:
+                self._loop.turn()
+            except AuthError as error:
+                self._halt = Halt(REFUSED_STATUS, str(error))
+                break
             membership = self._core.membership
             if membership.is_member and not self._is_named:
                 self._is_named = True
