@@ -25,6 +25,7 @@ from treefold.wire.words import Code
 
 BATCH_MAX = 64  # messages taken from one socket before the clock is looked at
 REFUSAL_TEXT_MAX = 500
+SAID_PER_S_MAX = 10  # lines about refused messages; a flood of them must not fill the log
 TensorMessage = Push | Pulled | UnitCopy
 TENSOR_MESSAGES = (Push, Pulled, UnitCopy, SegmentOffer, SegmentAnswer)
 EventT = TypeVar("EventT")
@@ -98,6 +99,7 @@ class Loop(Generic[EventT, EffectT]):
         self.points: Points = NOWHERE
         self._gate = Gate(hub.access, hub.audit)
         self.refused = 0
+        self._said = (0, 0)
         self._tensors = tensors
         self._perform = perform
         self._log = logger("transport")
@@ -203,4 +205,8 @@ class Loop(Generic[EventT, EffectT]):
 
     def _say_refused(self, text: str) -> None:
         self.refused += 1
+        second = time.monotonic_ns() // 1_000_000_000
+        self._said = (second, self._said[1] + 1 if self._said[0] == second else 1)
+        if self._said[1] > SAID_PER_S_MAX:
+            return
         self._log.warning("message refused (%d so far): %s", self.refused, text[:REFUSAL_TEXT_MAX])

@@ -1,0 +1,62 @@
+"""How many answers of a kind a peer of a listener gets: what asks to be flooded is not.
+
+Answers wait in memory until their peer reads them. A peer that keeps asking for nothing and never
+reads would otherwise fill it: refusals and status documents are larger than what leads to them.
+Whoever is in earnest asks again later.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from time import monotonic_ns
+
+from treefold.wire.messages import AnyMessage, Refused, StatusReply
+
+PEERS_MAX = 4_096  # remembered; the one that was longest silent is forgotten first
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """So many at once, and then so many in a second."""
+
+    burst: int
+    per_s: int
+
+
+BUDGETS: dict[type[AnyMessage], Budget] = {Refused: Budget(1_024, 100), StatusReply: Budget(64, 20)}
+
+
+class Purse:
+    """What each peer has left.
+
+    Parameters
+    ----------
+    budgets : dict, optional
+        By kind of answer.
+
+    Attributes
+    ----------
+    withheld : int
+        Answers that were not given.
+    """
+
+    def __init__(self, budgets: dict[type[AnyMessage], Budget] | None = None) -> None:
+        self._budgets = BUDGETS if budgets is None else budgets
+        self._left: OrderedDict[tuple[bytes, type[AnyMessage]], tuple[float, int]] = OrderedDict()
+        self.withheld = 0
+
+    def allows(self, peer: bytes, message: AnyMessage) -> bool:
+        """Whether a peer gets this answer; if so it is paid for."""
+        kind = type(message)
+        budget = self._budgets.get(kind)
+        if budget is None:
+            return True
+        now_ns = monotonic_ns()
+        key = (peer, kind)
+        left, then_ns = self._left.pop(key, (float(budget.burst), now_ns))
+        left = min(budget.burst, left + (now_ns - then_ns) * 1e-9 * budget.per_s)
+        is_allowed = left >= 1
+        self._left[key] = (left - 1 if is_allowed else left, now_ns)
+        if len(self._left) > PEERS_MAX:
+            self._left.popitem(last=False)
+        self.withheld += not is_allowed
+        return is_allowed
