@@ -81,6 +81,8 @@ class Loop(Generic[EventT, EffectT]):
 
     Attributes
     ----------
+    gate : Gate
+        Decides what is taken of whom.
     points : Points
         Where a test may let the process die.
     """
@@ -97,7 +99,7 @@ class Loop(Generic[EventT, EffectT]):
         self._outbox = outbox
         self.core = core
         self.points: Points = NOWHERE
-        self._gate = Gate(hub.access, hub.audit)
+        self.gate = Gate(hub.access, hub.audit)
         self.refused = 0
         self._said = (0, 0)
         self._tensors = tensors
@@ -165,7 +167,7 @@ class Loop(Generic[EventT, EffectT]):
             return
         sizes = [payload.nbytes for payload in arrival.payloads]
         for message in messages:
-            denial = self._gate.denial(arrival, message)
+            denial = self.gate.denial(arrival, message)
             if denial:
                 self._deny(arrival, message, denial)
                 continue

@@ -39,6 +39,7 @@ from treefold.transport.outbox import Outbox
 from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context, Hub, advertised
 from treefold.wire.exchange import Halt, Level, Note, PeerLost, Send
 from treefold.wire.membership import MS
+from treefold.wire.messages import Registered
 from treefold.wire.permissions import KeyRole
 from treefold.wire.words import Outcome
 
@@ -128,6 +129,8 @@ class SchedulerShell:
     def _perform(self, effect: Effect) -> list[Event]:
         match effect:
             case Send(peer, message, _):
+                if isinstance(message, Registered):
+                    self._loop.gate.grant(message)
                 if isinstance(peer, bytes):
                     self._outbox.send(LISTENER, peer, message)
             case Persist(found):
