@@ -35,7 +35,7 @@ from treefold.wire.messages import (
 
 JOB = "three_tables.py"
 CONNECTIONS, MESSAGES = 10_000, 100_000
-STRANGERS = 4  # for each listener, at a time
+STRANGERS = 25  # for each listener: who sends too much that is refused is not read any more
 CORPUS = 2_000  # different messages, sent again and again
 OVERSIZED = 10  # for each listener
 BIG = (4 << 20) + (65 << 10)  # bytes; more than a server takes

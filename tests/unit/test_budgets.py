@@ -3,8 +3,13 @@
 import pytest
 
 from treefold.transport import budgets
-from treefold.transport.budgets import Budget, Purse
-from treefold.wire.messages import Refused, Stop
+from treefold.transport.budgets import PATIENCE, Budget, Purse
+from treefold.transport.loop import Loop
+from treefold.transport.outbox import Outbox
+from treefold.transport.sockets import Arrival, Hub
+from treefold.wire.codec import encode
+from treefold.wire.exchange import Received, Tick
+from treefold.wire.messages import Refused, StatusRequest, Stop
 from treefold.wire.words import Code, Outcome
 
 REFUSAL = Refused(0, Code.BAD_MESSAGE, "")
@@ -43,6 +48,38 @@ def test_what_has_no_budget_is_never_withheld() -> None:
     purse = Purse({Refused: Budget(0, 0)})
     assert purse.allows(b"one", Stop(Outcome.DONE, ""))
     assert not purse.allows(b"one", REFUSAL)
+
+
+def test_a_loop_does_not_even_decode_what_comes_from_who_was_refused_too_often(
+    clock: list[int],
+) -> None:
+    hub, core = Hub(), Collector()
+    loop: Loop[Received, Tick] = Loop(hub, Outbox(hub), core, lambda _: [])
+    wrong, right = arrival(b"bad", b"\xc1"), arrival(b"bad", encode(StatusRequest(1)))
+    tries = PATIENCE.burst + 500
+    for _ in range(tries):
+        list(loop._decode(wrong))
+    assert (loop.refused, loop.ignored) == (PATIENCE.burst, 500)
+    assert list(loop._decode(right)) == []
+    assert list(loop._decode(arrival(b"good", encode(StatusRequest(1)))))
+    clock[0] += 1_000_000_000
+    assert list(loop._decode(right))
+    hub.close()
+
+
+def arrival(sender: bytes, header: bytes) -> Arrival:
+    return Arrival("listener", sender, header, [])
+
+
+class Collector:
+    """A core that does nothing."""
+
+    def handle(self, now_ns: int, event: object) -> list[Tick]:
+        del now_ns, event
+        return []
+
+    def next_deadline_ns(self) -> int | None:
+        return None
 
 
 def test_only_so_many_peers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from treefold.common import failpoints
 from treefold.common.errors import RemoteProtocolError
 from treefold.common.log import logger
+from treefold.transport.budgets import PATIENCE, Purse
 from treefold.transport.gate import Gate
 from treefold.transport.outbox import Outbox
 from treefold.transport.points import NOWHERE, Points
@@ -81,6 +82,9 @@ class Loop(Generic[EventT, EffectT]):
 
     Attributes
     ----------
+    refused, ignored : int
+        Messages that were not taken, and those that were not even looked at: a peer that has sent
+        too many of the former is not read for a while.
     gate : Gate
         Decides what is taken of whom.
     points : Points
@@ -101,6 +105,8 @@ class Loop(Generic[EventT, EffectT]):
         self.points: Points = NOWHERE
         self.gate = Gate(hub.access, hub.audit)
         self.refused = 0
+        self.ignored = 0
+        self._patience = Purse({Refused: PATIENCE})
         self._said = (0, 0)
         self._tensors = tensors
         self._perform = perform
@@ -160,6 +166,10 @@ class Loop(Generic[EventT, EffectT]):
 
     def _decode(self, arrival: Arrival) -> Iterator[Received]:
         """The messages of an arrival, each decoded when those before it are dealt with."""
+        sender = arrival.sender
+        if isinstance(sender, bytes) and self._patience.is_empty(sender, Refused):
+            self.ignored += 1  # too much of what it sent was refused
+            return
         try:
             messages = codec.decode_all(arrival.header)
         except RemoteProtocolError as error:
@@ -197,12 +207,14 @@ class Loop(Generic[EventT, EffectT]):
         self._say_refused(text)
         if isinstance(arrival.sender, bytes):
             refusal = Refused(getattr(message, "call", 0), Code.NOT_ALLOWED, text)
+            self._patience.allows(arrival.sender, refusal)
             self._outbox.send(arrival.socket, arrival.sender, refusal)
 
     def _refuse(self, arrival: Arrival, text: str) -> None:
         self._say_refused(text)
         if isinstance(arrival.sender, bytes):
             refusal = Refused(0, Code.BAD_MESSAGE, text[:REFUSAL_TEXT_MAX])
+            self._patience.allows(arrival.sender, refusal)
             self._outbox.send(arrival.socket, arrival.sender, refusal)
 
     def _say_refused(self, text: str) -> None:
