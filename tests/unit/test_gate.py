@@ -1,6 +1,7 @@
 """Whose messages are taken, by the key that their connection has proven."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,20 @@ def test_a_flood_of_refusals_is_counted_in_the_audit_log_not_written(
     assert {(deed["who"], deed["role"], deed["where"]) for deed in denied} == {
         ("observer", "observer", "10.0.0.7")
     }
+
+
+def test_a_disk_that_is_full_ends_nothing_and_the_next_line_says_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    audit = Audit(str(tmp_path / "audit"), "scheduler")
+    file, full = os.dup(audit._descriptor), os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, audit._descriptor)
+    for _ in range(3):
+        audit.note("cluster", "lost")
+    os.dup2(file, audit._descriptor)
+    audit.note("cluster", "kept")
+    audit.close()
+    os.close(file)
+    os.close(full)
+    [deed] = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    assert (deed["text"], deed["left_out"]) == ("kept", 3)
