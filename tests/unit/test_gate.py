@@ -12,9 +12,18 @@ from treefold.transport.access import Access
 from treefold.transport.gate import Gate
 from treefold.transport.keys import read_key
 from treefold.transport.sockets import Arrival
-from treefold.wire.messages import AnyMessage, DrainRequest, Heartbeat, Leave, Register, Registered
+from treefold.wire.messages import (
+    AnyMessage,
+    DrainRequest,
+    Heartbeat,
+    Leave,
+    Published,
+    Register,
+    Registered,
+    View,
+)
 from treefold.wire.permissions import KeyRole
-from treefold.wire.words import PROTOCOL_VERSION, Outcome, Role
+from treefold.wire.words import PROTOCOL_VERSION, Leases, Outcome, Phase, Role
 
 REGISTER = Register(PROTOCOL_VERSION, Role.WORKER, 77, "", "here", 1, "0")
 GIVEN = Registered(77, 1, 5, 0, 500, 2_000, 1, 1)
@@ -75,6 +84,23 @@ def test_a_key_that_is_taken_off_the_list_is_denied_from_then_on(folder: Path) -
     keys(["remove", str(folder), "worker"])
     access.refresh(is_urgent=True)
     assert "is not on the allow-list (any more)" in gate.denial(arrival, BEAT)
+
+
+def test_a_member_takes_views_from_a_scheduler_and_tensors_from_a_server_alone(
+    folder: Path,
+) -> None:
+    gate = Gate(Access(str(folder), [KeyRole.WORKER]), None)
+
+    def comes(name: str, message: AnyMessage) -> str:
+        public = read_key(folder / f"{name}.key").public
+        return gate.denial(Arrival("there", "there", b"", [], public), message)
+
+    view = View(1, Phase.RUNNING, 1, [], [], Leases(0, []), Leases(0, []))
+    whole = Published(0, 0, 1, b"", 0.0)
+    assert not comes("scheduler", view)
+    assert comes("server", view)
+    assert not comes("server", whole)
+    assert comes("scheduler", whole)
 
 
 def test_without_keys_everybody_may_and_requests_are_audited(tmp_path: Path) -> None:
