@@ -1,5 +1,6 @@
 """Timelines: files that load at any time, that are bounded, and that become one."""
 
+import errno
 import json
 import os
 import subprocess
@@ -80,6 +81,29 @@ def test_a_file_that_is_full_says_so_and_grows_no_more(
     assert notes == [
         "the file is full: nothing of what follows is in it", f"{100 - kept} spans are left out"
     ]  # fmt: skip
+
+
+def test_a_disk_that_is_full_costs_the_rest_of_the_timeline_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.json"
+    timeline = Timeline(path, 7)
+    timeline.span("fold", 0, 1)
+    timeline.write()
+    room = path.stat().st_size + 40
+    whole = os.pwrite
+
+    def pwrite(file: int, data: bytes, offset: int) -> int:
+        if offset >= room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(file, data[: room - offset], offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    for number in range(3):
+        timeline.span("push", number, number + 1)
+        timeline.write()
+    timeline.close()
+    assert [span["name"] for span in spans(path)] == ["fold"]
 
 
 def test_spans_that_nobody_writes_do_not_fill_the_memory(

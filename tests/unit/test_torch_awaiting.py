@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from treefold.common import layout as layouts
 from treefold.common.errors import JobFailedError
 from treefold.common.layout import Layout
+from treefold.common.process import Spent
 from treefold.common.spec import OptimizerSpec, Placement, Rule, TableSpec, TensorSpec
 from treefold.torch import awaiting
 from treefold.torch.awaiting import AwaitedParameter, Awaiting, can_be_awaited
@@ -204,3 +205,19 @@ def test_scripted_models_and_parameters_of_another_class_cannot_wait() -> None:
     net = Net()
     assert can_be_awaited(net, list(net.parameters()))
     assert not can_be_awaited(net, [Own(torch.zeros(1))])
+
+
+def test_the_time_that_a_part_is_waited_for_is_counted_and_no_other() -> None:
+    spent = Spent()
+    arrivals = Arrivals(1, [(0, 1), (1, 2)], spent)
+    arrivals.put(0, torch.zeros(1), None)
+    arrivals.take(0)
+    assert spent.ns == {}
+    taker = threading.Thread(target=arrivals.take, args=(1,))
+    taker.start()
+    arrivals.put(1, torch.zeros(1), None)
+    taker.join()
+    late = threading.Timer(0.01, arrivals.end, (None,))
+    late.start()
+    assert arrivals.take(0) is None
+    assert spent.ns["await"] > 5_000_000

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from treefold.common.errors import ConfigError
+from treefold.common.log import logger
 
 BYTES_MAX = 64 << 20  # of one process's file; what happens later is left out, which it says
 PENDING_MAX = 100_000  # spans between two writes; more are left out
@@ -42,7 +43,7 @@ class Timeline:
         self._spans: deque[tuple[int, str, int, int, Args | None]] = deque()
         self._named: dict[int, None] = {}
         self._dropped = 0
-        self._is_full = False
+        self._is_full = self._is_broken = False
         self._last_us = 0.0
         self._next_ns = 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -98,7 +99,7 @@ class Timeline:
     def close(self) -> None:
         """Write the last spans, and how many were left out."""
         self.write()
-        if self._dropped:
+        if self._dropped and not self._is_broken:
             self._put([self._note(f"{self._dropped} spans are left out")])
         os.close(self._file)
 
@@ -115,9 +116,21 @@ class Timeline:
     def _put(self, lines: list[bytes]) -> None:
         body = BETWEEN.join(lines)
         whole = body if self._is_first else BETWEEN + body
-        os.pwrite(self._file, whole + CLOSE, self._end)
+        try:
+            self._write_all(whole + CLOSE)
+        except OSError as error:  # the disk may be full; training goes on
+            self._is_full = self._is_broken = True
+            logger("timeline").warning("nothing more is written to the timeline: %s", error)
+            os.ftruncate(self._file, self._end)
+            os.pwrite(self._file, CLOSE, self._end)  # where it was before
+            return
         self._is_first = False
         self._end += len(whole)
+
+    def _write_all(self, data: bytes) -> None:
+        written = 0
+        while written < len(data):  # a disk that is nearly full takes a part
+            written += os.pwrite(self._file, data[written:], self._end + written)
 
     def _meta(self, kind: str, thread: int, name: str) -> bytes:
         event = {
