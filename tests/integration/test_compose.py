@@ -93,11 +93,7 @@ class Composed:
     def __enter__(self) -> "Composed":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: object
-    ) -> None:
-        if error is not None:
-            error.add_note(self.logs())
+    def __exit__(self, *_: object) -> None:
         self._visitor.shutdown()
 
     def compose(self, *words: str) -> str:
@@ -129,7 +125,7 @@ class Composed:
         """Wait until the status says so."""
         deadline = time.monotonic() + PATIENCE_S
         while (status := self.status()) is None or not holds(status):
-            assert time.monotonic() < deadline, f"not {what}: {status}"
+            assert time.monotonic() < deadline, f"not {what}: {status}\n{self.logs()}"
         return status
 
     def until_healthy(self, *names: str) -> None:
