@@ -178,7 +178,7 @@ def composed(
 ) -> Iterator[Composed]:
     """A cluster of three servers and three workers, made by the command."""
     words = ["--servers", "3", "--workers", "3", "--slots", "8", "--seed", "3"]
-    words += ["--dead-after-ms", "1500", "--heartbeat-ms", "200", "--image", IMAGE]
+    words += ["--dead-after-ms", "4000", "--heartbeat-ms", "200", "--image", IMAGE]
     render.main(["compose", *words, "--", "python", str(JOBS / JOB), "--gates", "/gates"])
     with Composed(engine, tmp_path, capsys.readouterr().out) as made:
         made.compose("up", "-d", "--quiet-pull")
