@@ -5,8 +5,9 @@ as it happens, and everything that anybody reads is held against that.
 """
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tests.sim.checks import Checks
 from tests.sim.world import Violation
@@ -52,23 +53,59 @@ class Made:
     front: Which
 
 
+Histories = dict[tuple[int, int], list[Made]]
+"""The published versions of every shard from 1 on."""
+
+
 @dataclass(slots=True)
 class Contributions(Checks):
     """The checks of jobs whose tables are asynchronous.
 
     Attributes
     ----------
-    histories : dict of (table, shard) to list of Made
-        The published versions from 1 on.
+    books : list of dict
+        Histories, anew each time the job goes back to a checkpoint.
+    era : int
+        Which of them counts for who is being checked.
     drafts : dict of (shard, version) to Draft
         What each server makes.
     begun : dict of Which to dict
         Versions of all shards that the loop body of a contribution began with.
     """
 
-    histories: dict[tuple[int, int], list[Made]] = field(default_factory=dict)
+    books: list[Histories] = field(default_factory=lambda: [{}])
+    era: int = 0
     drafts: dict[tuple[int, int], Draft] = field(default_factory=dict)
     begun: dict[Which, dict[tuple[int, int], int]] = field(default_factory=dict)
+
+    @property
+    def histories(self) -> Histories:
+        """The published versions of every shard from 1 on."""
+        return self.books[self.era]
+
+    def enter(self, view: int) -> None:
+        """What is checked next is about somebody with this view."""
+        self.era = bisect_right(self.rollbacks, view)
+
+    def roll_back(self, view: int) -> None:
+        """The job goes back to a checkpoint with this view."""
+        Checks.roll_back(self, view)
+        self.books.append({})
+
+    def on_restored(self, view: int, key: tuple[int, int], version: int) -> None:
+        """A shard begins with a version of a checkpoint, in which all shards have the same.
+
+        However tables are cut then, what is said of that version was said of shard 0.
+        """
+        Checks.on_restored(self, view, key, version)
+        self.enter(view)
+        if key[0] not in self.reference.trained or key in self.histories or not version:
+            return
+        older = (book.get((key[0], 0), []) for book in reversed(self.books[: self.era]))
+        known = next((one for one in older if len(one) >= version), None)
+        if known is None:
+            raise Violation(f"version {version} of {key} is restored, and never was published")
+        self.histories[key] = [*known[: version - 1], replace(known[version - 1], names={})]
 
     # ---- servers ---------------------------------------------------------------------------------
 
@@ -99,6 +136,7 @@ class Contributions(Checks):
 
     def on_made(self, view: int, shard: Shard, effect: MakeParts, values: Sequence[object]) -> None:
         """Parts of a version are made of one contribution."""
+        self.enter(view)
         if effect.version == 0:
             Checks.on_made(self, view, shard, effect, values)
             return
@@ -123,6 +161,7 @@ class Contributions(Checks):
 
     def on_recorded(self, view: int, effect: RecordVersion, shard: Shard) -> None:
         """A version is published: its contribution is in for the first time, and in its turn."""
+        self.enter(view)
         key, known = (effect.table, effect.shard), self.known(view)
         where = f"version {effect.version} of table {effect.table} shard {effect.shard}"
         if effect.table not in self.reference.trained or effect.version == 0:
@@ -179,6 +218,7 @@ class Contributions(Checks):
 
     def on_word(self, view: int, published: Published) -> None:
         """What goes with a version says what is in it."""
+        self.enter(view)
         key = (published.table, published.shard)
         if published.table not in self.reference.trained or published.version == 0:
             Checks.on_word(self, view, published)
@@ -206,6 +246,7 @@ class Contributions(Checks):
         self, view: int, snapshot: Snapshot, parts: Sequence[PartRange], values: Sequence[object]
     ) -> dict[int, int]:
         """What a worker loads is one published version of each shard."""
+        self.enter(view)
         if snapshot.table not in self.reference.trained:
             return Checks.on_snapshot(self, view, snapshot, parts, values)
         versions: dict[int, int] = {}

@@ -58,7 +58,7 @@ def _draw(seed: int, theme: Theme | None) -> Scenario:
     drawn = rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]
     theme = drawn if theme is None else theme
     if theme is Theme.APART:
-        return apart(_draw(seed, like(seed)))
+        return apart(_draw(seed, like(seed, every=True)))
     workers = rng.choice((1, 2, 2, 2, 2, 3, 3, 4))
     is_loader = theme is Theme.MIXED and rng.random() < 0.1
     base = Scenario(

@@ -381,6 +381,7 @@ class ServerProcess(Listener):
 
     def _load(self, effect: LoadUnit) -> None:
         key, is_version = (effect.table, effect.shard), self.checks.is_version
+        self.checks.enter(self.server.view)
         shard, shelf = self.server.shards[key], self._shelves[key]
         self.network.count("loaded")
         for part, payload in zip(effect.parts, effect.payloads, strict=True):

@@ -447,6 +447,7 @@ class Trainer:
         checks = self.process.checks
         if isinstance(checks, Contributions):
             origin = self.process.worker.membership.origin
+            checks.enter(self.process.view)
             checks.check_begun(self.versions, (task.round, task.slot, origin))
         elif any(version != self._base_of(task) for version in versions):
             raise Violation(f"{task} with versions {versions} loaded")
@@ -467,6 +468,7 @@ class Trainer:
     def _check_end(self, end: LoopEnd, end_round: int) -> None:
         checks = self.process.checks
         if isinstance(checks, Contributions):
+            checks.enter(self.process.view)
             checks.check_over(self.versions, end_round)
             return
         versions = [self.held.get(table) for table in self.reference.trained]
