@@ -240,7 +240,7 @@ def test_containers_are_killed_paused_cut_off_restarted_and_scaled_without_a_cha
     docker("wait", "treefold-server-3", "treefold-worker-3")
     status = composed.until(lambda now: len(now.live("server")) == 3, "three servers")
     drained = [composed.member(f"treefold-{role}-3", status) for role in ("server", "worker")]
-    assert [member.state for member in drained] == ["left", "left"]
+    assert [member.state for member in drained] == ["left", "left"], composed.logs()
     assert drained[0].name not in holders(status)
 
     composed.finish()
