@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.processes import Process, Starter, environment
+from tests.support.processes import Gate, Process, Starter, environment
 from treefold.cli import trials
 from treefold.common.errors import JobFailedError
 
@@ -413,3 +413,19 @@ def test_the_doctor_says_what_a_trial_with_processes_said_when_it_failed() -> No
 def user() -> str:
     """How the folder of this user's schedulers ends."""
     return str(os.getuid())
+
+
+def test_run_with_keys_answers_who_has_one_and_tells_others_so(shell: Shell) -> None:
+    folder = str(shell.folder / "keys")
+    assert shell.run("keys", "init", folder).returncode == 0
+    script = shell.script(JOB.replace('print("fin', 'open(sys.argv[1]).close()\nprint("fin'))
+    with Gate(shell.folder / "gate") as gate:
+        run = shell.start("run", "--servers", "1", "--keys", folder, *QUICK, script, str(gate.path))
+        run.line("round 3")
+        refused = shell.run("status")
+        assert refused.returncode == 3
+        assert "takes connections with keys only; pass --keys DIR" in refused.stderr
+        assert "worker-0" in shell.run("status", "--keys", folder).stdout
+        gate.open()
+        assert run.end() == 0
+    run.line("finished True")

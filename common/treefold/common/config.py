@@ -44,7 +44,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Whose environment says where the scheduler is when no setting does: ``auto``, ``none``,
         ``dmlc``, ``torchrun``, ``slurm``, ``tf-config`` or ``kubernetes``.
     insecure : bool
-        Whether an address beyond this machine may be bound although nothing is encrypted.
+        Whether an address beyond this machine may be bound without keys, so that nothing is
+        encrypted and whoever connects can do anything.
+    keys : str
+        Folder of keys, as ``treefold keys init`` makes it; empty: none. With keys every connection
+        is encrypted, both ends prove their keys, and roles say who may do what.
+    audit : str
+        File to which scheduler and servers append who asked for what; empty: none.
     servers, workers : int
         How many of each form the cluster.
     replicas : int
@@ -120,6 +126,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     advertise: str = ""
     engine: str = engines.AUTO
     insecure: bool = False
+    keys: str = ""
+    audit: str = ""
     servers: Positive = 1
     workers: Positive = 1
     rank: Annotated[int, Meta(ge=-1, le=65_535)] = -1

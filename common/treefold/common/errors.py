@@ -7,6 +7,7 @@ Users catch `TreefoldError` or a branch of it. A broken invariant is no such err
       ProtocolError
         LocalProtocolError        our own caller used the interface in the wrong order
         RemoteProtocolError       a peer sent what it must not
+      AuthError                   keys do not fit, or do not allow what was asked for
       UnavailableError            a peer is not there; trying again may work
         FormationError            the cluster did not form in time; names who is missing
         SchedulerLostError        the scheduler stopped answering
@@ -42,6 +43,10 @@ class LocalProtocolError(ProtocolError):
 
 class RemoteProtocolError(ProtocolError):
     """A peer broke them."""
+
+
+class AuthError(TreefoldError):
+    """This process was refused: its key, or the lack of one, or what its key may not do."""
 
 
 class UnavailableError(TreefoldError):

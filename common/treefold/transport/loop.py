@@ -12,8 +12,11 @@ from typing import Generic, Protocol, TypeVar
 from treefold.common import failpoints
 from treefold.common.errors import RemoteProtocolError
 from treefold.common.log import logger
+from treefold.transport.budgets import PATIENCE, Purse
+from treefold.transport.gate import Gate
 from treefold.transport.outbox import Outbox
 from treefold.transport.points import NOWHERE, Points
+from treefold.transport.request import check_allowed
 from treefold.transport.sockets import Arrival, Hub
 from treefold.wire import codec
 from treefold.wire.chain import UnitCopy
@@ -23,6 +26,7 @@ from treefold.wire.words import Code
 
 BATCH_MAX = 64  # messages taken from one socket before the clock is looked at
 REFUSAL_TEXT_MAX = 500
+SAID_PER_S_MAX = 10  # lines about refused messages; a flood of them must not fill the log
 TensorMessage = Push | Pulled | UnitCopy
 TENSOR_MESSAGES = (Push, Pulled, UnitCopy, SegmentOffer, SegmentAnswer)
 EventT = TypeVar("EventT")
@@ -78,6 +82,11 @@ class Loop(Generic[EventT, EffectT]):
 
     Attributes
     ----------
+    refused, ignored : int
+        Messages that were not taken, and those that were not even looked at: a peer that has sent
+        too many of the former is not read for a while.
+    gate : Gate
+        Decides what is taken of whom.
     points : Points
         Where a test may let the process die.
     """
@@ -94,7 +103,11 @@ class Loop(Generic[EventT, EffectT]):
         self._outbox = outbox
         self.core = core
         self.points: Points = NOWHERE
+        self.gate = Gate(hub.access, hub.audit)
         self.refused = 0
+        self.ignored = 0
+        self._patience = Purse({Refused: PATIENCE})
+        self._said = (0, 0)
         self._tensors = tensors
         self._perform = perform
         self._log = logger("transport")
@@ -153,6 +166,10 @@ class Loop(Generic[EventT, EffectT]):
 
     def _decode(self, arrival: Arrival) -> Iterator[Received]:
         """The messages of an arrival, each decoded when those before it are dealt with."""
+        sender = arrival.sender
+        if isinstance(sender, bytes) and self._patience.is_empty(sender, Refused):
+            self.ignored += 1  # too much of what it sent was refused
+            return
         try:
             messages = codec.decode_all(arrival.header)
         except RemoteProtocolError as error:
@@ -160,6 +177,11 @@ class Loop(Generic[EventT, EffectT]):
             return
         sizes = [payload.nbytes for payload in arrival.payloads]
         for message in messages:
+            denial = self.gate.denial(arrival, message)
+            if denial:
+                self._deny(arrival, message, denial)
+                continue
+            check_allowed(arrival.where, message)
             try:
                 codec.check_payload(message, sizes)
                 received = self._received(arrival, message)
@@ -181,9 +203,24 @@ class Loop(Generic[EventT, EffectT]):
         payloads = self._tensors.receive(arrival, message)
         return None if payloads is None else Received(peer, message, payloads)
 
+    def _deny(self, arrival: Arrival, message: AnyMessage, text: str) -> None:
+        self._say_refused(text)
+        if isinstance(arrival.sender, bytes):
+            refusal = Refused(getattr(message, "call", 0), Code.NOT_ALLOWED, text)
+            self._patience.allows(arrival.sender, refusal)
+            self._outbox.send(arrival.socket, arrival.sender, refusal)
+
     def _refuse(self, arrival: Arrival, text: str) -> None:
-        self.refused += 1
-        self._log.warning("message refused (%d so far): %s", self.refused, text[:REFUSAL_TEXT_MAX])
+        self._say_refused(text)
         if isinstance(arrival.sender, bytes):
             refusal = Refused(0, Code.BAD_MESSAGE, text[:REFUSAL_TEXT_MAX])
+            self._patience.allows(arrival.sender, refusal)
             self._outbox.send(arrival.socket, arrival.sender, refusal)
+
+    def _say_refused(self, text: str) -> None:
+        self.refused += 1
+        second = time.monotonic_ns() // 1_000_000_000
+        self._said = (second, self._said[1] + 1 if self._said[0] == second else 1)
+        if self._said[1] > SAID_PER_S_MAX:
+            return
+        self._log.warning("message refused (%d so far): %s", self.refused, text[:REFUSAL_TEXT_MAX])

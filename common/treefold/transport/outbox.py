@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 
 import zmq
 
+from treefold.transport.budgets import Purse
 from treefold.transport.sockets import Hub
 from treefold.wire.codec import BUNDLE_MAX, encode, encode_all
 from treefold.wire.messages import AnyMessage
@@ -38,6 +39,7 @@ class Outbox:
         self.traffic = hub.traffic
         self._queued: dict[Address, list[AnyMessage]] = {}
         self.lost: list[bytes] = []
+        self._purse = Purse()
 
     def send(self, socket: Hashable, identity: bytes | None, message: AnyMessage) -> None:
         """Queue a message without payload frames.
@@ -49,8 +51,10 @@ class Outbox:
         identity : bytes or None
             The peer, for a listener.
         message : AnyMessage
-            What to say.
+            What to say. Refusals and status documents to a peer that has had too many are left out.
         """
+        if identity is not None and not self._purse.allows(identity, message):
+            return
         address = (socket, identity)
         queued = self._queued.get(address)
         if queued is None:

@@ -6,7 +6,7 @@ here understands messages: what goes in and out is an address, a header and payl
 
 import errno
 import os
-import socket
+import time
 from collections.abc import Hashable, Iterator, Sequence
 from urllib.parse import urlsplit
 
@@ -14,8 +14,15 @@ import msgspec
 import zmq
 
 from treefold.common.address import is_ipv6, is_named
-from treefold.common.errors import ConfigError, LocalProtocolError
+from treefold.common.audit import Audit
+from treefold.common.errors import AuthError, ConfigError, LocalProtocolError
+from treefold.common.log import logger
+from treefold.transport.access import Access
+from treefold.transport.bell import Bell
+from treefold.transport.links import Link, Step
 from treefold.transport.traffic import Traffic
+from treefold.transport.zap import DOMAIN, Doorman
+from treefold.wire.permissions import KeyRole
 
 CONTROL_FRAME_BYTES_MAX = 64 << 20  # specs and views of very large jobs
 DATA_FRAME_BYTES_MAX = (4 << 20) + (64 << 10)  # the largest payload frame, or a header
@@ -27,6 +34,7 @@ RECONNECT_MS = 50
 RECONNECT_MAX_MS = 500
 CONNECT_MS = 1_000  # an attempt that is not answered by then is made again, not waited for
 UNACKNOWLEDGED_MAX_MS = 3_000  # what the kernel could not deliver for so long: connect anew
+WARNING_S = 300  # between two warnings that nothing is encrypted
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 30, 10, 3
 Context = zmq.Context[zmq.Socket[bytes]]
 """What sockets live in; roles in one process share one to reach each other over `inproc://`."""
@@ -38,13 +46,16 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
     """One message as it came.
 
     ``socket`` is the name of the socket that it came by, ``sender`` the routing identity (listener)
-    or that name again (link).
+    or that name again (link). ``public`` is the sender's key, which its connection has proven;
+    ``where`` its address, known of peers with keys.
     """
 
     socket: Hashable
     sender: Hashable
     header: bytes
     payloads: list[memoryview]
+    public: str = ""
+    where: str = ""
 
 
 class Hub:
@@ -54,14 +65,32 @@ class Hub:
     ----------
     context : Context, optional
         Shared by processes-in-one (`inproc://`); by default the hub's own.
+    access : Access, optional
+        This process's keys. With them every connection to another process is encrypted, both ends
+        prove their keys, and who is not on the allow-list is not let in.
+    audit : Audit, optional
+        Told who connects.
 
     Attributes
     ----------
+    access, audit : Access, Audit or None
+        As given.
     traffic : Traffic
         What went by these sockets.
     """
 
-    def __init__(self, context: Context | None = None) -> None:
+    def __init__(
+        self,
+        context: Context | None = None,
+        access: Access | None = None,
+        audit: Audit | None = None,
+    ) -> None:
+        self.access = access
+        self.audit = audit
+        self._doorman: Doorman | None = None
+        self._links: dict[Hashable, Link] = {}
+        self._warning = ""
+        self._warned_ns = 0
         self._context = Context(io_threads=2) if context is None else context
         self._owns_context = context is None
         self._poller = zmq.Poller()
@@ -98,10 +127,14 @@ class Hub:
             The address is taken, not ours, malformed, or reaches beyond this machine without
             ``insecure``.
         """
-        check_reach(address, insecure=insecure)
-        new = self._open(zmq.ROUTER, frame_bytes_max)
-        self._suit(new, address)
+        if self.access is None and is_reachable(address):
+            check_reach(address, insecure=insecure)
+            self._warning = address
+        new = self._context.socket(zmq.ROUTER)
+        for option, value in (_options(frame_bytes_max) | self._suited(address)).items():
+            new.setsockopt(option, value)
         new.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._guard(new)
         wanted = (
             address[:-2] + ":*"
             if address.startswith("tcp://") and address.endswith(":0")
@@ -112,36 +145,53 @@ class Hub:
         except zmq.ZMQError as error:
             new.close(0)
             raise ConfigError(_bind_text(address, error)) from error
+        self._poller.register(new, zmq.POLLIN)
         self._sockets[name] = new
         self._listeners[name] = None
         return new.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
-    def connect(self, name: Hashable, address: str, frame_bytes_max: int) -> None:
+    def connect(
+        self,
+        name: Hashable,
+        address: str,
+        frame_bytes_max: int,
+        role: KeyRole = KeyRole.SERVER,
+    ) -> None:
         """Open a DEALER socket to a listener; replaces a link of the same name.
+
+        Parameters
+        ----------
+        name : hashable
+            What the link is called in this hub.
+        address : str
+            Of the listener.
+        frame_bytes_max : int
+            Larger frames close the connection.
+        role : KeyRole
+            What the listener has to be; it has to prove one of the keys that are allowed as that.
 
         Raises
         ------
         ConfigError
-            The address is malformed.
+            The address is malformed, or no key is allowed as such a listener.
         """
         self.disconnect(name)
-        new = self._open(zmq.DEALER, frame_bytes_max)
-        self._suit(new, address)
-        try:
-            new.connect(address)
-        except zmq.ZMQError as error:
-            new.close(0)
-            msg = f"{address!r} is not an address that can be connected to: {error}"
-            raise ConfigError(msg) from error
-        self._sockets[name] = new
+        options = _options(frame_bytes_max) | self._suited(address)
+        link = Link(self._context, address, options, self.access, role)
+        self._links[name] = link
+        self._watch(name, link)
 
     def disconnect(self, name: Hashable) -> None:
         """Close a link or listener, if it exists."""
         old = self._sockets.pop(name, None)
         self._listeners.pop(name, None)
+        link = self._links.pop(name, None)
         if old is not None:
-            self._poller.unregister(old)
-            old.close(0)
+            self._unwatch(old, link)
+            if link is None:
+                old.close(0)
+            else:
+                link.close()
 
     def wait(self, timeout_ns: int | None, batch_max: int) -> Iterator[Arrival]:
         """Wait until something arrives, the bell rings or the time is over; yield what arrived.
@@ -152,11 +202,23 @@ class Hub:
             Longest wait; None waits for ever.
         batch_max : int
             Messages taken per socket before the caller gets a turn to look at its clock.
+
+        Raises
+        ------
+        AuthError
+            A listener refuses this process's key, or has not shown a right one itself.
         """
+        self._warn()
+        timeout_ns = self._until_reopening_ns(timeout_ns)
         timeout_ms = None if timeout_ns is None else max(0, -(-timeout_ns // 1_000_000))
         ready = dict(self._poller.poll(timeout_ms))
+        if self.access is not None:
+            self.access.refresh()  # before what came meanwhile is looked at
         if self.bell.fileno() in ready:
             self.bell.silence()
+        for name, link in list(self._links.items()):
+            if link.monitor in ready:
+                self._on_monitor(name, link)
         for name, known in list(self._sockets.items()):
             if known in ready and self._sockets.get(name) is known:
                 yield from self._receive(name, known, batch_max)
@@ -237,10 +299,16 @@ class Hub:
     def close(self) -> None:
         """Close every socket, waiting a bounded time for what was sent to leave."""
         self._poller.unregister(self.bell.fileno())
-        for sock in self._sockets.values():
-            sock.close(FLUSH_MS)
+        for name, sock in self._sockets.items():
+            if name in self._links:
+                self._links[name].close_slowly(FLUSH_MS)
+            else:
+                sock.close(FLUSH_MS)
         self._sockets.clear()
+        self._links.clear()
         self.bell.close()
+        if self._doorman is not None:
+            self._doorman.close()
         if self._owns_context:
             self._context.term()
 
@@ -255,109 +323,149 @@ class Hub:
             self._in_flight = {k: t for k, t in self._in_flight.items() if not t.done}
         self._in_flight[key] = tracker
 
-    def _open(self, kind: int, frame_bytes_max: int) -> zmq.Socket[bytes]:
-        new = self._context.socket(kind)
-        options = {
-            zmq.LINGER: 0,
-            zmq.SNDHWM: 0,  # bounded by the protocol: one push per node and one reply per pull
-            zmq.RCVHWM: RECEIVE_QUEUE_MAX,
-            zmq.MAXMSGSIZE: frame_bytes_max,
-            zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
-            zmq.RECONNECT_IVL: RECONNECT_MS,
-            zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
-            zmq.CONNECT_TIMEOUT: CONNECT_MS,
-            zmq.TCP_MAXRT: UNACKNOWLEDGED_MAX_MS,
-            zmq.TCP_KEEPALIVE: 1,
-            zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_IDLE_S,
-            zmq.TCP_KEEPALIVE_INTVL: KEEPALIVE_INTERVAL_S,
-            zmq.TCP_KEEPALIVE_CNT: KEEPALIVE_COUNT,
-        }
-        for option, value in options.items():
-            new.setsockopt(option, value)
-        self._poller.register(new, zmq.POLLIN)
-        return new
+    # ---- keys ---------------------------------------------------------------------------------
 
-    def _suit(self, sock: zmq.Socket[bytes], address: str) -> None:
-        """Set what depends on the address.
+    def _guard(self, listener: zmq.Socket[bytes]) -> None:
+        """Let in only whose key is allowed."""
+        if self.access is None:
+            return
+        if self._doorman is None:
+            self._doorman = Doorman(self._context, self.access, self.audit)
+        listener.setsockopt(zmq.CURVE_SERVER, 1)
+        listener.setsockopt(zmq.CURVE_SECRETKEY, self.access.key.secret.encode())
+        listener.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+        listener.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+
+    def _watch(self, name: Hashable, link: Link) -> None:
+        self._sockets[name] = link.socket
+        self._poller.register(link.socket, zmq.POLLIN)
+        if link.monitor is not None:
+            self._poller.register(link.monitor, zmq.POLLIN)
+
+    def _unwatch(self, sock: zmq.Socket[bytes], link: Link | None) -> None:
+        self._poller.unregister(sock)
+        if link is not None and link.monitor is not None:
+            self._poller.unregister(link.monitor)
+
+    def _on_monitor(self, name: Hashable, link: Link) -> None:
+        step = link.look()
+        if step is Step.REFUSED:
+            raise AuthError(link.refusal)
+        if step is Step.REOPEN:
+            self._reopen(name, link)
+
+    def _reopen(self, name: Hashable, link: Link) -> None:
+        self._unwatch(link.socket, link)
+        link.reopen()
+        self._watch(name, link)
+
+    def _until_reopening_ns(self, timeout_ns: int | None) -> int | None:
+        """How long may be waited until a link has to be opened again; opens what is due."""
+        due = [(link.due_ns, name) for name, link in self._links.items() if link.due_ns]
+        for due_ns, name in due:
+            left_ns = max(0, due_ns - time.monotonic_ns())
+            if not left_ns:
+                self._reopen(name, self._links[name])
+            timeout_ns = left_ns if timeout_ns is None else min(timeout_ns, left_ns)
+        return timeout_ns
+
+    def _warn(self) -> None:
+        """Say now and then that nothing is encrypted."""
+        now_ns = time.monotonic_ns()
+        if self._warning and (not self._warned_ns or now_ns - self._warned_ns >= WARNING_S * 10**9):
+            self._warned_ns = now_ns
+            logger("transport").warning(
+                "--insecure: %s can be reached from other machines, nothing is encrypted, and "
+                "whoever connects can do anything; make keys with `treefold keys init DIR` and "
+                "pass --keys DIR to every process",
+                self._warning,
+            )
+
+    def _suited(self, address: str) -> dict[int, int]:
+        """What a socket is set to because of its address.
 
         ZeroMQ looks a name up before each attempt to connect, in the thread that carries all
         messages. A name that nobody answers for any more, as of a container that died, would hold
         up everybody; so names have a thread of their own.
         """
-        sock.setsockopt(zmq.IPV6, int(is_ipv6(address)))
+        options: dict[int, int] = {zmq.IPV6: int(is_ipv6(address))}
         if self._owns_context:
-            sock.setsockopt(zmq.AFFINITY, NAMES_THREAD if is_named(address) else NUMBERS_THREAD)
+            options[zmq.AFFINITY] = NAMES_THREAD if is_named(address) else NUMBERS_THREAD
+        return options
 
     def _receive(
         self, name: Hashable, sock: zmq.Socket[bytes], batch_max: int
     ) -> Iterator[Arrival]:
         is_listener = name in self._listeners
+        link = self._links.get(name)
+        public, where = ("", "") if link is None else (link.public, link.address)
         for _ in range(batch_max):
             if not int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # cheaper than an exception
                 return
             sender = sock.recv(zmq.DONTWAIT) if is_listener else name
-            header = sock.recv(zmq.DONTWAIT)
+            if is_listener and self.access is not None:
+                header, public, where = _proven(sock.recv(zmq.DONTWAIT, copy=False))
+            else:
+                header = sock.recv(zmq.DONTWAIT)
             payloads = []
             while sock.getsockopt(zmq.RCVMORE):
                 payloads.append(memoryview(sock.recv(zmq.DONTWAIT, copy=False).buffer))
             nbytes = sum(payload.nbytes for payload in payloads)
             self.traffic.of(name, sender).add(len(header), nbytes)
-            yield Arrival(name, sender, header, payloads)
+            yield Arrival(name, sender, header, payloads, public, where)
             if self._sockets.get(name) is not sock:  # closed for what it brought
                 return
 
 
-class Bell:
-    """Wakes the thread that waits in `Hub.wait`. `ring` may be called from any thread."""
-
-    def __init__(self) -> None:
-        self._far, self._near = socket.socketpair()
-        self._far.setblocking(False)
-        self._near.setblocking(False)
-
-    def fileno(self) -> int:
-        """Descriptor that becomes readable when the bell rings."""
-        return self._near.fileno()
-
-    def ring(self) -> None:
-        """Wake the waiting thread; a full pipe means that it is awake anyway."""
-        try:
-            self._far.send(b"\0")
-        except (BlockingIOError, OSError):
-            return
-
-    def silence(self) -> None:
-        """Forget all rings so far."""
-        try:
-            while self._near.recv(4096):
-                pass
-        except BlockingIOError:
-            return
-
-    def close(self) -> None:
-        """Free the descriptors."""
-        self._far.close()
-        self._near.close()
+def is_reachable(address: str) -> bool:
+    """Whether other machines may be able to reach what listens there."""
+    if not address.startswith("tcp://"):
+        return False
+    host = urlsplit(address).hostname or ""
+    return not (host.startswith("127.") or host in LOOPBACK_HOSTS)
 
 
 def check_reach(address: str, *, insecure: bool) -> None:
-    """Refuse to listen beyond this machine without encryption, unless told in so many words.
+    """Refuse to listen beyond this machine without keys, unless told in so many words.
 
     Raises
     ------
     ConfigError
         The address is not a loopback one and ``insecure`` is false.
     """
-    if insecure or not address.startswith("tcp://"):
-        return
-    host = urlsplit(address).hostname or ""
-    if host.startswith("127.") or host in LOOPBACK_HOSTS:
+    if insecure or not is_reachable(address):
         return
     msg = (
-        f"{address} can be reached from other machines and nothing is encrypted; bind to "
-        "127.0.0.1, or set insecure if the network is yours alone"
+        f"{address} can be reached from other machines, and without keys nothing is encrypted and "
+        "whoever connects can do anything: make keys with `treefold keys init DIR` and pass "
+        "--keys DIR to every process, or bind to 127.0.0.1, or set insecure if the network is "
+        "yours alone"
     )
     raise ConfigError(msg)
+
+
+def _options(frame_bytes_max: int) -> dict[int, int]:
+    """What every socket is set to."""
+    return {
+        zmq.LINGER: 0,
+        zmq.SNDHWM: 0,  # bounded by the protocol: one push per node and one reply per pull
+        zmq.RCVHWM: RECEIVE_QUEUE_MAX,
+        zmq.MAXMSGSIZE: frame_bytes_max,
+        zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
+        zmq.RECONNECT_IVL: RECONNECT_MS,
+        zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
+        zmq.CONNECT_TIMEOUT: CONNECT_MS,
+        zmq.TCP_MAXRT: UNACKNOWLEDGED_MAX_MS,
+        zmq.TCP_KEEPALIVE: 1,
+        zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_IDLE_S,
+        zmq.TCP_KEEPALIVE_INTVL: KEEPALIVE_INTERVAL_S,
+        zmq.TCP_KEEPALIVE_CNT: KEEPALIVE_COUNT,
+    }
+
+
+def _proven(frame: zmq.Frame) -> tuple[bytes, str, str]:
+    """A frame's bytes, and the key and the address of the connection that it came by."""
+    return frame.bytes, str(frame.get("User-Id")), str(frame.get("Peer-Address"))
 
 
 def _bind_text(address: str, error: zmq.ZMQError) -> str:

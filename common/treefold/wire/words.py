@@ -76,6 +76,7 @@ class Code(IntEnum):
     NOT_MEMBER = 11
     BAD_MESSAGE = 12
     NON_FINITE = 13
+    NOT_ALLOWED = 14
 
 
 class Outcome(IntEnum):

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from treefold.common.errors import (
+    AuthError,
     ConfigError,
     FormationError,
     SchedulerLostError,
@@ -30,6 +31,7 @@ COMMANDS = {
     "worker": "start one worker: run a command with the cluster's settings",
     "status": "say who is there, what is where, and what is waited for",
     "drain": "let others take over a member's work, and the member leave",
+    "keys": "make, list, add, remove or change keys",
     "checkpoint": "list, inspect, verify or export checkpoints",
     "replay": "step again what a job recorded, and compare",
     "render": "print a cluster as a Compose file",
@@ -62,7 +64,7 @@ def exit_code_of(error: TreefoldError) -> int:
     """The exit code that an error of a command leads to."""
     if isinstance(error, ConfigError):
         return USAGE
-    lost = FormationError | SchedulerLostError | UnavailableError
+    lost = AuthError | FormationError | SchedulerLostError | UnavailableError
     return NOT_STARTED if isinstance(error, lost) else FAILED
 
 

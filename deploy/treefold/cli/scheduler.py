@@ -17,8 +17,9 @@ DESCRIPTION = (
 )
 DEFAULT_ADDRESS = "tcp://127.0.0.1:29700"
 FLAGS = (
-    "bind", "advertise", "engine", "insecure", "servers", "workers", "replicas", "journal",
-    "checkpoint", "checkpoint_every", "checkpoints_kept", "resume", "state", "slots", "seed",
+    "bind", "advertise", "engine", "insecure", "keys", "audit", "servers", "workers", "replicas",
+    "journal", "checkpoint", "checkpoint_every", "checkpoints_kept", "resume", "state", "slots",
+    "seed",
     "heartbeat_ms", "dead_after_ms",
     "server_dead_after_ms", "form_timeout_s", "rejoin_grace_s", "max_restarts", "linger",
     "log_level",

@@ -14,7 +14,8 @@ DESCRIPTION = (
     "pulls. It ends when the job has."
 )
 FLAGS = (
-    "scheduler", "bind", "advertise", "engine", "insecure", "rank", "connect_timeout_s", "lane",
+    "scheduler", "bind", "advertise", "engine", "insecure", "keys", "audit", "rank",
+    "connect_timeout_s", "lane",
     "lane_bytes_max", "check_every", "ledger", "tape", "tape_bytes_max", "log_level",
 )  # fmt: skip
 

@@ -12,6 +12,8 @@ from treefold.cli.tables import print_status
 from treefold.common.errors import ConfigError
 from treefold.launch.link import Status, fetch, parse
 from treefold.launch.runtime import running
+from treefold.transport.access import access_of
+from treefold.wire.permissions import CURIOUS
 
 DESCRIPTION = (
     "Ask a scheduler what is going on. Without --scheduler: the one that runs on this machine."
@@ -33,13 +35,14 @@ def main(words: list[str]) -> int:
     int
         0 if the scheduler answered; with ``--here`` 1 if it knows of no live member on this host.
     """
-    parser = Parser("status", DESCRIPTION, ["scheduler"])
+    parser = Parser("status", DESCRIPTION, ["scheduler", "keys"])
     parser.add_argument("--json", action="store_true", help="print the whole document as JSON")
     parser.add_argument(
         "--here", action="store_true", help="say only whether a member on this host is live"
     )
     options, loaded = parser.read(words)
-    body = fetch(loaded.settings.scheduler or found_address(), ANSWER_MS)
+    access = access_of(loaded.settings, *CURIOUS)
+    body = fetch(loaded.settings.scheduler or found_address(), ANSWER_MS, access)
     if options.here:
         return say_who_is_here(parse(body), socket.gethostname())
     if options.json:

@@ -10,13 +10,16 @@ from treefold.common.config import PREFIX, environment_of
 from treefold.common.log import configure
 from treefold.launch.commands import prepared
 from treefold.launch.link import fetch
+from treefold.transport.access import access_of
+from treefold.wire.permissions import KeyRole
 
 DESCRIPTION = (
     "Wait for the scheduler, then become COMMAND with the cluster's settings in its environment: "
     "signals reach it and its exit code is seen as if it had been started without treefold."
 )
 FLAGS = (
-    "scheduler", "engine", "rank", "slots", "seed", "consistency", "staleness", "compensation",
+    "scheduler", "engine", "keys", "rank", "slots", "seed", "consistency", "staleness",
+    "compensation",
     "connect_timeout_s", "retry_ms", "lane", "lane_bytes_max", "ledger", "log_level",
 )  # fmt: skip
 
@@ -49,6 +52,7 @@ def main(words: list[str]) -> int:
     if loaded.engine:
         configure(settings.log_level, "worker").info(loaded.engine)
     command = command_of(options.command, parser)
-    fetch(settings.scheduler, int(settings.connect_timeout_s * 1000))
+    access = access_of(settings, KeyRole.WORKER)
+    fetch(settings.scheduler, int(settings.connect_timeout_s * 1000), access)
     values = environment_of(msgspec.to_builtins(settings)) | {PREFIX + "CONFIG": os.devnull}
     os.execvpe(command[0], command, prepared(os.environ) | values)  # noqa: S606 # no shell is the point

@@ -5,8 +5,9 @@ import time
 import msgspec
 
 from treefold.common.errors import RemoteProtocolError, UnavailableError
+from treefold.transport.access import Access
 from treefold.transport.hosts import located
-from treefold.transport.request import Requester
+from treefold.transport.request import Requester, check_allowed
 from treefold.wire.codec import decode_all, encode
 from treefold.wire.messages import StatusReply, StatusRequest
 
@@ -143,6 +144,8 @@ class StatusLink:
     ----------
     address : str
         The scheduler's.
+    access : Access, optional
+        This process's keys.
 
     Raises
     ------
@@ -150,8 +153,9 @@ class StatusLink:
         The address is malformed.
     """
 
-    def __init__(self, address: str) -> None:
-        self._requester = Requester(address)
+    def __init__(self, address: str, access: Access | None = None) -> None:
+        self._address = address
+        self._requester = Requester(address, access)
         self._call = 0
         self._asked_ns = 0
 
@@ -173,10 +177,16 @@ class StatusLink:
         -------
         (int, bytes) or None
             Nanoseconds as given to `ask`, and the document as JSON.
+
+        Raises
+        ------
+        AuthError
+            This process is refused.
         """
         deadline_ns = time.monotonic_ns() + timeout_ms * 1_000_000
         while (header := self._requester.receive(timeout_ms)) is not None:
             for message in decode_all(header):
+                check_allowed(self._address, message)
                 if isinstance(message, StatusReply) and message.call == self._call:
                     return self._asked_ns, message.body
             timeout_ms = max(0, (deadline_ns - time.monotonic_ns()) // 1_000_000)
@@ -202,7 +212,7 @@ def parse(body: bytes) -> Status:
         raise RemoteProtocolError(msg) from error
 
 
-def fetch(address: str, timeout_ms: int) -> bytes:
+def fetch(address: str, timeout_ms: int, access: Access | None = None) -> bytes:
     """Ask a scheduler for its status and wait for the answer.
 
     Parameters
@@ -211,6 +221,8 @@ def fetch(address: str, timeout_ms: int) -> bytes:
         The scheduler's.
     timeout_ms : int
         How long to wait.
+    access : Access, optional
+        This process's keys.
 
     Returns
     -------
@@ -221,10 +233,12 @@ def fetch(address: str, timeout_ms: int) -> bytes:
     ------
     ConfigError
         The address is malformed.
+    AuthError
+        This process is refused.
     UnavailableError
         Nobody answered, or nobody knows the scheduler's name.
     """
-    link = StatusLink(located(address, timeout_ms / 1000))
+    link = StatusLink(located(address, timeout_ms / 1000), access)
     try:
         deadline_ns = time.monotonic_ns() + timeout_ms * 1_000_000
         while (left_ms := (deadline_ns - time.monotonic_ns()) // 1_000_000) > 0:

@@ -37,6 +37,8 @@ from treefold.launch.effects import (
 from treefold.launch.guard import session_of
 from treefold.launch.link import Status, StatusLink, parse
 from treefold.launch.processes import Child, Guard, Line, Stream
+from treefold.transport.access import access_of
+from treefold.wire.permissions import CURIOUS
 
 STATUS_NS = 250_000_000  # between two looks at the progress
 STATUS_LOST_NS = 2_000_000_000  # an answer that took longer is not waited for
@@ -84,6 +86,7 @@ class Launcher:
             is_saving=bool(sizes.checkpoint),
         )
         self._core = LaunchCore(limits)
+        self._access = access_of(sizes, *CURIOUS)
         self._selector = selectors.DefaultSelector()
         self._guard = Guard()
         self._folder = tempfile.mkdtemp(prefix="treefold-")
@@ -186,7 +189,7 @@ class Launcher:
         """The scheduler's address is known: tell everybody."""
         self._is_announced = True
         self._reporter.started(address)
-        self._link = StatusLink(address)
+        self._link = StatusLink(address, self._access)
         self._feed(AddressKnown())
 
     def _read(self, stream: Stream) -> None:

@@ -10,6 +10,7 @@ import msgspec
 
 from treefold.checkpoint.manifest import Manifest
 from treefold.checkpoint.store import Store
+from treefold.common.audit import Audit
 from treefold.common.background import Background
 from treefold.common.config import Settings
 from treefold.common.errors import ConfigError
@@ -32,12 +33,15 @@ from treefold.scheduler.effects import (
 )
 from treefold.scheduler.journal import Journal
 from treefold.scheduler.points import POINTS
+from treefold.transport.access import access_of
 from treefold.transport.hosts import listening, told
 from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
 from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context, Hub
-from treefold.wire.exchange import Halt, Note, PeerLost, Send
+from treefold.wire.exchange import Halt, Level, Note, PeerLost, Send
 from treefold.wire.membership import MS
+from treefold.wire.messages import Registered
+from treefold.wire.permissions import KeyRole
 from treefold.wire.words import Outcome
 
 LISTENER = "listener"
@@ -56,7 +60,9 @@ class SchedulerShell:
     """
 
     def __init__(self, settings: Settings, context: Context | None = None) -> None:
-        self._hub = Hub(context)
+        self._audit = Audit(settings.audit, "scheduler") if settings.audit else None
+        access = access_of(settings, KeyRole.SCHEDULER)
+        self._hub = Hub(context, access, self._audit)
         self._outbox = Outbox(self._hub)
         bound = self._hub.listen(
             LISTENER,
@@ -101,6 +107,8 @@ class SchedulerShell:
         self._hub.close()
         if self._journal is not None:
             self._journal.close()
+        if self._audit is not None:
+            self._audit.close()
         return self._halt.status
 
     def stop(self, outcome: Outcome, text: str) -> None:
@@ -122,6 +130,8 @@ class SchedulerShell:
     def _perform(self, effect: Effect) -> list[Event]:
         match effect:
             case Send(peer, message, _):
+                if isinstance(message, Registered):
+                    self._loop.gate.grant(message)
                 if isinstance(peer, bytes):
                     self._outbox.send(LISTENER, peer, message)
             case Persist(found):
@@ -137,9 +147,15 @@ class SchedulerShell:
                 self._background.do(self._choose)
             case Note(level, text):
                 self._log.log(level, text)
+                self._note(text if level >= Level.INFO else "")
             case Halt():
                 self._halt = self._halt or effect  # what came in the same batch changes nothing
         return []
+
+    def _note(self, text: str, what: str = "cluster") -> None:
+        """What happened to members and to the job belongs into the audit log as well."""
+        if self._audit is not None and text:
+            self._audit.note(what, text)
 
     def _begin(self, settings: Settings) -> None:
         """Begin a job, with the newest checkpoint that is whole if it is to go on from one."""
@@ -165,6 +181,7 @@ class SchedulerShell:
 
     def _prepare(self, folder: str, manifest: Manifest) -> None:
         """What lies beyond the version that the job goes on from is made anew."""
+        self._note(f"version {manifest.version} in {folder}", "restore")
         made = self._settings.checkpoint
         kept = manifest.version if folder == made else -1
         for name in Store(made).set_aside(kept) if made else []:

@@ -12,8 +12,9 @@ import msgspec
 import torch
 
 from treefold.common import layout as layouts
+from treefold.common.audit import Audit
 from treefold.common.config import Settings
-from treefold.common.errors import DataError, UnsupportedError
+from treefold.common.errors import AuthError, DataError, UnsupportedError
 from treefold.common.failpoints import arm
 from treefold.common.fold import Folder, Payload
 from treefold.common.log import logger
@@ -65,6 +66,7 @@ from treefold.server.published import Published
 from treefold.server.recording import Recording
 from treefold.server.saving import Restored, ShardFiles
 from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
+from treefold.transport.access import access_of
 from treefold.transport.carrier import Carrier, Destination, Held
 from treefold.transport.hosts import listening, located, told
 from treefold.transport.lanes import lane_settings
@@ -81,9 +83,11 @@ from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Peer, PeerLost, Send
 from treefold.wire.membership import MS, Identity, Membership
 from treefold.wire.messages import AnyMessage, Pulled, Push, Register
+from treefold.wire.permissions import KeyRole
 from treefold.wire.words import Frame, Role
 
 LISTENER = "listener"
+REFUSED_STATUS = 3  # not started, as far as the others are concerned
 TensorWork = (
     OpenShard | ComputeNorm | MakeParts | CorrectParts | ComputeDigest | CopyUnit | LoadUnit
 )
@@ -103,7 +107,8 @@ class ServerShell:
     def __init__(self, settings: Settings, context: Context | None = None) -> None:
         self._settings = settings
         spare_compiler()
-        self._hub = Hub(context)
+        audit = Audit(settings.audit, "server") if settings.audit else None
+        self._hub = Hub(context, access_of(settings, KeyRole.SERVER), audit)
         self._outbox = Outbox(self._hub)
         scheduler = located(settings.scheduler, settings.connect_timeout_s)
         bound = self._hub.listen(
@@ -114,7 +119,7 @@ class ServerShell:
         )
         self._tell_address = partial(told, bound, settings.advertise, scheduler)
         self.address = self._tell_address()
-        self._hub.connect(SCHEDULER, scheduler, CONTROL_FRAME_BYTES_MAX)
+        self._hub.connect(SCHEDULER, scheduler, CONTROL_FRAME_BYTES_MAX, KeyRole.SCHEDULER)
         identity = Identity(
             Role.SERVER,
             random_number(),
@@ -155,7 +160,11 @@ class ServerShell:
     def run(self) -> int:
         """Serve until the job ends; returns the exit status."""
         while self._halt is None:
-            self._loop.turn()
+            try:
+                self._loop.turn()
+            except AuthError as error:
+                self._halt = Halt(REFUSED_STATUS, str(error))
+                break
             membership = self._core.membership
             if membership.is_member and not self._is_named:
                 self._is_named = True

@@ -37,6 +37,8 @@ def connect_embedded(settings: Settings) -> Client:
         workers=1,
         replicas=1,
         journal="",
+        keys="",  # nothing leaves this process
+        audit="",
         advertise="",
         linger=False,
         max_restarts=0,

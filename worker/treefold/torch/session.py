@@ -14,6 +14,7 @@ from torch import Tensor
 from treefold.common.config import Settings, load
 from treefold.common.engines import SCRIPT
 from treefold.common.errors import (
+    AuthError,
     ConfigError,
     FormationError,
     JobFailedError,
@@ -306,6 +307,8 @@ def init(
         It was called before.
     ConfigError
         A setting is wrong.
+    AuthError
+        This process is refused, or the scheduler has not the key that it has to have.
     FormationError
         The cluster did not form in time; the text names who is missing.
     SchedulerLostError
@@ -339,7 +342,7 @@ def init(
         client.join()
     except TreefoldError as error:
         _leave(Outcome.FAILED, str(error))
-        if isinstance(error, FormationError | SchedulerLostError):
+        if isinstance(error, AuthError | FormationError | SchedulerLostError):
             end_with(error, NOT_FORMED_STATUS)
         raise
 

@@ -19,6 +19,7 @@ ERRORS: dict[Code, type[errors.TreefoldError]] = {
     Code.NOT_MEMBER: errors.FencedError,
     Code.BAD_MESSAGE: errors.RemoteProtocolError,
     Code.NON_FINITE: errors.DataError,
+    Code.NOT_ALLOWED: errors.AuthError,
 }
 
 

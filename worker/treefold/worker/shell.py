@@ -16,10 +16,12 @@ import msgspec
 import torch
 
 from treefold.common.config import Settings
+from treefold.common.errors import AuthError
 from treefold.common.failpoints import arm
 from treefold.common.fold import Folder, Payload
 from treefold.common.log import logger
 from treefold.common.process import ProcessFigures, Spent, random_number
+from treefold.transport.access import access_of
 from treefold.transport.carrier import Carrier, Destination, Held
 from treefold.transport.hosts import located
 from treefold.transport.lanes import lane_settings
@@ -35,6 +37,7 @@ from treefold.transport.sockets import (
 from treefold.wire.exchange import SCHEDULER, Note, Send
 from treefold.wire.membership import MS, Identity, Membership
 from treefold.wire.messages import Push
+from treefold.wire.permissions import KeyRole
 from treefold.wire.words import Role
 from treefold.worker import handed
 from treefold.worker.arrivals import Arrivals
@@ -132,10 +135,10 @@ class WorkerShell:
     """
 
     def __init__(self, settings: Settings, context: Context | None = None) -> None:
-        self.hub = Hub(context)
+        self.hub = Hub(context, access_of(settings, KeyRole.WORKER))
         self._outbox = Outbox(self.hub)
         scheduler = located(settings.scheduler, settings.connect_timeout_s)
-        self.hub.connect(SCHEDULER, scheduler, CONTROL_FRAME_BYTES_MAX)
+        self.hub.connect(SCHEDULER, scheduler, CONTROL_FRAME_BYTES_MAX, KeyRole.SCHEDULER)
         identity = Identity(
             Role.WORKER,
             random_number(),
@@ -224,7 +227,8 @@ class WorkerShell:
             self._loop.flush()
         except Exception as error:  # the training thread must hear of whatever it is
             self._crash = error
-            self._log.exception("the I/O thread of this worker failed")
+            if not isinstance(error, AuthError):  # whose text says everything, to the script
+                self._log.exception("the I/O thread of this worker failed")
             self._end_streams(error)
             for answers in list(self._answers.values()):
                 answers.put(Answer(None, [], error))
