@@ -1,7 +1,9 @@
 """What the environments of engines say, who is believed, and that it is said in one line."""
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import pytest
@@ -160,11 +162,15 @@ def test_a_variable_that_cannot_be_understood_is_named(
 
 
 @pytest.fixture
-def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def environ(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The environment of this process, in which nothing is of an engine; changes do not stay."""
     variables = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
     monkeypatch.setattr(os, "environ", variables)
-    return variables
+    log = logging.getLogger("treefold")
+    level = log.level
+    monkeypatch.setattr(log, "handlers", [logging.NullHandler()])
+    yield variables
+    log.setLevel(level)
 
 
 def test_an_argument_beats_our_variable_which_beats_an_engine(environ: dict[str, str]) -> None:
