@@ -150,7 +150,7 @@ class Engine:
         with tarfile.open(fileobj=stream, mode="w") as archive:
             for folder in ("usr", "etc", "tmp", "proc", "sys", "dev", "sbin", STATE):
                 entry = tarfile.TarInfo(folder)
-                entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+                entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder == "tmp" else 0o755
                 entry.uid = entry.gid = USER if folder == STATE else 0
                 archive.addfile(entry)
             for folder in ("bin", "lib", "lib64"):
