@@ -55,6 +55,11 @@ def test_a_job_with_keys_has_the_same_bits_and_strangers_hear_why_they_are_refus
         for stranger, words in strangers.items():
             assert stranger.end() == 3, stranger.transcript()
             stranger.line(words)
+        command = ("-m", "treefold.cli", "worker", "--", "true")
+        assert visitor(job, *command).end() == 0
+        refused = visitor(job, *command, keys="")
+        assert refused.end() == 3
+        refused.line("takes connections with keys only")
         gate.open()
         assert job.bits() == alone(JOB, "slots=8")
     told = [json.loads(line) for line in audit.read_text().splitlines()]

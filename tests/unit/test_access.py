@@ -2,6 +2,8 @@
 
 import json
 import logging
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -268,6 +270,26 @@ def test_a_link_that_worked_waits_when_somebody_else_has_the_address(
     door.listener = Hub(access=access(folder, KeyRole.SCHEDULER))
     door.listener.listen("door", address, insecure=False, frame_bytes_max=FRAME_MAX)
     assert door.pass_on(b"after").header == b"after"
+
+
+def test_a_listener_that_is_stopped_is_waited_for_and_not_taken_for_another_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "HANDSHAKE_MS", 50)
+    monkeypatch.setattr(links, "PROMPT_NS", 20_000_000)
+    monkeypatch.setattr(links, "GIVE_UP_NS", 0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hub = Hub(access=access(folder, KeyRole.WORKER))
+        at = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        hub.connect("there", at, FRAME_MAX, KeyRole.SCHEDULER)
+        accepted = [silent.accept()[0]]
+        for _ in range(3):  # each time the last handshake was given up
+            while not select.select([silent], [], [], 0)[0]:
+                list(hub.wait(10_000_000, 64))
+            accepted.append(silent.accept()[0])
+        hub.close()
+        for one in accepted:
+            one.close()
 
 
 def test_an_allow_list_that_cannot_be_read_leaves_everything_as_it_was(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Whose messages are taken, by the key that their connection has proven."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,18 @@ from treefold.transport.access import Access
 from treefold.transport.gate import Gate
 from treefold.transport.keys import read_key
 from treefold.transport.sockets import Arrival
-from treefold.wire.messages import AnyMessage, DrainRequest, Heartbeat, Leave, Register, Registered
+from treefold.wire.messages import (
+    AnyMessage,
+    DrainRequest,
+    Heartbeat,
+    Leave,
+    Published,
+    Register,
+    Registered,
+    View,
+)
 from treefold.wire.permissions import KeyRole
-from treefold.wire.words import PROTOCOL_VERSION, Outcome, Role
+from treefold.wire.words import PROTOCOL_VERSION, Leases, Outcome, Phase, Role
 
 REGISTER = Register(PROTOCOL_VERSION, Role.WORKER, 77, "", "here", 1, "0")
 GIVEN = Registered(77, 1, 5, 0, 500, 2_000, 1, 1)
@@ -76,6 +86,23 @@ def test_a_key_that_is_taken_off_the_list_is_denied_from_then_on(folder: Path) -
     assert "is not on the allow-list (any more)" in gate.denial(arrival, BEAT)
 
 
+def test_a_member_takes_views_from_a_scheduler_and_tensors_from_a_server_alone(
+    folder: Path,
+) -> None:
+    gate = Gate(Access(str(folder), [KeyRole.WORKER]), None)
+
+    def comes(name: str, message: AnyMessage) -> str:
+        public = read_key(folder / f"{name}.key").public
+        return gate.denial(Arrival("there", "there", b"", [], public), message)
+
+    view = View(1, Phase.RUNNING, 1, [], [], Leases(0, []), Leases(0, []))
+    whole = Published(0, 0, 1, b"", 0.0)
+    assert not comes("scheduler", view)
+    assert comes("server", view)
+    assert not comes("server", whole)
+    assert comes("scheduler", whole)
+
+
 def test_without_keys_everybody_may_and_requests_are_audited(tmp_path: Path) -> None:
     path = tmp_path / "audit"
     audit = Audit(str(path), "scheduler")
@@ -106,3 +133,20 @@ def test_a_flood_of_refusals_is_counted_in_the_audit_log_not_written(
     assert {(deed["who"], deed["role"], deed["where"]) for deed in denied} == {
         ("observer", "observer", "10.0.0.7")
     }
+
+
+def test_a_disk_that_is_full_ends_nothing_and_the_next_line_says_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    audit = Audit(str(tmp_path / "audit"), "scheduler")
+    file, full = os.dup(audit._descriptor), os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, audit._descriptor)
+    for _ in range(3):
+        audit.note("cluster", "lost")
+    os.dup2(file, audit._descriptor)
+    audit.note("cluster", "kept")
+    audit.close()
+    os.close(file)
+    os.close(full)
+    [deed] = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    assert (deed["text"], deed["left_out"]) == ("kept", 3)

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from treefold.common.errors import ConfigError
+from treefold.common.log import logger
 
 DENIED_PER_S_MAX = 50  # lines; a flood of refusals must not fill the disk
 TEXT_MAX = 500
@@ -37,7 +38,7 @@ class Deed(msgspec.Struct, frozen=True, omit_defaults=True):
     text : str
         Why not, or what happened.
     left_out : int
-        Refusals before this one that have no line.
+        Deeds before this one that have no line: refusals beyond the limit, or a full disk.
     """
 
     at: str
@@ -77,6 +78,7 @@ class Audit:
         self._lock = threading.Lock()
         self._second_ns = 0
         self._denied = self._left_out = 0
+        self._is_failing = False
 
     def note(self, what: str, text: str = "", *, who: tuple[str, str, str] = ("", "", "")) -> None:
         """Write down what was allowed, or has happened; ``who`` is a name, a role, an address."""
@@ -103,4 +105,13 @@ class Audit:
         with self._lock:
             left_out, self._left_out = self._left_out, 0
         deed = Deed(at, self._by, what, is_allowed, *who, text[:TEXT_MAX], left_out)
-        os.write(self._descriptor, msgspec.json.encode(deed) + b"\n")  # at once: lines stay whole
+        try:
+            os.write(self._descriptor, msgspec.json.encode(deed) + b"\n")  # at once: it stays whole
+        except OSError as error:  # a full disk must not end the job
+            with self._lock:
+                self._left_out += left_out + 1
+            if not self._is_failing:
+                logger("audit").error("the audit log cannot be written: %s", error)
+            self._is_failing = True
+        else:
+            self._is_failing = False

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from treefold.transport.sockets import Context
 
 WATCHED = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -30,6 +31,7 @@ EVENT = struct.Struct("=HI")  # of a monitor's message: what happened, and a num
 NUMBERS = itertools.count()
 MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 FAILURES_PER_KEY = 2  # before the next one is tried
+PROMPT_NS = 1_000_000_000  # who closes later than that was stopped or busy, and said nothing
 GIVE_UP_NS = 1_000_000_000  # with handshakes that nobody says anything about
 REOPEN_NS = 500_000_000  # a listener that was right before and is not now is tried again later
 
@@ -90,6 +92,7 @@ class Link:
         self._tried: list[str] = []
         self._failures = 0
         self._failing_ns: int | None = None
+        self._connected_ns = 0
         self._is_proven = False
         self.due_ns: int | None = None
         self.public = ""
@@ -140,6 +143,9 @@ class Link:
         return step
 
     def _on_event(self, event: int, value: int) -> Step:
+        if event == zmq.EVENT_CONNECTED:
+            self._connected_ns = time.monotonic_ns()
+            return Step.NOTHING
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._is_proven = True
             self._failures, self._failing_ns, self._tried = 0, None, []
@@ -173,6 +179,8 @@ class Link:
     def _fail(self) -> Step:
         """A handshake came to nothing: most likely the listener has another key."""
         now_ns = time.monotonic_ns()
+        if now_ns - self._connected_ns >= PROMPT_NS:
+            return Step.NOTHING
         self._failing_ns = self._failing_ns or now_ns
         self._failures += 1
         if self._failures < FAILURES_PER_KEY or self._access is None:
