@@ -95,7 +95,7 @@ SENDERS: dict[type[AnyMessage], frozenset[KeyRole]] = {
     ShardSaved: _SERVER,
     SavedSeen: _SCHEDULER,
     LeaveAsked: _SCHEDULER,
-    DrainRequest: _ADMIN,
+    DrainRequest: _ADMIN | _SERVER,  # a server that is asked to stop asks to be drained
     Push: _MEMBER,  # servers relay within a chain
     RoundHyper: _MEMBER,
     RoundMeta: _WORKER,
