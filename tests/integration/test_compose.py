@@ -4,6 +4,7 @@ One cluster goes through everything that may happen to containers, one step afte
 rounds are let through after each. What it ends with are the bits of one process alone.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +19,12 @@ from tests.support import engine as engines
 from tests.support import netns
 from tests.support.engine import Engine
 from tests.support.processes import JOBS, Bits
-from treefold.cli import render
+from treefold.cli import keys, render
+from treefold.common.config import Settings
 from treefold.common.errors import UnavailableError
 from treefold.launch.link import MemberStatus, Status, fetch, parse
+from treefold.transport.access import access_of
+from treefold.wire.permissions import CURIOUS
 
 JOB = "stepwise.py"
 IMAGE = "treefold-test"
@@ -88,6 +92,7 @@ class Composed:
         self._files[0].write_text(text, encoding="utf-8")
         self._files[1].write_bytes(msgspec.json.encode({"services": services}))
         self._visitor = ThreadPoolExecutor(1, initializer=netns.enter, initargs=(engine.place,))
+        self._access = access_of(Settings(keys=str(folder / "keys")), *CURIOUS)
         self._steps = 0
 
     def __enter__(self) -> "Composed":
@@ -111,7 +116,7 @@ class Composed:
         if not number:
             return None
         try:
-            answer = self._visitor.submit(fetch, f"tcp://{number}:29700", ANSWER_MS)
+            answer = self._visitor.submit(fetch, f"tcp://{number}:29700", ANSWER_MS, self._access)
             return parse(answer.result())
         except UnavailableError:
             return None
@@ -184,6 +189,11 @@ def composed(
 ) -> Iterator[Composed]:
     """A cluster of three servers and three workers, made by the command."""
     words = ["--servers", "3", "--workers", "3", "--slots", "8", "--seed", "3"]
+    keys.main(["init", str(tmp_path / "keys")])
+    for key in (tmp_path / "keys").iterdir():
+        os.chown(key, engines.USER, engines.USER)
+    words += ["--keys", str(tmp_path / "keys")]
+    capsys.readouterr()
     words += ["--dead-after-ms", "4000", "--heartbeat-ms", "200", "--image", IMAGE]
     render.main(["compose", *words, "--", "python", str(JOBS / JOB), "--gates", "/gates"])
     with Composed(engine, tmp_path, capsys.readouterr().out) as made:

@@ -96,7 +96,7 @@ EXAMPLES: list[m.AnyMessage] = [
     m.ChainSynced(5, 0, 1, 4, 7),
     m.ChainDiffers(5, 0, 1, 4, 7),
     m.LeaveAsked(6),
-    m.DrainRequest(7, "server-1"),
+    m.DrainRequest(7, "server-1", 5),
     m.Push(99, 6, 3, 0, 1, 2, 2, 17, 8, 1, 3, [b"\x02", b"\x00"], LENT),
     m.RoundHyper(99, 6, 3, 0, 1, 17, 8, [{"lr": 0.01, "foreach": None}], 1.0),
     m.RoundMeta(

@@ -59,6 +59,7 @@ def test_a_kind_without_an_entry_is_denied_to_every_role(
         (
             KeyRole.SERVER,
             {
+                "DrainRequest",
                 "Register", "Refused", "Heartbeat", "Leave", "RoundLate", "NormReport",
                 "ChainSynced", "ChainDiffers", "ShardSaved", "Push", "RoundHyper", "Pulled",
                 "Published", "RoundStatus", "ChainRound", "ChainAsk", "ChainApplied", "UnitCopy",
@@ -80,8 +81,12 @@ def test_a_key_registers_only_as_what_it_is(role: KeyRole, claimed: Role) -> Non
 
 
 def test_a_denial_names_the_role_the_message_and_who_may() -> None:
+    assert "for nobody else" in denial(KeyRole.SERVER, DrainRequest(1, "server-0"))
+    assert not denial(KeyRole.SERVER, DrainRequest(1, "server-0", 5))
     text = denial(KeyRole.OBSERVER, DrainRequest(1, "server-0"))
-    assert text == "a key with the role observer may not send DrainRequest, only admin may"
+    assert (
+        text == "a key with the role observer may not send DrainRequest, only admin or server may"
+    )
 
 
 def test_an_observer_can_neither_push_nor_pull() -> None:

@@ -17,6 +17,7 @@ CALLS = {
         "--image", "registry.example/vision:2", "--",
         "python", "/jobs/train.py", "--note", 'a "word" for $5',
     ],
+    "compose-keys.yaml": ["--keys", "./keys", "--image", "treefold"],
     "compose-single.yaml": ["--servers", "1", "--workers", "1", "--rejoin-grace-s", "5"],
 }  # fmt: skip
 
@@ -74,6 +75,16 @@ def test_a_setting_of_the_environment_is_in_the_file_and_one_that_is_chosen_here
     text = printed([], capsys)
     assert '  TREEFOLD_SLOTS: "16"' in text
     assert "elsewhere" not in text
+
+
+def test_with_keys_nothing_is_open_and_no_role_gets_anothers_key(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = printed(["--keys", "./keys"], capsys)
+    assert "INSECURE" not in text
+    for role in ("scheduler", "server", "worker"):
+        assert f"    secrets: [allowed, observer.key, {role}.key]\n" in text
+    assert "secrets" not in printed([], capsys)
 
 
 def test_a_word_that_would_break_the_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """How a job ends when a worker was given up shortly before: it may only have been busy."""
 
-from tests.unit.scheduler_driver import WORKERS, Driver
-from treefold.wire.messages import Leave, Stop
+from tests.unit.scheduler_driver import SERVER, WORKERS, Driver, sent
+from treefold.wire.messages import DrainRequest, Leave, Refused, Stop
 from treefold.wire.words import Outcome, Phase, Role
 
 DONE = Stop(Outcome.DONE, "the job is done")
@@ -39,3 +39,11 @@ def test_a_worker_that_was_given_up_long_ago_is_not_waited_for() -> None:
     driver.pass_time(5, 1, 2)
     driver.say(WORKERS[0], Leave(2, Outcome.DONE, ""))
     assert driver.core.ending == DONE
+
+
+def test_a_member_that_asks_to_be_drained_means_itself() -> None:
+    driver = Driver()
+    driver.form()
+    (refused,) = sent(driver.say(SERVER, DrainRequest(1, "worker-0", 1)), Refused)
+    assert isinstance(refused, Refused)
+    assert "worker-0 is incarnation 2, and asked for by incarnation 1" in refused.text

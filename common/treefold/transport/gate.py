@@ -77,7 +77,7 @@ class Gate:
                 self._asked.popitem(last=False)
             return ""
         claimed: int | None = getattr(message, "incarnation", None)
-        if claimed is None or not isinstance(arrival.sender, bytes):
+        if not claimed or not isinstance(arrival.sender, bytes):
             return ""
         owner = self._owners.get(claimed)
         if owner is None and len(self._owners) < MEMBERS_MAX:

@@ -308,11 +308,13 @@ class LeaveAsked(Message, tag=24, frozen=True):
 class DrainRequest(Message, tag=22, frozen=True):
     """Anyone to the scheduler: take a member's work away, then let it leave; by name.
 
-    Answered by `Accepted` with its incarnation, or `Refused`.
+    Answered by `Accepted` with its incarnation, or `Refused`. A member that asks for itself says
+    its own ``incarnation``.
     """
 
     call: Count
     member: Annotated[str, Meta(max_length=64)]
+    incarnation: Count = 0
 
 
 # ---- worker and server -----------------------------------------------------------------------

@@ -96,7 +96,7 @@ SENDERS: dict[type[AnyMessage], frozenset[KeyRole]] = {
     ShardSaved: _SERVER,
     SavedSeen: _SCHEDULER,
     LeaveAsked: _SCHEDULER,
-    DrainRequest: _ADMIN,
+    DrainRequest: _ADMIN | _SERVER,  # a server for itself, when it is asked to stop
     Push: _MEMBER,  # servers relay within a chain
     RoundHyper: _MEMBER,
     RoundMeta: _WORKER,
@@ -139,4 +139,6 @@ def denial(role: KeyRole, message: AnyMessage) -> str:
         return f"a key with the role {role} may not send {kind.__name__}, only {named} may"
     if isinstance(message, Register) and MEMBER_ROLES.get(message.role) is not role:
         return f"a key with the role {role} may not register as a {message.role.name.lower()}"
+    if isinstance(message, DrainRequest) and role is KeyRole.SERVER and not message.incarnation:
+        return "a server may ask to be drained, with its own incarnation, and for nobody else"
     return ""

@@ -9,7 +9,8 @@ from treefold.launch.compose import CHOSEN_HERE, COMMAND, Composition, render
 DESCRIPTION = (
     "Print a Compose file for a cluster of --servers servers (default 2) and --workers workers "
     "(default 4) with --replicas copies of each shard (default 2, or 1 with one server). Other "
-    "settings that are given become those of every container."
+    "settings that are given become those of every container. With --keys, a folder as seen from "
+    "the file, every container gets its role's key."
 )
 
 
@@ -26,7 +27,8 @@ def main(words: list[str]) -> int:
     int
         0.
     """
-    parser = Parser("render", DESCRIPTION, [key for key in KEYS if key not in CHOSEN_HERE])
+    shown = [key for key in KEYS if key not in CHOSEN_HERE or key == "keys"]
+    parser = Parser("render", DESCRIPTION, shown)
     parser.add_argument("engine", choices=["compose"], help="whose file")
     parser.add_argument(
         "--image", default="", help="a finished image; by default it is built from this repository"

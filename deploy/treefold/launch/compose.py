@@ -21,7 +21,7 @@ SIZES = {"servers": 2, "workers": 4}
 REPLICAS = 2
 CHOSEN_HERE = (
     "scheduler", "bind", "advertise", "engine", "insecure", "rank", "journal", "checkpoint",
-    "resume", "state", "max_restarts", "linger", "ledger", "tape",
+    "resume", "state", "keys", "audit", "max_restarts", "linger", "ledger", "tape",
 )  # fmt: skip
 """Settings that the file chooses by itself."""
 PATIENCE_S = {"connect_timeout_s": 60.0, "rejoin_grace_s": 60.0}
@@ -52,8 +52,7 @@ x-member: &member
 x-settings: &settings
   TREEFOLD_SCHEDULER: tcp://scheduler:@PORT@
   TREEFOLD_BIND: tcp://*:0 # a free port, which the scheduler tells everybody
-  TREEFOLD_INSECURE: "true" # no port is published: whoever is in this network is trusted
-@SETTINGS@
+@TRUST@@SETTINGS@
 x-health: &health # asks the scheduler whether it hears from the member in this container
   test: [CMD, treefold, status, --here]
   interval: 10s
@@ -72,12 +71,12 @@ services:
       TREEFOLD_BIND: tcp://*:@PORT@
       TREEFOLD_ADVERTISE: tcp://scheduler:@PORT@
       TREEFOLD_STATE: @STATE@
-    volumes: ["state:@STATE@"]
+@AUDIT@    volumes: ["state:@STATE@"]
     stop_grace_period: 30s
     healthcheck:
       <<: *health
       test: [CMD, treefold, status]
-
+@KEYS_OF_SCHEDULER@
   server:
     <<: *member
     command: [server]
@@ -87,7 +86,7 @@ services:
     volumes: ["state:@STATE@"]
     stop_grace_period: 90s # SIGTERM drains: others take over the shards
     healthcheck: *health
-
+@KEYS_OF_SERVER@
   worker:
     <<: *member
     command: @COMMAND@
@@ -96,13 +95,23 @@ services:
       replicas: @WORKERS@
     stop_grace_period: 30s # SIGTERM: finish the slot, then leave
     healthcheck: *health
-
+@KEYS_OF_WORKER@
 networks:
   cluster:
 
 volumes:
   state: # journal and checkpoints of every job
+@SECRETS@"""
+
+OPEN = """\
+  TREEFOLD_INSECURE: "true" # no port is published: whoever is in this network is trusted
 """
+CLOSED = """\
+  TREEFOLD_KEYS: /run/secrets
+"""
+KEY_ROLES = ("scheduler", "server", "worker")
+SHARED = ("allowed", "observer.key")
+"""The allow-list, and what health checks ask for the status with."""
 
 BUILD = """\
   build:
@@ -151,7 +160,8 @@ def render(wanted: Composition) -> str:
         A word has a line break, which the file's first lines could not show.
     """
     values = settings_of(wanted.loaded)
-    words = [*wanted.command, wanted.image]
+    keys = wanted.loaded.settings.keys
+    words = [*wanted.command, wanted.image, keys]
     if any("\n" in word or "\r" in word for word in words):
         raise ConfigError("a word of the command or the image's name has a line break")
     lines = [f"  {key}: {quoted(value)}\n" for key, value in environment_of(values).items()]
@@ -160,6 +170,9 @@ def render(wanted: Composition) -> str:
         "@AS_LONG@": "" if int(str(values["replicas"])) > 1 else " from the last checkpoint",
         "@IMAGE@": quoted(wanted.image or "treefold"),
         "@BUILD@": "" if wanted.image else BUILD,
+        "@TRUST@": CLOSED if keys else OPEN,
+        "@AUDIT@": f"      TREEFOLD_AUDIT: {STATE}/audit.jsonl\n" if keys else "",
+        "@SECRETS@": secrets_from(keys) if keys else "",
         "@SETTINGS@": "".join(lines),
         "@COMMAND@": json.dumps(["worker", "--", *map(escaped, wanted.command)]),
         "@SERVERS@": str(values["servers"]),
@@ -167,10 +180,20 @@ def render(wanted: Composition) -> str:
         "@PORT@": str(PORT),
         "@STATE@": STATE,
     }
+    for role in KEY_ROLES:
+        own = ", ".join([*SHARED, f"{role}.key"])
+        replacements[f"@KEYS_OF_{role.upper()}@"] = f"    secrets: [{own}]\n" if keys else ""
     text = TEMPLATE
     for mark, replacement in replacements.items():
         text = text.replace(mark, replacement)
     return text
+
+
+def secrets_from(folder: str) -> str:
+    """Keys as secrets: every role has its own, which nobody else gets."""
+    names = [*SHARED, *(f"{role}.key" for role in KEY_ROLES)]
+    lines = [f"  {name}: {{file: {json.dumps(escaped(f'{folder}/{name}'))}}}\n" for name in names]
+    return "\nsecrets: # readable by user 10001 and nobody else\n" + "".join(lines)
 
 
 def settings_of(loaded: Loaded) -> dict[str, object]:
@@ -189,6 +212,8 @@ def options_of(values: dict[str, object], wanted: Composition) -> str:
     """The flags that make this file again, as a person would type them."""
     shown = {key: value for key, value in values.items() if PATIENCE_S.get(key) != value}
     words = [f"--{key.replace('_', '-')} {plain(value)}" for key, value in shown.items()]
+    if wanted.loaded.settings.keys:
+        words.append(f"--keys {shlex.quote(wanted.loaded.settings.keys)}")
     if wanted.image:
         words.append(f"--image {shlex.quote(wanted.image)}")
     if wanted.command != COMMAND:

@@ -18,6 +18,9 @@ def begin(roster: Roster, chains: Chains, message: DrainRequest) -> Accepted | R
         text = f"there is no {message.member!r} in this cluster; there are {names}"
         return Refused(message.call, Code.NOT_MEMBER, text)
     who = found[0].member.incarnation
+    if message.incarnation not in (0, who):
+        text = f"{message.member} is incarnation {who}, and asked for by incarnation "
+        return Refused(message.call, Code.NOT_MEMBER, f"{text}{message.incarnation}")
     if found[0].member.role is Role.SERVER and chains.holds(who):
         others = [s for s in live if s.member.role is Role.SERVER and s is not found[0]]
         if all(state.member.incarnation in chains.draining for state in others):

@@ -239,7 +239,8 @@ class ServerCore:
     def _ask_to_drain(self, now_ns: int) -> None:
         self._drain_retry_ns = now_ns + DRAIN_RETRY_MS * MS
         name = f"server-{self.membership.rank}"
-        self._out.append(Send(SCHEDULER, DrainRequest(DRAIN_CALL, name)))
+        who = self.membership.incarnation
+        self._out.append(Send(SCHEDULER, DrainRequest(DRAIN_CALL, name, who)))
 
     def _leave_now(self, now_ns: int) -> None:
         self._drain_ns = self._drain_retry_ns = None
