@@ -18,6 +18,7 @@ CALLS = {
         "python", "/jobs/train.py", "--note", 'a "word" for $5',
     ],
     "compose-keys.yaml": ["--keys", "./keys", "--image", "treefold"],
+    "compose-metrics.yaml": ["--metrics-token-file", "./token", "--image", "treefold"],
     "compose-single.yaml": ["--servers", "1", "--workers", "1", "--rejoin-grace-s", "5"],
 }  # fmt: skip
 
@@ -85,6 +86,16 @@ def test_with_keys_nothing_is_open_and_no_role_gets_anothers_key(
     for role in ("scheduler", "server", "worker"):
         assert f"    secrets: [allowed, observer.key, {role}.key]\n" in text
     assert "secrets" not in printed([], capsys)
+
+
+def test_metrics_and_prometheus_are_there_with_a_token_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = printed(["--metrics-token-file", "./token", "--keys", "./keys"], capsys)
+    assert "    secrets: [allowed, observer.key, worker.key, metrics.token]\n" in text
+    assert '  metrics.token: {file: "./token"}\n' in text
+    assert "    profiles: [metrics]\n" in text
+    assert "metrics" not in printed([], capsys)
 
 
 def test_a_word_that_would_break_the_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

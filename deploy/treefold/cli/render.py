@@ -4,13 +4,14 @@ import sys
 
 from treefold.cli.flags import Parser
 from treefold.common.config import KEYS
-from treefold.launch.compose import CHOSEN_HERE, COMMAND, Composition, render
+from treefold.launch.compose import CHOSEN_HERE, COMMAND, SECRET, Composition, render
 
 DESCRIPTION = (
     "Print a Compose file for a cluster of --servers servers (default 2) and --workers workers "
     "(default 4) with --replicas copies of each shard (default 2, or 1 with one server). Other "
     "settings that are given become those of every container. With --keys, a folder as seen from "
-    "the file, every container gets its role's key."
+    "the file, every container gets its role's key; with --metrics-token-file, likewise, members "
+    "offer metrics to whoever has the token, and there is a profile with Prometheus."
 )
 
 
@@ -27,7 +28,7 @@ def main(words: list[str]) -> int:
     int
         0.
     """
-    shown = [key for key in KEYS if key not in CHOSEN_HERE or key == "keys"]
+    shown = [key for key in KEYS if key not in CHOSEN_HERE or key in SECRET]
     parser = Parser("render", DESCRIPTION, shown)
     parser.add_argument("engine", choices=["compose"], help="whose file")
     parser.add_argument(

@@ -21,9 +21,12 @@ SIZES = {"servers": 2, "workers": 4}
 REPLICAS = 2
 CHOSEN_HERE = (
     "scheduler", "bind", "advertise", "engine", "insecure", "rank", "journal", "checkpoint",
-    "resume", "state", "keys", "audit", "max_restarts", "linger", "ledger", "tape",
+    "resume", "state", "keys", "audit", "max_restarts", "linger", "ledger", "tape", "timeline",
+    "metrics_port", "metrics_bind", "metrics_token_file",
 )  # fmt: skip
 """Settings that the file chooses by itself."""
+SECRET = ("keys", "metrics_token_file")
+"""Settings that become secrets: files and folders as the file sees them."""
 PATIENCE_S = {"connect_timeout_s": 60.0, "rejoin_grace_s": 60.0}
 """Containers of one role may be restarted or moved while those of another one wait."""
 
@@ -52,7 +55,7 @@ x-member: &member
 x-settings: &settings
   TREEFOLD_SCHEDULER: tcp://scheduler:@PORT@
   TREEFOLD_BIND: tcp://*:0 # a free port, which the scheduler tells everybody
-@TRUST@@SETTINGS@
+@TRUST@@WATCHED@@SETTINGS@
 x-health: &health # asks the scheduler whether it hears from the member in this container
   test: [CMD, treefold, status, --here]
   interval: 10s
@@ -95,7 +98,7 @@ services:
       replicas: @WORKERS@
     stop_grace_period: 30s # SIGTERM: finish the slot, then leave
     healthcheck: *health
-@KEYS_OF_WORKER@
+@KEYS_OF_WORKER@@PROMETHEUS@
 networks:
   cluster:
 
@@ -108,6 +111,38 @@ OPEN = """\
 """
 CLOSED = """\
   TREEFOLD_KEYS: /run/secrets
+"""
+METRICS_PORT = 9_100
+FOR_METRICS = "metrics.token"
+WATCHED = f"""\
+  TREEFOLD_METRICS_PORT: "{METRICS_PORT}" # in the network of the cluster, for whoever has the token
+  TREEFOLD_METRICS_BIND: "0.0.0.0"
+  TREEFOLD_METRICS_TOKEN_FILE: /run/secrets/{FOR_METRICS}
+"""
+PROMETHEUS = f"""
+  prometheus: # docker compose --profile metrics up -d, then http://localhost:9090
+    image: prom/prometheus
+    profiles: [metrics]
+    entrypoint: [/bin/sh, -c]
+    command:
+      - |
+        cat > /tmp/prometheus.yml <<EOF
+        global:
+          scrape_interval: 5s
+        scrape_configs:
+          - job_name: treefold
+            authorization: {{credentials_file: /run/secrets/{FOR_METRICS}}}
+            http_sd_configs:
+              - url: http://scheduler:{METRICS_PORT}/targets
+                refresh_interval: 5s
+                authorization: {{credentials_file: /run/secrets/{FOR_METRICS}}}
+        EOF
+        exec prometheus --config.file=/tmp/prometheus.yml --storage.tsdb.path=/tmp/data
+    read_only: true
+    tmpfs: [/tmp]
+    secrets: [{FOR_METRICS}]
+    networks: [cluster]
+    ports: ["127.0.0.1:9090:9090"]
 """
 KEY_ROLES = ("scheduler", "server", "worker")
 SHARED = ("allowed", "observer.key")
@@ -160,8 +195,8 @@ def render(wanted: Composition) -> str:
         A word has a line break, which the file's first lines could not show.
     """
     values = settings_of(wanted.loaded)
-    keys = wanted.loaded.settings.keys
-    words = [*wanted.command, wanted.image, keys]
+    keys, token = wanted.loaded.settings.keys, wanted.loaded.settings.metrics_token_file
+    words = [*wanted.command, wanted.image, keys, token]
     if any("\n" in word or "\r" in word for word in words):
         raise ConfigError("a word of the command or the image's name has a line break")
     lines = [f"  {key}: {quoted(value)}\n" for key, value in environment_of(values).items()]
@@ -172,7 +207,9 @@ def render(wanted: Composition) -> str:
         "@BUILD@": "" if wanted.image else BUILD,
         "@TRUST@": CLOSED if keys else OPEN,
         "@AUDIT@": f"      TREEFOLD_AUDIT: {STATE}/audit.jsonl\n" if keys else "",
-        "@SECRETS@": secrets_from(keys) if keys else "",
+        "@WATCHED@": WATCHED if token else "",
+        "@PROMETHEUS@": PROMETHEUS if token else "",
+        "@SECRETS@": secrets_from(keys, token) if keys or token else "",
         "@SETTINGS@": "".join(lines),
         "@COMMAND@": json.dumps(["worker", "--", *map(escaped, wanted.command)]),
         "@SERVERS@": str(values["servers"]),
@@ -181,19 +218,24 @@ def render(wanted: Composition) -> str:
         "@STATE@": STATE,
     }
     for role in KEY_ROLES:
-        own = ", ".join([*SHARED, f"{role}.key"])
-        replacements[f"@KEYS_OF_{role.upper()}@"] = f"    secrets: [{own}]\n" if keys else ""
+        own = [*SHARED, f"{role}.key"] if keys else []
+        own += [FOR_METRICS] if token else []
+        line = f"    secrets: [{', '.join(own)}]\n" if own else ""
+        replacements[f"@KEYS_OF_{role.upper()}@"] = line
     text = TEMPLATE
     for mark, replacement in replacements.items():
         text = text.replace(mark, replacement)
     return text
 
 
-def secrets_from(folder: str) -> str:
-    """Keys as secrets: every role has its own, which nobody else gets."""
-    names = [*SHARED, *(f"{role}.key" for role in KEY_ROLES)]
-    lines = [f"  {name}: {{file: {json.dumps(escaped(f'{folder}/{name}'))}}}\n" for name in names]
-    return "\nsecrets: # readable by user 10001 and nobody else\n" + "".join(lines)
+def secrets_from(folder: str, token: str) -> str:
+    """Keys as secrets: every role has its own, which nobody else gets. Metrics have one token."""
+    names = [*SHARED, *(f"{role}.key" for role in KEY_ROLES)] if folder else []
+    files = {name: f"{folder}/{name}" for name in names}
+    files |= {FOR_METRICS: token} if token else {}
+    lines = [f"  {name}: {{file: {json.dumps(escaped(file))}}}\n" for name, file in files.items()]
+    said = " # keys are readable by user 10001 and nobody else" if folder else ""
+    return f"\nsecrets:{said}\n" + "".join(lines)
 
 
 def settings_of(loaded: Loaded) -> dict[str, object]:
@@ -212,8 +254,9 @@ def options_of(values: dict[str, object], wanted: Composition) -> str:
     """The flags that make this file again, as a person would type them."""
     shown = {key: value for key, value in values.items() if PATIENCE_S.get(key) != value}
     words = [f"--{key.replace('_', '-')} {plain(value)}" for key, value in shown.items()]
-    if wanted.loaded.settings.keys:
-        words.append(f"--keys {shlex.quote(wanted.loaded.settings.keys)}")
+    for key in SECRET:
+        value = getattr(wanted.loaded.settings, key)
+        words += [f"--{key.replace('_', '-')} {shlex.quote(value)}"] if value else []
     if wanted.image:
         words.append(f"--image {shlex.quote(wanted.image)}")
     if wanted.command != COMMAND:
