@@ -19,7 +19,7 @@ from tests.support.processes import Cluster, Process
 from treefold.common.errors import UnavailableError
 from treefold.launch.link import Status, fetch, parse
 
-JOB, ELEMENTS = "whole_numbers.py", 400_000
+JOB = "whole_numbers.py"
 SERVERS, WORKERS = 3, 3
 PAUSE_S = 0.5
 STATUS_MS = 3_000
@@ -114,14 +114,11 @@ def test_every_gradient_counts_once_in_a_storm_of_kills(
         job.end(*storm.dead)
         done = [worker for worker in job.workers if worker.status == 0]
         finals = {worker.line("^final (.*)$")[1] for worker in done}
-        bits = {worker.line("^bits (.*)$")[1] for worker in done}
     if consistency == "quorum":
         rounds = of_quorum(ledger, kills * ROUNDS_PER_KILL)
         assert rounds.complaints == []
         assert rounds.missed() > 0
-        assert bits == {rounds.bits(ELEMENTS)}
-    else:
-        assert finals == {"exact"}
+    assert finals == {"exact"}
     if consistency in ("async", "ssp"):
         assert complaints_one_by_one(ledger, kills * ROUNDS_PER_KILL) == []
     assert min(storm.struck[role] for role in ("server", "worker", "scheduler")) > 0

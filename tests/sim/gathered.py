@@ -9,6 +9,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import msgspec
 
@@ -198,10 +199,14 @@ class Gathered(Checks):
         count = self.reference.scenario.slots
         value, marks = self._node(key, round_, Node(root_level(count), 0), slots)
         plan_of = self.reference.scenario.plan_of
-        samples = [plan_of(batch[0]).slot_samples(*batch) for batch in batches]
-        included = sum(samples[slot] for slot in slots)
-        if value is not None and included != sum(samples):
-            value = ("counts for all", value, included, sum(samples))
+        included = [batches[slot] for slot in slots]
+        shares = [
+            Fraction(plan_of(u).slot_samples(u, slot), plan_of(u).round_samples(u))
+            for u, slot in included
+        ]
+        is_changed = self.rule.late is Late.DROP or self.reference.has_buffers(*key)
+        if value is not None and is_changed and sum(shares) != 1:
+            value = ("scaled", value, float(1 / sum(shares)))
         return value, marks
 
     def _node(

@@ -163,7 +163,6 @@ def _step_of(cluster: Cluster, version: int) -> Step:
     elif isinstance(checks, Gathered):
         tried = checks.tried(round_).batches
         batches = tuple(tried[slot] for slot in checks.decisions[round_])
-        return Step(cluster.world.now_ns, batches, base, len(tried) / len(batches))
     return Step(cluster.world.now_ns, batches, base)
 
 

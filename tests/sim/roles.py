@@ -409,11 +409,13 @@ class ServerProcess(Listener):
 
     def _scale(self, effect: ScaleParts) -> None:
         self.network.count("left out")
+        parts = self.server.shards[effect.table, effect.shard].parts
         for ready in effect.parts:
-            if ready.root is not None:
+            has_buffers = self.checks.reference.has_buffers(effect.table, *parts[ready.part])
+            if ready.root is not None and (effect.is_all or has_buffers):
                 self.payloads.keep(ready.root)
                 memory = self.payloads.get(ready.root)
-                memory.value = ("counts for all", memory.value, effect.samples, effect.total)
+                memory.value = ("scaled", memory.value, effect.factor)
 
     def _values(self, parts: list[ReadyPart]) -> list[object]:
         return [None if p.root is None else self.payloads.get(p.root).value for p in parts]

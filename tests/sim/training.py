@@ -44,14 +44,11 @@ class Step:
         Round and slot of the contributions that it was made of.
     base : int
         The version that their bodies began with.
-    weight : float
-        What their sum counts with.
     """
 
     at_ns: int
     batches: tuple[tuple[int, int], ...]
     base: int
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +158,6 @@ class Pupil:
         """Make the next version."""
         self._load(step.base)
         total = fold([self._gradient(*batch) for batch in step.batches])
-        if step.weight != 1.0:
-            total = total * step.weight
         parts = enumerate(self._state.parts)
         folded = [FoldedPart(part, total[start:stop], b"\0") for part, (start, stop) in parts]
         self._state.step(folded, [HYPER])

@@ -78,7 +78,7 @@ class Rounds:
         """How many versions have less than a round."""
         return sum(len(batches) < SLOTS for batches in self.batches)
 
-    def bits(self, elements: int) -> str:
+    def bits(self, elements: int, *, is_dropped: bool = False) -> str:
         """The hash of the parameters that these versions come to."""
         gradients = [gradient_of(kind, elements).float() / SLOTS for kind in range(KINDS)]
         parameters = torch.zeros(elements)
@@ -86,7 +86,7 @@ class Rounds:
             total = torch.zeros(elements)
             for round_, slot in batches:
                 total += gradients[self.sample(round_, slot) % KINDS]
-            if len(batches) < SLOTS:
+            if is_dropped and len(batches) < SLOTS:
                 total.mul_(SLOTS / len(batches))
             parameters.sub_(total)
         return hashlib.sha256(parameters.numpy().tobytes()).hexdigest()

@@ -5,7 +5,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from treefold.common.spec import BUFFER_GROUP, Compensation, Consistency
+from treefold.common.spec import Compensation, Consistency
 from treefold.server.shard import ShardState
 
 DECAY = 0.95  # of the mean square of gradients
@@ -41,13 +41,10 @@ class Delays:
             deque(maxlen=max(1, rule.versions)) for _ in state.parts
         ]
         self._squares: dict[int, Tensor] = {}
-        tensors = state.spec.tensors
-        first = next((n for n, one in enumerate(tensors) if one.group == BUFFER_GROUP), None)
-        self._stop = state.parts[-1][1] if first is None else state.layout.starts[first]
 
     def keep(self, part: int, version: int) -> None:
         """Keep what a part is in a version, before it is stepped."""
-        older, count = self._older[part], self._count(part)
+        older, count = self._older[part], self._state.trained(part)
         if not count or (older and older[-1][0] == version):
             return
         is_full = len(older) == older.maxlen
@@ -70,7 +67,7 @@ class Delays:
         active : int
             Slots of the round, of which this one has its share.
         """
-        count = self._count(part)
+        count = self._state.trained(part)
         own = gradient[:count]
         squares = own.square().mul_(active)
         if self._rule.compensation is Compensation.DC_ASGD_ADAPTIVE:
@@ -83,8 +80,3 @@ class Delays:
         squares.mul_(self._state.values(part)[:count] - old)
         corrected = torch.add(own, squares, alpha=self._rule.strength)
         torch.where(own == 0, own, corrected, out=own)
-
-    def _count(self, part: int) -> int:
-        """Elements of a part that are not buffers, which come last."""
-        start, stop = self._state.parts[part]
-        return max(0, min(stop, self._stop) - start)

@@ -145,7 +145,7 @@ class CorrectParts(msgspec.Struct, frozen=True, gc=False):
 
 
 class ScaleParts(msgspec.Struct, frozen=True, gc=False):
-    """Multiply the folds of parts with ``total / samples``: some slots are not in them.
+    """Multiply what parts have of buffers, or ``is_all`` of them: some slots are not in the folds.
 
     Payloads stay, with other values.
     """
@@ -153,8 +153,8 @@ class ScaleParts(msgspec.Struct, frozen=True, gc=False):
     table: int
     shard: int
     parts: list[ReadyPart]
-    samples: int
-    total: int
+    factor: float
+    is_all: bool
 
 
 class ComputeDigest(msgspec.Struct, frozen=True, gc=False):

@@ -8,6 +8,8 @@ have. Slots that are left out take part in the fold as if they had no gradient, 
 a version depend on which slots are in, and on nothing else.
 """
 
+from fractions import Fraction
+
 import msgspec
 
 from treefold.common.lineup import Lineup, after
@@ -174,11 +176,17 @@ class Quorum:
     def _scale(
         self, shard: Shard, current: Round, metas: list[RoundMeta], before: dict[int, None]
     ) -> None:
-        """What is in has to count as all of the round's samples would."""
-        samples, total = sum(meta.samples for meta in metas), metas[0].total
+        """Let means be means, though some slots are not in.
+
+        Where batches of others are computed again, every gradient counts as in its round of the
+        plan, in the end once; where they are dropped, what is in counts for all of the round.
+        """
+        share = sum((Fraction(meta.samples, meta.total) for meta in metas), Fraction())
         parts = [ready for ready in current.ready() if ready.part not in before]
-        if parts and samples != total:
-            self._out.append(ScaleParts(shard.table, shard.number, parts, samples, total))
+        if parts and share != 1:
+            is_all = shard.spec.consistency.late is Late.DROP
+            factor = float(1 / share)
+            self._out.append(ScaleParts(shard.table, shard.number, parts, factor, is_all))
 
     def _release(self, payloads: list[int]) -> None:
         self._out += [ReleasePayload(payload) for payload in payloads]
@@ -199,9 +207,9 @@ def _refusal(shard: Shard, meta: RoundMeta) -> Refused | None:
         return Refused(0, Code.BAD_NODE, text)
     current = shard.round
     known = current.metas() if current is not None and current.number == meta.round else ()
-    of = meta.active, meta.due, meta.total, meta.first, meta.is_again
+    of = meta.active, meta.due, meta.first, meta.is_again
     for other in known:
-        if (other.active, other.due, other.total, other.first, other.is_again) != of:
+        if (other.active, other.due, other.first, other.is_again) != of:
             text = f"{where}: slots {other.slot} and {meta.slot} are of different data plans"
             return Refused(0, Code.SPEC_MISMATCH, text)
     return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from treefold.common.errors import DataError
 from treefold.common.layout import Layout, ShardSpan
 from treefold.common.optim import placement_of
-from treefold.common.spec import Hyper, Placement, Rule, TableSpec
+from treefold.common.spec import BUFFER_GROUP, Hyper, Placement, Rule, TableSpec
 from treefold.common.unit_state import UnitState, pack, unpack
 from treefold.server.optimizers import TorchHyper, check_optimizer, prepare_hyper, rebased_view
 from treefold.server.unit import Extent, StatePiece, Unit
@@ -179,6 +179,14 @@ class ShardState:
         """The newest values of a part, float32 [part]: the living ones, not a copy."""
         start, stop = self.parts[part]
         return self._master[start - self._start : stop - self._start]
+
+    def trained(self, part: int) -> int:
+        """How many elements of a part are of parameters; those of buffers come last."""
+        tensors = self.spec.tensors
+        first = next((n for n, one in enumerate(tensors) if one.group == BUFFER_GROUP), None)
+        begin = self._stop if first is None else self.layout.starts[first]
+        start, stop = self.parts[part]
+        return max(0, min(stop, begin) - start)
 
     def copy_part(self, part: int, out: Tensor) -> None:
         """Copy the newest values of a part.

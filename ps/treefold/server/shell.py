@@ -122,9 +122,8 @@ class ServerShell:
         self._hub.connect(SCHEDULER, scheduler, CONTROL_FRAME_BYTES_MAX, KeyRole.SCHEDULER)
         who = random_number(), self.address, _socket.gethostname(), os.getpid()
         identity = Identity(Role.SERVER, *who, metadata.version("treefold"), settings.rank)
-        limits = ServerLimits(
-            int(settings.connect_timeout_s * 1000) * MS, check_every=settings.check_every
-        )
+        patience_ns = int(settings.connect_timeout_s * 1000) * MS
+        limits = ServerLimits(patience_ns, check_every=settings.check_every)
         self._core = ServerCore(Membership(identity), limits)
         self._recording = Recording(settings, self._core)
         self._carrier = Carrier(self._outbox, lane_settings(settings))
@@ -398,15 +397,21 @@ class ServerShell:
 
     def _revise(self, effect: CorrectParts | ScaleParts) -> None:
         """Change what is applied, to values of its wire type, which copies get as well."""
+        key, is_all = (
+            (effect.table, effect.shard),
+            isinstance(effect, CorrectParts) or effect.is_all,
+        )
         for ready in effect.parts:
+            first = 0 if is_all else self._states[key].trained(ready.part)
+            if first == self._states[key].values(ready.part).numel():
+                continue  # nothing of it is a buffer
             gradient = self._folded(ready, is_kept=True).gradient
             if gradient is None or ready.root is None:
                 continue
             if isinstance(effect, ScaleParts):
-                gradient.mul_(effect.total / effect.samples)
+                gradient[first:].mul_(effect.factor)
             else:
-                delays = self._delays[effect.table, effect.shard]
-                delays.correct(ready.part, gradient, effect.base, effect.active)
+                self._delays[key].correct(ready.part, gradient, effect.base, effect.active)
             self._carrier.held(ready.root).payload.tensor.copy_(gradient)
         while self._widened:
             self._pool.give(self._widened.pop())
@@ -421,16 +426,9 @@ class ServerShell:
             flat = torch.cat([flat, *older])
         slices = torch.split(flat, layouts.PART_BLOCKS_MAX * layouts.BLOCK_ELEMENTS)
         payloads = tuple(self._carrier.hold(Held(Payload(one), None)) for one in slices)
-        return UnitCopied(
-            effect.table,
-            effect.shard,
-            effect.member,
-            effect.unit,
-            encode_header(header),
-            payloads,
-            Frame(Dtype.FLOAT32, flat.numel()),
-            effect.older is not None,
-        )
+        which = effect.table, effect.shard, effect.member, effect.unit
+        frame, has_older = Frame(Dtype.FLOAT32, flat.numel()), effect.older is not None
+        return UnitCopied(*which, encode_header(header), payloads, frame, has_older)
 
     def _load(self, effect: LoadUnit) -> None:
         """Take over a unit that another server has copied here."""

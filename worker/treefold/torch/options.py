@@ -61,9 +61,8 @@ class Quorum:
     """Rounds as with ``"sync"``, which go on without the last slots after a while.
 
     A round is over when all slots have contributed; or when ``slots`` of them have, and others have
-    had as long again, times ``grace``, as that took. What is in counts as the whole round would.
-    Source of the idea: Chen et al., Revisiting distributed synchronous SGD, 2016, section 3, which
-    drops what is late.
+    had as long again, times ``grace``, as that took. Source of the idea: Chen et al., Revisiting
+    distributed synchronous SGD, 2016, section 3, which drops what is late.
 
     Parameters
     ----------
@@ -74,7 +73,8 @@ class Quorum:
         ``slots`` of them.
     late : str
         What becomes of the batches of others: ``"requeue"`` (a later round has them again, so that
-        every sample counts once per epoch) or ``"drop"``. What was computed of them is never used.
+        every sample counts once per epoch) or ``"drop"`` (what is in counts for all of the round).
+        What was computed of them is never used.
 
     Raises
     ------

@@ -367,8 +367,7 @@ def samples_share_of(task: Task, plan: LoopPlan) -> float:
     """A slot's share of its round's samples."""
     if plan.kind is PlanKind.LOADER:
         return 1.0 / plan.slots
-    total = task.total or plan.round_samples(task.round)
-    return plan.slot_samples(task.round, task.slot) / total
+    return plan.slot_samples(task.round, task.slot) / plan.round_samples(task.round)
 
 
 def load_frozen(

@@ -231,7 +231,7 @@ class Client:
                 task = answer.value
                 self._base = task.round if task.base < 0 else task.base
                 which = task.round, task.slot, snapshots, task.is_kept, self._is_lent(self._base)
-                return Task(*which, task.total, task.is_again)
+                return Task(*which, task.is_again)
 
     def _is_lent(self, round_: int) -> bool:
         """Whether memory lent in this round is in use. With the next version it is free."""

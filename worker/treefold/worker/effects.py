@@ -163,8 +163,8 @@ class Task(msgspec.Struct, frozen=True, gc=False):
 
     ``is_kept`` says that the contribution will wait here for that of another slot, while the script
     computes a third one. Where rounds go on without the last slots, ``round`` and ``slot`` are the
-    batch's, ``base`` is the round that it is computed in, whose batches have ``total`` samples, and
-    with ``is_again`` it was late before. Otherwise ``base`` is -1.
+    batch's, ``base`` is the round that it is computed in, and with ``is_again`` it was late before.
+    Otherwise ``base`` is -1.
     """
 
     round: int
@@ -172,7 +172,6 @@ class Task(msgspec.Struct, frozen=True, gc=False):
     snapshots: list[Snapshot]
     is_kept: bool = False
     base: int = -1
-    total: int = 0
     is_again: bool = False
 
 

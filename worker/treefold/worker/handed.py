@@ -84,8 +84,6 @@ class Task:
         Whether the contribution stays here while another slot is computed. If not, it may be lent.
     is_lent : bool
         Whether a gradient buffer that was lent in this round is still in use.
-    total : int
-        Samples of the round over all slots, 0 where that is what the plan says.
     is_again : bool
         Whether the batch came too late for its round and is computed again.
     """
@@ -95,7 +93,6 @@ class Task:
     snapshots: list[Snapshot]
     is_kept: bool = True
     is_lent: bool = False
-    total: int = 0
     is_again: bool = False
 
 

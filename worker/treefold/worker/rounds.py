@@ -81,7 +81,7 @@ class LocalRound:
         self.tried = tried
         self.active = plan.active_slots(number) if tried is None else plan.slots
         batches = [] if tried is None else tried.batches
-        self._samples = [plan.slot_samples(*batch) for batch in batches]
+        self._samples = [(plan.slot_samples(*one), plan.round_samples(one[0])) for one in batches]
         self.due = self.active if tried is None else len(tried.batches)
         self.assigned: dict[int, None] = {}
         self.done: dict[int, None] = {}
@@ -127,11 +127,11 @@ class LocalRound:
             return Task(self.number, slot, snapshots, is_kept)
         batch = self.tried.batches[slot]
         again = self.tried.is_again
-        return Task(*batch, snapshots, is_kept, self.number, sum(self._samples), again)
+        return Task(*batch, snapshots, is_kept, self.number, again)
 
     def samples(self, slot: int) -> tuple[int, int]:
-        """Samples of a slot, and of all slots together, where the round may go on without some."""
-        return self._samples[slot] if self._samples else 0, sum(self._samples)
+        """Samples of a slot's batch, and of its round of the plan; where that is not the round."""
+        return self._samples[slot] if self._samples else (0, 0)
 
     def next_slot(self) -> int | None:
         """The first slot that is still to be computed."""
