@@ -397,10 +397,8 @@ class ServerShell:
 
     def _revise(self, effect: CorrectParts | ScaleParts) -> None:
         """Change what is applied, to values of its wire type, which copies get as well."""
-        key, is_all = (
-            (effect.table, effect.shard),
-            isinstance(effect, CorrectParts) or effect.is_all,
-        )
+        key = effect.table, effect.shard
+        is_all = isinstance(effect, CorrectParts) or effect.is_all
         for ready in effect.parts:
             first = 0 if is_all else self._states[key].trained(ready.part)
             if first == self._states[key].values(ready.part).numel():
