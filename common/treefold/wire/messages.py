@@ -372,8 +372,8 @@ class RoundMeta(Message, tag=33, frozen=True):
     rounds below ``first``, where the pass over the data began, are in then, and ``base`` is the
     version of the shard that its loop body began with. Where rounds go on without the last slots
     every slot sends it, too: its batch is ``(first, slot)`` of the plan, or if ``is_again`` number
-    ``slot`` of those that were late; the round has ``due`` batches, and the slot's has ``samples`` of
-    the ``total`` of its round of the plan.
+    ``slot`` of those that were late. The round has ``due`` batches, and this one ``samples`` of the
+    ``total`` of its round of the plan.
     """
 
     job: Count
