@@ -125,9 +125,11 @@ class Gathered(Checks):
         Checks.on_restored(self, view, key, version)
         self.enter(view)
         if key[0] in self.reference.trained and self.era and len(self.chain) == 1:
-            self.era -= 1
+            own, self.era = self.era, self.era - 1
+            while self.era and len(self.chain) == 1:  # it went back once more before this was there
+                self.era -= 1
             self.progress(version)
-            self.books[self.era + 1] = self.books[self.era].until(version)
+            self.books[own] = self.books[self.era].until(version)
 
     @property
     def chain(self) -> list[Progress]:

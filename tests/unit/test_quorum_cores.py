@@ -7,7 +7,21 @@ from msgspec.structs import replace
 from tests.unit.scheduler_driver import SERVER, WORKERS, Driver, loader, plan
 from tests.unit.scheduler_driver import SPEC as SCHEDULER_SPEC
 from tests.unit.scheduler_driver import sent as told
-from tests.unit.server_driver import SPEC, control, data, member, meta, of, push, sent, view
+from tests.unit.server_driver import (
+    ME,
+    SECOND,
+    SPEC,
+    WORKER,
+    control,
+    data,
+    member,
+    meta,
+    of,
+    pull,
+    push,
+    sent,
+    view,
+)
 from treefold.common import layout
 from treefold.common.round_state import decode_progress
 from treefold.common.spec import Consistency, ConsistencyKind, Late
@@ -21,10 +35,10 @@ from treefold.server.effects import (
     ScaleParts,
 )
 from treefold.wire.decisions import QuorumDecision, QuorumReport
-from treefold.wire.exchange import Tick
+from treefold.wire.exchange import Halt, Received, Tick
 from treefold.wire.membership import MS
-from treefold.wire.messages import AssignTable, DeclarePlan, DeclareTable, Push, Refused
-from treefold.wire.words import Code
+from treefold.wire.messages import AssignTable, DeclarePlan, DeclareTable, Push, Refused, View
+from treefold.wire.words import Code, Leases, Phase, ShardPlace, TablePlace
 
 SLOTS = 3
 RULE = Consistency(ConsistencyKind.QUORUM, quorum=2, grace=0.5)
@@ -62,8 +76,10 @@ def contribute(core: ServerCore, round_: int, slot: int, **other: object) -> lis
         "state": b"of %d" % slot,
     }  # fmt: skip
     effects: list[Effect] = []
+    view_ = other.get("view", 2)
     for part in (0, 1):
-        effects += data(core, leaf(round_, slot, part), 100 * (round_ + 1) + 10 * slot + part)
+        push_ = replace(leaf(round_, slot, part), view=view_)
+        effects += data(core, push_, 100 * (round_ + 1) + 10 * slot + part)
     return effects + data(core, meta(round_, 0.0, **{**fields, **other}))
 
 
@@ -154,6 +170,50 @@ def test_sums_and_other_plans_are_refused() -> None:
         (refused,) = sent(contribute(core, 0, 1, **other), Refused)
         assert isinstance(refused, Refused)
         assert refused.code is code, other
+
+
+def led_by(number: int, primary: int, backups: list[int]) -> View:
+    """A view in which the chain of the only shard is this one."""
+    place = ShardPlace(0, number, 0, 2, primary, number, backups)
+    table = TablePlace(0, "t", 5, [place])
+    return View(number, Phase.RUNNING, 5, [], [table], Leases(0, []), Leases(0, []))
+
+
+def test_who_leads_a_round_once_more_reports_it_once_more() -> None:
+    core = begun(replace(RULE, quorum=SLOTS))
+    for number, chain in ((3, (ME, [7])), (4, (7, [ME])), (5, (ME, []))):
+        control(core, led_by(number, *chain))
+        effects: list[Effect] = []
+        for slot in range(SLOTS):
+            effects += contribute(core, 0, slot, view=number)
+        assert len(sent(effects, QuorumReport)) == (chain[0] == ME), number
+
+
+def test_a_server_that_has_all_slots_waits_for_the_scheduler() -> None:
+    core = begun()
+    contribute(core, 0, 0)
+    shard = core.shards[0, 0]
+    assert shard.waiting_for().endswith("round 0: slots 1, 2")
+    assert shard.status(64).is_meta_missing
+    for slot in (1, 2):
+        contribute(core, 0, slot)
+    assert shard.waiting_for().endswith("round 0: the scheduler to say which slots are in")
+    status = shard.status(64)
+    assert (status.missing, status.is_meta_missing) == ([], False)
+
+
+def test_a_server_does_not_wait_for_ever_for_a_scheduler_that_is_gone() -> None:
+    core = begun()
+    for slot in range(SLOTS):
+        contribute(core, 0, slot)
+    halts = [
+        effect
+        for second in range(1, 600)
+        for effect in core.handle(second * SECOND, Received(WORKER, pull(1, attempt=second)))
+        if isinstance(effect, Halt)
+    ]
+    assert halts
+    assert "the scheduler was not heard for" in halts[0].text
 
 
 # ---- the scheduler -------------------------------------------------------------------------------

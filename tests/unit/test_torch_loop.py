@@ -158,9 +158,15 @@ def test_without_a_seed_per_slot_loader_processes_would_read_differently() -> No
     assert not all(torch.equal(left, right) for left, right in zip(plain, ahead, strict=True))
 
 
-def _sources(slots: int, processes: int, wanted: list[tuple[int, int]]) -> samples.Source:
-    """Read these slots of a pass, whatever was foreseen, and return what read them."""
-    plan = LoopPlan(PlanKind.SLOTS, 0, 0, 4, slots, SAMPLES, BATCH, 0, False, 0)
+def _sources(
+    slots: int, processes: int, wanted: list[tuple[int, int]], rounds: int = 4, again: int = -1
+) -> samples.Source:
+    """Read these slots of a pass, whatever was foreseen, and return what read them.
+
+    After each of them slot ``again`` of round 0 is read once more, if there is one.
+    """
+    count = rounds * BATCH - (4 * BATCH - SAMPLES)
+    plan = LoopPlan(PlanKind.SLOTS, 0, 0, rounds, slots, count, BATCH, 0, False, 0)
     order = samples.Order(plan, None)
     reader = samples.SlotReader(Numbers(), None, 0)
     source = samples.Source(reader, order, processes, [0, 1])
@@ -168,6 +174,10 @@ def _sources(slots: int, processes: int, wanted: list[tuple[int, int]]) -> sampl
         batch = source.take(order.read(round_, slot))
         assert isinstance(batch, Tensor)
         assert batch[:, 0].tolist() == order.read(round_, slot).samples
+        if again >= 0:
+            late = source.take(order.read(0, again), is_again=True)
+            assert isinstance(late, Tensor)
+            assert late[:, 0].tolist() == order.read(0, again).samples
     source.close()
     return source
 
@@ -183,7 +193,14 @@ def test_slots_that_move_to_and_from_this_worker_are_read_on_the_spot_or_dropped
 
 
 def test_a_worker_that_skips_rounds_reads_on_where_it_is_needed() -> None:
-    assert _sources(4, 2, [(0, 1), (3, 1), (3, 0)]).reads_ahead >= 0
+    wanted = [(0, 0), *((round_, 1) for round_ in range(9, 20))]
+    for processes in (1, 2):
+        assert _sources(4, processes, wanted, rounds=20).reads_ahead > 6
+
+
+def test_batches_that_are_computed_again_say_nothing_of_those_to_come() -> None:
+    wanted = [(round_, slot) for round_ in range(4) for slot in (0, 1)]
+    assert _sources(4, 1, wanted, again=1).reads_ahead == len(wanted) - 1
 
 
 def test_an_error_in_a_loader_process_reaches_the_script() -> None:

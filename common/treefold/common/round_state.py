@@ -37,11 +37,15 @@ class RoundState(msgspec.Struct, frozen=True, array_like=True):
         The float buffers that fold to the mean.
     opaque : dict of int to bytes
         Other buffers, where they differ from what the script began with.
+    before : Schedule or None
+        With a quorum: what the last round of the plan began with, which rounds of late batches
+        begin with too. They leave the schedule as it is.
     """
 
     schedule: Schedule
     moving: list[int]
     opaque: dict[int, bytes]
+    before: Schedule | None = None
 
 
 class Applied(msgspec.Struct, frozen=True, array_like=True):

@@ -487,7 +487,7 @@ class ServerCore:
         is_lost = not is_leaving and silent_ns > self.limits.orphan_after_ns
         if is_lost and self.exchange.replication.stuck_ns(now_ns) > self.limits.orphan_after_ns:
             self.membership.give_up()
-            text = f"the scheduler was not heard for {silent_ns / 1e9:.0f} s, and a chain waits"
+            text = f"the scheduler was not heard for {silent_ns / 1e9:.0f} s, and a shard waits"
             self._out.append(Halt(1, f"{text} for it"))
         is_silent = self.membership.is_silent(now_ns)
         if is_silent and not self._is_silence_noted:

@@ -329,6 +329,7 @@ class Shard:
             lacking = [(n, part.fold.missing()) for n, part in enumerate(current.folds)]
             missing = [PartMissing(n, slots) for n, slots in lacking if slots][:parts_max]
         lacks_meta = current.meta is None and current.number != INITIAL_ROUND
+        lacks_meta &= not current.is_undecided(self.parts_count)
         return RoundStatus(self.table, self.number, current.number, missing, lacks_meta)
 
     def lacking(self, parts_max: int) -> RoundStatus:
@@ -354,5 +355,7 @@ class Shard:
             return f"{what} round {current.number}: the global gradient norm"
         if current.active == 0 and not current.leaves:
             return f"{what} round {current.number}: any slot"
+        if current.is_undecided(self.parts_count):
+            return f"{what} round {current.number}: the scheduler to say which slots are in"
         slots = ", ".join(str(slot) for slot in current.missing())
         return f"{what} round {current.number}: slots {slots}"

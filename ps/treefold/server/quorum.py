@@ -120,6 +120,7 @@ class Quorum:
 
     def _report(self, now_ns: int, shard: Shard, current: Round, whole: list[int]) -> None:
         current.reported = len(whole)
+        shard.stuck_ns = now_ns if shard.stuck_ns is None else shard.stuck_ns
         shard.decision_retry_ns = now_ns + RETRY_MS * MS
         who = self._membership.incarnation
         planned = max((meta.first for meta in current.metas()), default=0)
@@ -135,6 +136,7 @@ class Quorum:
         if current.included is None:
             current.included = decision.slots
             shard.decision_retry_ns = None
+            shard.stuck_ns = None if shard.is_settled else shard.stuck_ns
             for slot in [slot for slot in current.leaves if slot not in decision.slots]:
                 leaf = current.leaves.pop(slot)
                 held = [one.payload for one in leaf.parts.values() if one.payload is not None]

@@ -228,6 +228,13 @@ class Round:
         """Whether the round may go on without the last slots, and is not folded yet."""
         return self.is_quorum and self.meta is None
 
+    def is_undecided(self, parts_count: int) -> bool:
+        """Whether all slots are here, and it is only not known yet which of them are in."""
+        if not self.is_by_leaves or self.included is not None or not self.due:
+            return False
+        leaves = self.leaves
+        return all(s in leaves and leaves[s].is_whole(parts_count) for s in range(self.due))
+
     def lead(self) -> None:
         """This server leads the round from now on, and has to get itself what it lacks."""
         if self.is_quorum and not self.is_complete:
@@ -237,6 +244,7 @@ class Round:
         """Another server leads the round from now on."""
         self.is_closed = False
         self.sums = []
+        self.reported = 0  # should this server lead it once more
         if self.state is RoundState.MEASURING and not self.is_norm_known:
             self.state = RoundState.OPEN
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from treefold.common.errors import ConfigError
 from treefold.torch.binding import BoundTensor
 
+NO_SLOT = -1  # there is none whose values would count as they are
+
 
 class BufferMode(Enum):
     """What becomes of a model's buffers."""
@@ -109,7 +111,7 @@ class Buffers:
         Parameters
         ----------
         slot : int
-            The slot whose loop body is over.
+            The slot whose loop body is over; `NO_SLOT` where no slot's values may travel whole.
         scale : float
             Its share of the round's samples.
 

@@ -113,7 +113,7 @@ class Batches:
             self._source.close()
             raise StopIteration
         read = self._order.read(task.round, task.slot)
-        batch = self._source.take(read)
+        batch = self._source.take(read, is_again=task.is_again)
         self._samples, self.sample = len(read.samples), read.samples[0]
         self._job.client.record_samples(task, read.samples)
         seed_for_compute(self._job.settings.seed, task.round, task.slot)

@@ -13,7 +13,15 @@ from treefold.common.errors import ConfigError, LocalProtocolError, UnsupportedE
 from treefold.torch import session
 from treefold.torch.binding import bind, wire_of
 from treefold.torch.buffers import BufferMode
-from treefold.torch.options import DCASGD, SSP, OverlapMode, check_compensation, consistency_of
+from treefold.torch.options import (
+    DCASGD,
+    SSP,
+    OverlapMode,
+    Quorum,
+    check_buffers,
+    check_compensation,
+    consistency_of,
+)
 from treefold.torch.table import Owned, Table, TableOptions, load_frozen
 
 
@@ -23,7 +31,7 @@ class OptimizerOptions(TypedDict, total=False):
     buffers: str
     lend: bool
     wire: str
-    consistency: str | SSP | None
+    consistency: str | SSP | Quorum | None
     compensation: str | DCASGD | None
 
 
@@ -117,6 +125,7 @@ class DistributedOptimizer(Optimizer):
             options.get("consistency"), job.settings, options.get("compensation")
         )
         check_compensation(consistency, optimizer.param_groups)
+        check_buffers(consistency, mode)
         job.check_can_mix(consistency)
         super().__init__([{"params": []}], {})
         self.param_groups = optimizer.param_groups

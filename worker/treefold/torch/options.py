@@ -7,7 +7,7 @@ from enum import Enum
 import msgspec
 
 from treefold.common.config import Settings
-from treefold.common.errors import ConfigError
+from treefold.common.errors import ConfigError, UnsupportedError
 from treefold.common.plan import SLOTS_MAX
 from treefold.common.spec import (
     COMPENSATIONS,
@@ -18,6 +18,7 @@ from treefold.common.spec import (
     ConsistencyKind,
     Late,
 )
+from treefold.torch.buffers import BufferMode
 
 STALENESS_MAX = 1 << 31
 STRENGTH_MAX = 1e9
@@ -207,6 +208,22 @@ def check_compensation(rule: Consistency, groups: Sequence[Mapping[str, object]]
     if rule.compensation is Compensation.MOMENTUM and not has_momentum:
         msg = "compensation='momentum' needs an optimizer with a momentum above 0"
         raise ConfigError(msg)
+
+
+def check_buffers(rule: Consistency, mode: BufferMode) -> None:
+    """Refuse buffers of a slot that may be left out of a round.
+
+    Raises
+    ------
+    UnsupportedError
+        Buffers are slot 0's, and rounds go on without some slots.
+    """
+    if rule.kind is ConsistencyKind.QUORUM and mode is BufferMode.SLOT0:
+        text = (
+            "buffers='slot0' needs slot 0 in every round, which consistency='quorum' may leave "
+            "out; buffers='mean' is the mean of the slots that are in"
+        )
+        raise UnsupportedError(text)
 
 
 def _rule_of(value: object, settings: Settings) -> Consistency:

@@ -144,11 +144,15 @@ class Source:
         self._loader: Iterator[tuple[Read, object]] | None = None
         self.reads_ahead = 0
 
-    def take(self, what: Read) -> object:
-        """The batch of a slot."""
+    def take(self, what: Read, *, is_again: bool = False) -> object:
+        """The batch of a slot; one that ``is_again`` says nothing of those that come next."""
+        if is_again:
+            return self._reader.read(what)
         self._note(what)
         if self._processes and self._loader is None:
             self._loader = iter(self._make_loader())
+        while self._asked and self._asked[0][0] < self._round:  # in vain: they would stay for good
+            self._receive()
         while what.key not in self._early and what.key in self._asked:
             self._receive()
         if what.key in self._early:

@@ -29,7 +29,7 @@ from treefold.torch.binding import (
     frozen_spec,
     table_spec,
 )
-from treefold.torch.buffers import BufferMode, Buffers
+from treefold.torch.buffers import NO_SLOT, BufferMode, Buffers
 from treefold.torch.options import OverlapMode
 from treefold.torch.pushing import Lending, Pushing, TablePort
 from treefold.torch.record import record_of
@@ -125,6 +125,7 @@ class Table:
         self._groups: list[Hyper] = []
         self._state: RoundState | None = None
         self._loop_start: Schedule | None = None
+        self._slot_start: Schedule | None = None
         self._is_exact = True  # the script left the loop before with that loop's state
         self._versions: list[int] = []
         self._task: Task | None = None
@@ -293,10 +294,11 @@ class Table:
             Its state is empty but for those slots whose state counts.
         """
         share = 1.0 if self.is_asynchronous else samples_share_of(task, plan)
-        self.pushing.end(self.buffers.shares(task.slot, share))
+        slot = NO_SLOT if self.is_quorum else task.slot  # 0 may be left out, or be there twice
+        self.pushing.end(self.buffers.shares(slot, share))
         groups = self._groups or hyper_of(self.owned.inner)
         counts = task.slot == 0 or self.is_asynchronous or self.is_quorum
-        return SlotMeta(groups, self.norm_max, self._next_state() if counts else b"")
+        return SlotMeta(groups, self.norm_max, self._next_state(task) if counts else b"")
 
     def end_loop(self, is_exact: bool) -> None:
         """Leave the loop with the state of the version it ended at.
@@ -319,12 +321,20 @@ class Table:
     def _restore_schedule(self, task: Task, plan: LoopPlan) -> None:
         is_first = task.round == plan.first_round and self._is_exact and not task.is_again
         start = self._loop_start if is_first or self._state is None else self._state.schedule
+        if task.is_again and self._state is not None:
+            start = self._state.before or start
         if start is not None:
             self.schedules.restore(start)
+        self._slot_start = start
 
-    def _next_state(self) -> bytes:
-        opaque = self.buffers.changed_opaque()
-        state = RoundState(self.schedules.capture(), self.buffers.moved(), opaque)
+    def _next_state(self, task: Task) -> bytes:
+        opaque, schedule = self.buffers.changed_opaque(), self.schedules.capture()
+        if task.is_again and self._state is not None:  # rounds of the plan are what counts
+            schedule = self._state.schedule
+        before, moving = None, self.buffers.moved()
+        if self.is_quorum:  # no slot's values may travel whole, so what has moved once folds on
+            before, moving = self._slot_start, sorted({*self.buffers.moving, *moving})
+        state = RoundState(schedule, moving, opaque, before)
         packed = msgspec.msgpack.encode(state)
         if len(packed) > STATE_BYTES_MAX:
             text = (

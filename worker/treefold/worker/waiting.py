@@ -28,7 +28,8 @@ def _describe(view: View | None, table: Table, shard: int, pull: ShardPull) -> s
     if is_whole and pull.need is not None and pull.need.floor:
         return f"{text}, which lacks slots of other workers"
     if is_whole:
-        return f"{text}, which has all of round {pull.status.round} and waits for its chain"
+        whom = "the scheduler or its chain" if table.spec.is_quorum else "its chain"
+        return f"{text}, which has all of round {pull.status.round} and waits for {whom}"
     slots = sorted({slot: None for missing in pull.status.missing for slot in missing.slots})
     lacks = ", ".join(map(str, slots)) or "all"
     return f"{text}, which lacks slots {lacks} of round {pull.status.round}"
