@@ -21,7 +21,7 @@ from treefold.cli.main import USAGE
 __all__ = ["shell"]
 
 MakeCluster = Callable[..., Cluster]
-BAND = 0.03  # of accuracy, beside that of one process
+BAND = 0.02  # of accuracy, beside that of one process
 SLOWER = 8.0  # ms per loop body on the slow worker, where others take 2
 
 COUNTING = """

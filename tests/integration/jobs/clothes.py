@@ -30,7 +30,11 @@ def main() -> None:
     images, labels = (values[:SAMPLES] for values in read(chosen.data, "train"))
     ps.init()
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = ps.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ps.DistributedOptimizer(inner, model)
+    # Small steps at the end: with 0.1 to the last, accuracies of seeds differ by up to 0.035.
+    rounds = chosen.epochs * SAMPLES // BATCH
+    schedule = torch.optim.lr_scheduler.LinearLR(inner, 1.0, 0.05, total_iters=rounds)
     dataset, loss_fn = TensorDataset(images, labels), nn.CrossEntropyLoss()
     began = time.perf_counter()
     for epoch in range(chosen.epochs):
@@ -39,6 +43,7 @@ def main() -> None:
             optimizer.zero_grad()
             torch.autograd.backward(loss_fn(model(inputs), targets))
             optimizer.step()
+            schedule.step()
     took_s = time.perf_counter() - began
     tested, known = (values[:TESTED] for values in read(chosen.data, "t10k"))
     with torch.no_grad():
