@@ -25,7 +25,7 @@ from treefold.worker.rounds import LocalRound
 # ---- the scheduler -------------------------------------------------------------------------------
 
 
-@plant(Theme.QUORUM, 1_800)
+@plant(Theme.QUORUM, 150)
 def what_is_decided_is_not_written_down(patch: Patch) -> None:
     changes = Memory._changes
 
@@ -111,11 +111,6 @@ def a_decision_is_taken_for_any_round(patch: Patch) -> None:
         return on_decision(self, shard, replace(decision, round=number))
 
     patch.setattr(Quorum, "on_decision", lenient)
-
-
-@plant(Theme.QUORUM, 4_150)
-def who_is_promoted_believes_that_it_has_what_it_was_told_of(patch: Patch) -> None:
-    patch.setattr(Round, "lead", lambda _: None)
 
 
 @plant(Theme.QUORUM)

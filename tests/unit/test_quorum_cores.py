@@ -1,5 +1,7 @@
 """What a server and the scheduler decide about rounds that go on without the last slots."""
 
+import math
+
 import msgspec
 import pytest
 from msgspec.structs import replace
@@ -8,6 +10,8 @@ from tests.unit.scheduler_driver import SERVER, WORKERS, Driver, loader, plan
 from tests.unit.scheduler_driver import SPEC as SCHEDULER_SPEC
 from tests.unit.scheduler_driver import sent as told
 from tests.unit.server_driver import (
+    GROUPS,
+    JOB,
     ME,
     SECOND,
     SPEC,
@@ -23,7 +27,7 @@ from tests.unit.server_driver import (
     view,
 )
 from treefold.common import layout
-from treefold.common.round_state import decode_progress
+from treefold.common.round_state import Progress, decode_progress
 from treefold.common.spec import Consistency, ConsistencyKind, Late
 from treefold.server.core import ServerCore
 from treefold.server.effects import (
@@ -34,6 +38,7 @@ from treefold.server.effects import (
     ReleasePayload,
     ScaleParts,
 )
+from treefold.wire.chain import ChainRound
 from treefold.wire.decisions import QuorumDecision, QuorumReport
 from treefold.wire.exchange import Halt, Received, Tick
 from treefold.wire.membership import MS
@@ -187,6 +192,20 @@ def test_who_leads_a_round_once_more_reports_it_once_more() -> None:
         for slot in range(SLOTS):
             effects += contribute(core, 0, slot, view=number)
         assert len(sent(effects, QuorumReport)) == (chain[0] == ME), number
+
+
+def test_who_is_promoted_gets_itself_what_it_was_only_told_of() -> None:
+    core = begun()
+    control(core, led_by(3, 7, [ME]))
+    state = msgspec.msgpack.encode(Progress(1, [], 0, b""))
+    of_round = (0, 0, 0, SLOTS, GROUPS, 0.0, math.nan, state, None, [(0, 0, 5)], False)
+    told_of = ChainRound(JOB, 7, 3, *of_round)
+    core.handle(0, Received(7, told_of))
+    assert core.shards[0, 0].round is not None
+    assert core.shards[0, 0].round.meta is not None, "its end is known, and none of its parts"
+    control(core, led_by(4, ME, []))
+    effects = [one for slot in range(SLOTS) for one in contribute(core, 0, slot, view=4)]
+    assert sent(effects, QuorumReport)
 
 
 def test_a_server_that_has_all_slots_waits_for_the_scheduler() -> None:
