@@ -5,6 +5,7 @@ up, scaled to their mean, to take the optimizer's step, and to give every worker
 The gradients stay the same, so that their computation costs nothing.
 """
 
+import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,6 +13,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from bench._harness import WINDOWS_MIN
 
 SHAPES: dict[str, list[int]] = {
     "standard": [1_040_000] * 24 + [1_000] * 325,  # 25,285,000 float32 values, 101 MB
@@ -151,3 +154,26 @@ def error_of(parameters: Tensor, wanted: str) -> float:
         worst = max(worst, difference) if difference == difference else float("inf")
         largest = max(largest, expected[start:stop].abs().max().item())
     return worst / largest
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The command line of a benchmark that does this work over several lanes."""
+    made = argparse.ArgumentParser(description=description.splitlines()[0])
+    made.add_argument("--shape", choices=SHAPES, default=Work().shape)
+    made.add_argument("--optimizer", choices=OPTIMIZERS, default=Work().optimizer)
+    made.add_argument("--workers", type=int, default=2)
+    made.add_argument("--servers", type=int, default=2)
+    made.add_argument("--windows", type=int, default=WINDOWS_MIN)
+    made.add_argument("--steps", type=int, default=20)
+    made.add_argument("--lanes", default="shared,tcp")
+    return made
+
+
+def work_of(options: argparse.Namespace) -> Work:
+    """What it is to do."""
+    return Work(
+        shape=options.shape,
+        optimizer=options.optimizer,
+        workers=options.workers,
+        servers=options.servers,
+    )

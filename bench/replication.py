@@ -13,17 +13,15 @@ relaying and waiting. Everybody's final parameters are compared with torch's own
 JSON.
 """
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-from bench._dense_work import OPTIMIZERS, SHAPES, TOLERANCES, Work, reference
+from bench._dense_work import TOLERANCES, Work, parser, reference, work_of
 from bench._harness import (
     SETTLE_STEPS,
-    WINDOWS_MIN,
     Contender,
     Spread,
     Window,
@@ -112,30 +110,12 @@ def show(found: Sequence[dict[str, object]]) -> None:
 
 def main() -> None:
     """Measure, and print."""
-    options = parser().parse_args()
-    work = Work(
-        shape=options.shape,
-        optimizer=options.optimizer,
-        workers=options.workers,
-        servers=options.servers,
-    )
+    options = parser(__doc__ or "").parse_args()
+    work = work_of(options)
     lanes = options.lanes.split(",")
     found = [measure(work, lane, options.windows, options.steps) for lane in lanes]
     show(found)
     print_document({"work": asdict(work), "lanes": found})
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    made.add_argument("--shape", choices=SHAPES, default=Work().shape)
-    made.add_argument("--optimizer", choices=OPTIMIZERS, default=Work().optimizer)
-    made.add_argument("--workers", type=int, default=2)
-    made.add_argument("--servers", type=int, default=2)
-    made.add_argument("--windows", type=int, default=WINDOWS_MIN)
-    made.add_argument("--steps", type=int, default=20)
-    made.add_argument("--lanes", default="shared,tcp")
-    return made
 
 
 if __name__ == "__main__":

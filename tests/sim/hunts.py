@@ -1,35 +1,18 @@
 """Planted bugs are looked for, each by seeds of the kind that meets it."""
 
+from importlib import import_module
+
 import pytest
 
-from tests.sim import (
-    found,
-    planted,
-    planted_apart,
-    planted_chains,
-    planted_clocks,
-    planted_parts,
-    planted_quorum,
-    planted_saves,
-    planted_streams,
-)
 from tests.sim.planting import PLANTED
 from tests.sim.runs import each
 from tests.sim.scenario import Theme
 from tests.sim.world import Violation
 
 SEEDS_MAX = 150
-MODULES = (
-    found,
-    planted,
-    planted_apart,
-    planted_chains,
-    planted_clocks,
-    planted_parts,
-    planted_quorum,
-    planted_saves,
-    planted_streams,
-)  # importing them has filled `PLANTED`
+KINDS = ("", "_apart", "_chains", "_clocks", "_parts", "_quorum", "_saves", "_streams")
+for _module in ("found", *(f"planted{kind}" for kind in KINDS)):
+    import_module(f"tests.sim.{_module}")  # which fills `PLANTED`
 NAMES = list(PLANTED)
 
 

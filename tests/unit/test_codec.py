@@ -152,7 +152,7 @@ EXAMPLES: list[m.AnyMessage] = [
         5, 0, 1, 200, "00000200/t0.model-1-63-5.safetensors", 4096, b"d" * 32, b"", math.inf
     ),
     m.SavedSeen(0, 1, 200),
-    QuorumReport(5, 0, 1, 17, [0, 2, 3], 4, 12),
+    QuorumReport(5, 0, 1, 17, [0, 2, 3], 4, 12, 9),
     QuorumDecision(17, [0, 2, 3]),
 ]
 BY_NAME = pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)

@@ -112,8 +112,11 @@ def test_a_link_that_is_closed_for_what_it_brought_brings_nothing_more(
     for number in range(3):
         pair.listener.send("door", knock.sender, encode(Flush(number)))
     link = pair.outbox._hub
-    while (first := next(arrivals := link.wait(10 * SECOND_NS, 64), None)) is None:
-        pass  # what happens to a connection also ends a wait
+    arrivals = link.wait(10 * SECOND_NS, 64)
+    first = next(arrivals, None)
+    while first is None:  # a wait ends with what happens to a connection, too
+        arrivals = link.wait(10 * SECOND_NS, 64)
+        first = next(arrivals, None)
     assert decode(first.header) == Flush(0)
     if is_replaced:
         link.connect("door", "tcp://127.0.0.1:9", CONTROL_FRAME_BYTES_MAX)

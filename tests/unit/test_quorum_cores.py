@@ -184,6 +184,13 @@ def led_by(number: int, primary: int, backups: list[int]) -> View:
     return View(number, Phase.RUNNING, 5, [], [table], Leases(0, []), Leases(0, []))
 
 
+def test_more_late_batches_than_there_are_are_refused() -> None:
+    core = begun()
+    (refused,) = sent(contribute(core, 0, 0, is_again=True), Refused)
+    assert isinstance(refused, Refused)
+    assert "3 late batches are due, and there are 0" in refused.text
+
+
 def test_who_leads_a_round_once_more_reports_it_once_more() -> None:
     core = begun(replace(RULE, quorum=SLOTS))
     for number, chain in ((3, (ME, [7])), (4, (7, [ME])), (5, (ME, []))):

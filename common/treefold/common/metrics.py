@@ -154,6 +154,7 @@ METRICS = (
         _OF_SERVER,
     ),
     Metric("contributions_duplicate_total", _C, "Parts that were here already", (), _OF_SERVER),
+    Metric("contributions_late_total", _C, "Parts left out of a round", (), _OF_SERVER),
     Metric("updates_rejected_total", _C, "Contributions refused", ("reason",), _OF_SERVER),
     Metric(
         "staleness_steps",

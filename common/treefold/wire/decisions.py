@@ -40,7 +40,8 @@ class NormDecision(Message, tag=16, frozen=True):
 class QuorumReport(Message, tag=27, frozen=True):
     """A server to the scheduler: so far these slots of a round, of ``due``, are in a shard.
 
-    Their batches are those of round ``planned`` of the plan, or of that one and others.
+    Their batches are those of round ``planned`` of the plan, or of that one and others; so far
+    ``missed`` slots were left out of rounds.
     """
 
     incarnation: Count
@@ -50,6 +51,7 @@ class QuorumReport(Message, tag=27, frozen=True):
     slots: Slots
     due: SlotCount
     planned: Count = 0
+    missed: Count = 0
 
 
 class QuorumDecision(Message, tag=28, frozen=True):

@@ -35,7 +35,7 @@ class Quorums:
     usual_ns : int
         How long it takes to get a quorum, from the decision before; smoothed, 0 if not known.
     missed : int
-        Slots that were left out since this scheduler began.
+        Slots that were left out since the job began, as far as servers have said it.
     planned : int
         How far the job is in its plans, as a round of theirs.
     """
@@ -48,12 +48,12 @@ class Quorums:
         self._declared = declared
         self._reports: dict[tuple[int, int], QuorumReport] = {}
         self._decided_ns: int | None = None
-        self._closes_ns: int | None = None
+        self._closing: tuple[int, int] | None = None
 
     def forget(self) -> None:
         """The job goes back, and decides anew."""
-        self.decided = self._decided_ns = self._closes_ns = None
-        self.planned = 0
+        self.decided = self._decided_ns = self._closing = None
+        self.missed = self.planned = 0
         self._reports.clear()
 
     def on_report(self, now_ns: int, state: MemberState, report: QuorumReport) -> list[Send]:
@@ -63,29 +63,30 @@ class Quorums:
             return [Send(state.peer, decided)] if report.round == decided.round else []
         self._reports[report.table, report.shard] = report
         self.planned = max(self.planned, report.planned)
+        self.missed = max(self.missed, report.missed)
         common, due = self._common(report.round)
         if len(common) < self._enough(due):
             return []
         if len(common) == due:
             return self._decide(now_ns, report.round, common, due)
-        if self._closes_ns is None:
-            self._closes_ns = now_ns + self._grace_ns(now_ns)
+        if self._closing is None:
+            self._closing = now_ns + self._grace_ns(now_ns), report.round
         return self.on_time(now_ns)
 
     def on_time(self, now_ns: int) -> list[Send]:
         """Close the round, if its time of grace is over."""
-        if self._closes_ns is None or now_ns < self._closes_ns:
+        if self._closing is None or now_ns < self._closing[0]:
             return []
-        round_ = max(report.round for report in self._reports.values())
+        round_ = self._closing[1]
         common, due = self._common(round_)
         if len(common) < self._enough(due):  # a server was replaced and has less
-            self._closes_ns = None
+            self._closing = None
             return []
         return self._decide(now_ns, round_, common, due)
 
     def deadlines_ns(self) -> list[int]:
         """When a round is to be closed."""
-        return [] if self._closes_ns is None else [self._closes_ns]
+        return [] if self._closing is None else [self._closing[0]]
 
     def _common(self, round_: int) -> tuple[list[int], int]:
         """The slots that every shard has of a round, and how many there are to come."""
@@ -119,10 +120,10 @@ class Quorums:
         return max(GRACE_MIN_NS, int(self._rule().grace * (self.usual_ns or FIRST_MS * MS)))
 
     def _decide(self, now_ns: int, round_: int, slots: list[int], due: int) -> list[Send]:
-        if self._closes_ns is None:  # all came before anybody had to be waited for
+        if self._closing is None:  # all came before anybody had to be waited for
             self._grace_ns(now_ns)
         self.decided = QuorumDecision(round_, slots)
-        self._decided_ns, self._closes_ns = now_ns, None
+        self._decided_ns, self._closing = now_ns, None
         self.missed += due - len(slots)
         self._reports.clear()
         return [Send(state.peer, self.decided) for state in self._roster.live(Role.SERVER)]

@@ -294,7 +294,8 @@ class Exchange:
         if current.number != INITIAL_ROUND:
             counts = self.made.setdefault((shard.table, shard.number), [0, 0])
             counts[0] += 1
-            counts[1] += current.active if is_primary else 0
+            slots = current.active if current.included is None else len(current.included)
+            counts[1] += slots if is_primary else 0
         self.story.add(now_ns, f"table {shard.table} shard {shard.number}: version {version}")
         shard.publish(now_ns, current)
         self.saves.save(shard)

@@ -137,6 +137,7 @@ class ServerTally(Tally):
             yield Reading("updates_applied_total", updates, labels)
             yield Reading("contributions_applied_total", contributions, labels)
         yield Reading("contributions_duplicate_total", exchange.duplicates + own.duplicates)
+        yield Reading("contributions_late_total", exchange.quorum.late)
         for code, count in self._rejected.items():
             yield Reading("updates_rejected_total", count, (code.name.lower(),))
         for (table, worker), classes in own.stale.items():

@@ -125,7 +125,8 @@ class Quorum:
         who = self._membership.incarnation
         planned = max((meta.first for meta in current.metas()), default=0)
         of = shard.table, shard.number, current.number
-        report = QuorumReport(who, *of, whole, current.due, planned)
+        missed = decode_progress(shard.kept[shard.version].state).missed
+        report = QuorumReport(who, *of, whole, current.due, planned, missed)
         self._out.append(Send(SCHEDULER, report))
 
     def on_decision(self, shard: Shard, decision: QuorumDecision) -> bool:
@@ -213,5 +214,10 @@ def _refusal(shard: Shard, meta: RoundMeta) -> Refused | None:
     for other in known:
         if (other.active, other.due, other.first, other.is_again) != of:
             text = f"{where}: slots {other.slot} and {meta.slot} are of different data plans"
+            return Refused(0, Code.SPEC_MISMATCH, text)
+    if meta.is_again and meta.round == shard.version:
+        again = len(decode_progress(shard.kept[shard.version].state).again)
+        if meta.due > again:
+            text = f"{where}: {meta.due} late batches are due, and there are {again}"
             return Refused(0, Code.SPEC_MISMATCH, text)
     return None

@@ -81,7 +81,8 @@ class LocalRound:
         self.tried = tried
         self.active = plan.active_slots(number) if tried is None else plan.slots
         batches = [] if tried is None else tried.batches
-        self._samples = [(plan.slot_samples(*one), plan.round_samples(one[0])) for one in batches]
+        totals = {round_: plan.round_samples(round_) for round_ in dict(batches)}
+        self._samples = [(plan.slot_samples(*batch), totals[batch[0]]) for batch in batches]
         self.due = self.active if tried is None else len(tried.batches)
         self.assigned: dict[int, None] = {}
         self.done: dict[int, None] = {}
