@@ -183,6 +183,13 @@ def test_every_command_and_flag_is_described(
         ] == []
 
 
+@pytest.mark.parametrize("command", ["scheduler", "server", "worker"])
+def test_what_is_started_by_hand_has_all_of_its_flags_in_its_section(command: str) -> None:
+    flags = importlib.import_module(f"treefold.cli.{command}").FLAGS
+    section = read("cli.md").partition(f"## treefold {command}\n")[2].partition("\n## ")[0]
+    assert [key for key in flags if f"`--{key.replace('_', '-')}`" not in section] == []
+
+
 def test_commands_and_flags_are_read_from_a_help_text() -> None:
     text = (
         "usage: treefold [-h] {run,status} ...\n\noptions:\n"

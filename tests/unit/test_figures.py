@@ -8,13 +8,24 @@ import msgspec
 import pytest
 
 from tests.unit.scheduler_driver import LIMITS, SERVER, SPEC, WORKERS, Driver, plan
-from tests.unit.server_driver import WORKER, at_version, complete, data, holder, push
+from tests.unit.server_driver import (
+    WORKER,
+    at_version,
+    complete,
+    control,
+    data,
+    holder,
+    push,
+    view,
+)
 from tests.unit.test_scheduler_checkpoints import trained
+from tests.unit.test_server_asynchronous_core import begun, contribute
 from treefold.common import layout
 from treefold.common.metrics import BY_NAME, Counts
 from treefold.common.process import Spent
 from treefold.scheduler.effects import ManifestWritten
 from treefold.scheduler.figures import SchedulerTally
+from treefold.scheduler.status import status_of
 from treefold.server.core import ServerCore
 from treefold.server.effects import SaveShard, ShardStored
 from treefold.server.figures import ServerTally
@@ -27,7 +38,7 @@ from treefold.transport.tally import Tally
 from treefold.transport.traffic import Traffic
 from treefold.wire.exchange import Received, Tick
 from treefold.wire.messages import DeclarePlan, DeclareTable
-from treefold.wire.words import Frame, Role
+from treefold.wire.words import Frame, Member, Role
 
 MS = 1_000_000
 
@@ -36,7 +47,9 @@ def values(tally: Tally, name: str) -> dict[tuple[str, ...], float | Counts]:
     """The readings of one metric, by its labels."""
     found = [one for one in tally.readings() if one.name == name]
     assert all(len(one.labels) == len(BY_NAME[name].labels) for one in found)
-    return {one.labels: one.value for one in found}
+    by_labels = {one.labels: one.value for one in found}
+    assert len(by_labels) == len(found)  # Prometheus would drop one of two
+    return by_labels
 
 
 # ---- scheduler -----------------------------------------------------------------------------------
@@ -120,6 +133,21 @@ def test_a_scheduler_says_where_the_metrics_of_live_members_are() -> None:
     assert tally.targets() == []
 
 
+def test_the_status_counts_staleness_by_name_also_of_those_that_took_a_place_over() -> None:
+    driver = Driver()
+    driver.train()
+    driver.pass_time(3, 1, 2)  # worker-1, which is 3, falls silent
+    driver.register(WORKERS[2], Role.WORKER, 103)  # 4 gets its rank
+    driver.beat(1)
+    beat = driver.core.roster.by_incarnation[1].beat
+    assert beat is not None
+    counts = [(0, 3, [4, 0]), (0, 4, [1, 1]), (0, 2, [0, 1])]
+    driver.say(SERVER, msgspec.structs.replace(beat, staleness=counts))
+    [table] = msgspec.json.decode(status_of(driver.core, driver.now_ns))["tables"]
+    found = {who: one["contributions"] for who, one in table["staleness"].items()}
+    assert found == {"worker-0": 1, "worker-1": 6}
+
+
 # ---- server --------------------------------------------------------------------------------------
 
 
@@ -178,3 +206,17 @@ def test_a_server_counts_files_of_checkpoints_and_how_long_they_took(hub: Hub) -
     assert isinstance(took, Counts)
     assert (sum(took.counts), took.sum) == (1, 0.02)
     assert values(tally, "checkpoint_written_bytes_total") == {(): 4_096}
+
+
+def test_staleness_of_a_worker_that_took_a_place_over_is_counted_there(hub: Hub) -> None:
+    core = begun()
+    tally = tally_of(core, hub)
+    old, new = (Member(Role.WORKER, 1, who, "", "host", 1) for who in (5, 6))
+    control(core, msgspec.structs.replace(view(3), members=[old]))
+    contribute(core, 0, 0, sender=5)
+    control(core, msgspec.structs.replace(view(4), members=[new]))
+    contribute(core, 0, 1, sender=6)
+    [(labels, counts)] = values(tally, "staleness_steps").items()
+    assert labels == ("t", "worker-1")
+    assert isinstance(counts, Counts)
+    assert (sum(counts.counts), counts.sum) == (2, 1)  # the second one was of the same version

@@ -112,9 +112,7 @@ class Slurm:
         if not nodes or "SLURM_JOB_ID" not in environ:
             return None
         if role == SCRIPT and _number(environ, "SLURM_STEP_NUM_TASKS", 1) == 1:
-            return (
-                None  # a batch script's own line, or one task: nothing says that there are others
-            )
+            return None  # the batch script itself, or a single task: it may well be alone
         port = PORT + _number(environ, "SLURM_JOB_ID") % SLURM_PORTS
         return Found(self.name, _places(role, first_node(nodes), port, "SLURM_JOB_NODELIST"))
 

@@ -5,6 +5,7 @@ has one event per line, which is what `merge` relies on. Times are those of the 
 clock, so that files of one host lie on one axis.
 """
 
+import contextlib
 import itertools
 import os
 import threading
@@ -121,8 +122,9 @@ class Timeline:
         except OSError as error:  # the disk may be full; training goes on
             self._is_full = self._is_broken = True
             logger("timeline").warning("nothing more is written to the timeline: %s", error)
-            os.ftruncate(self._file, self._end)
-            os.pwrite(self._file, CLOSE, self._end)  # where it was before
+            with contextlib.suppress(OSError):
+                os.pwrite(self._file, CLOSE, self._end)  # where it was before: that takes no room
+                os.ftruncate(self._file, self._end + len(CLOSE))
             return
         self._is_first = False
         self._end += len(whole)

@@ -38,6 +38,8 @@ TOKEN_LETTERS_MIN = 16
 PROMETHEUS_OPEN_BOUND = "+Inf"
 Ask = Callable[[], list[Reading]]
 AskTargets = Callable[[], list[tuple[str, str]]]
+Page = Callable[[str], tuple[bytes, str]]
+"""Makes a page and its type from what whoever asks accepts."""
 
 
 class Endpoint:
@@ -73,8 +75,8 @@ class Endpoint:
             msg = f"metrics cannot be offered at {where}: {error}; metrics_port 0 takes a free port"
             raise ConfigError(msg) from error
         self._server.pages = {
-            "/metrics": _Page(lambda accept: exposition(ask(), accept)),
-            "/targets": _Page(lambda _: (targets(ask_targets()), "application/json")),
+            "/metrics": lambda accept: exposition(ask(), accept),
+            "/targets": lambda _: (targets(ask_targets()), "application/json"),
         }
         self._port = int(self._server.server_address[1])
         self.address = f"{_told(settings)}:{self._port}"
@@ -208,13 +210,6 @@ def _told(settings: Settings) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-class _Page:
-    """One page."""
-
-    def __init__(self, make: Callable[[str], tuple[bytes, str]]) -> None:
-        self.make = make
-
-
 class _Server(ThreadingMixIn, HTTPServer):
     """Listens, and answers a bounded number of requests at a time."""
 
@@ -222,7 +217,7 @@ class _Server(ThreadingMixIn, HTTPServer):
     block_on_close = False
 
     def __init__(self, host: str, port: int, token: str) -> None:
-        self.pages: dict[str, _Page] = {}
+        self.pages: dict[str, Page] = {}
         self.token = token
         self._free = threading.Semaphore(ASKERS_MAX)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -277,9 +272,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._show(page)
 
-    def _show(self, page: _Page) -> None:
+    def _show(self, page: Page) -> None:
         try:
-            body, kind = page.make(self.headers.get("Accept", ""))
+            body, kind = page(self.headers.get("Accept", ""))
         except UnavailableError as error:
             self._say(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n".encode(), "text/plain")
         except Exception:  # a fault in here must not cost more than a page

@@ -138,19 +138,20 @@ def _staleness(
     core: SchedulerCore, number: int, names: dict[int, str]
 ) -> dict[str, dict[str, int]]:
     """How stale the contributions of each worker were, as its shard 0 has counted them."""
-    totals: dict[int, list[int]] = {}
+    totals: dict[str, list[int]] = {}
     for state in core.roster.by_incarnation.values():
         for table, worker, counts in state.beat.staleness if state.beat else ():
             if table == number:
-                known = totals.setdefault(worker, [0] * len(counts))
-                totals[worker] = [sum(pair) for pair in zip(known, counts, strict=True)]
+                name = names.get(worker, str(worker))  # that of one whose place it took, perhaps
+                known = totals.setdefault(name, [0] * len(counts))
+                totals[name] = [sum(pair) for pair in zip(known, counts, strict=True)]
     return {
-        names.get(worker, str(worker)): {
+        name: {
             "contributions": sum(counts),
             "median": _quantile(counts, 50),
             "p99": _quantile(counts, 99),
         }
-        for worker, counts in totals.items()
+        for name, counts in totals.items()
     }
 
 

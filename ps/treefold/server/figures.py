@@ -140,7 +140,16 @@ class ServerTally(Tally):
         yield Reading("contributions_late_total", exchange.quorum.late)
         for code, count in self._rejected.items():
             yield Reading("updates_rejected_total", count, (code.name.lower(),))
+        for labels, (classes, total) in self._staleness().items():
+            yield Reading("staleness_steps", staleness(classes, total), labels)
+
+    def _staleness(self) -> dict[tuple[str, str], tuple[list[int], int]]:
+        """By table and worker; one that took the place of another goes on counting there."""
+        own, members = self._core.exchange.asynchronous, self._core.members
+        found: dict[tuple[str, str], tuple[list[int], int]] = {}
         for (table, worker), classes in own.stale.items():
-            name = self._core.members.get(worker, str(worker))
-            counts = staleness(classes, own.sums[table, worker])
-            yield Reading("staleness_steps", counts, (specs[table].name, name))
+            labels = self._core.specs[table].name, members.get(worker, str(worker))
+            known, total = found.get(labels, ([0] * len(classes), 0))
+            counts = [sum(pair) for pair in zip(known, classes, strict=True)]
+            found[labels] = counts, total + own.sums[table, worker]
+        return found
