@@ -85,6 +85,15 @@ def test_speed_is_a_mean_of_the_last_seconds_and_the_total_adds_up() -> None:
     assert seen.speed == 150.0
 
 
+def test_a_scheduler_that_began_anew_and_knows_no_samples_yet_does_not_make_workers_fast() -> None:
+    meter = Meter()
+    speeds = [
+        meter.read(at * SECOND, document(member("worker-0", samples=count)), {}).speed
+        for at, count in enumerate([1000, 1100, 0, 1300])
+    ]
+    assert speeds == [0.0, 100.0, 0.0, 100.0]
+
+
 def test_old_samples_do_not_count_for_the_speed() -> None:
     meter = Meter()
     samples = [0, 1000, 1010, 1020, 1030, 1040]

@@ -163,7 +163,10 @@ def own_key(folder: str, roles: Sequence[KeyRole]) -> Key:
         if mine:
             return mine[0]
     wanted = " or ".join(f"{role}{SUFFIX}" for role in roles)
-    raise ConfigError(f"there is no {wanted} in {folder}; make keys with: treefold keys init DIR")
+    raise ConfigError(
+        f"there is no {wanted} in {folder}: copy it there from where the cluster's keys were made, "
+        "or make new ones with: treefold keys init DIR"
+    )
 
 
 # ---- the allow-list ------------------------------------------------------------------------------

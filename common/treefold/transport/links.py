@@ -194,7 +194,7 @@ class Link:
             self._tried = []
             return Step.REOPEN if len(keys) > 1 else Step.NOTHING
         self.refusal = (
-            f"the {self._role} at {self.address} has none of the {len(keys)} keys that the "
+            f"the {self._role} at {self.address} has no key that the "
             f"allow-list in {self._access.folder} has for the role {self._role}: it is another "
             "one, or its new key has to be added there"
         )

@@ -28,7 +28,7 @@ class Speed:
     def see(self, now_ns: int, samples: int) -> float:
         """Take in a report; returns the mean of the last seconds, samples/s."""
         if self._seen and samples < self._seen[-1][1]:
-            self._seen.clear()
+            return 0.0  # of a scheduler that began anew, and has not heard of it yet
         self._seen.append((now_ns, samples))
         while len(self._seen) > 2 and now_ns - self._seen[1][0] > RATE_NS:
             self._seen.popleft()
