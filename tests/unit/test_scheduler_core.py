@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from tests.unit.scheduler_driver import (
@@ -18,10 +19,7 @@ from tests.unit.scheduler_driver import (
     sent,
 )
 from treefold.common.plan import LoopPlan
-from treefold.common.spec import (
-    OptimizerSpec,
-    TableSpec,
-)
+from treefold.common.spec import Consistency, ConsistencyKind, OptimizerSpec, TableSpec
 from treefold.scheduler.effects import SchedulerStopAsked
 from treefold.wire.decisions import NormDecision, NormReport
 from treefold.wire.exchange import Halt, Note
@@ -46,7 +44,7 @@ from treefold.wire.messages import (
     Stop,
     View,
 )
-from treefold.wire.words import PROTOCOL_VERSION, Code, Leases, Outcome, Phase, Role
+from treefold.wire.words import PROTOCOL_VERSION, Code, Leases, Outcome, Phase, Role, Source
 
 # ---- members -------------------------------------------------------------------------------------
 
@@ -207,7 +205,19 @@ def test_a_table_that_is_declared_otherwise_is_refused_with_the_difference() -> 
     (refused,) = sent(driver.say(WORKERS[1], DeclareTable(3, 8, other)), Refused)
     assert isinstance(refused, Refused)
     assert (refused.call, refused.code) == (8, Code.SPEC_MISMATCH)
+    assert "otherwise by worker-1 (there) than by the first worker (here)" in refused.text
     assert "optimizer.name: 'SGD' here, 'Adam' there" in refused.text
+
+
+def test_a_table_that_is_declared_otherwise_than_a_checkpoint_has_it_names_the_checkpoint() -> None:
+    driver = Driver()
+    driver.core.declared.begin_from(Source("ckpt", 9), [(SPEC, b"")])
+    driver.form()
+    rule = Consistency(ConsistencyKind.QUORUM, quorum=1)
+    other = msgspec.structs.replace(SPEC, consistency=rule)
+    (refused,) = sent(driver.say(WORKERS[0], DeclareTable(2, 7, other)), Refused)
+    assert isinstance(refused, Refused)
+    assert "than in the checkpoint that the job began from (here): consistency" in refused.text
 
 
 def test_a_table_with_an_optimizer_cannot_come_after_training_began() -> None:

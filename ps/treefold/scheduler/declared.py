@@ -99,9 +99,13 @@ class Declared:
         table = self.tables[number]
         if table.spec != spec:
             lines = "; ".join(differences(table.spec, spec))
+            is_first = table.source is not None and not table.declared_by
+            than = (
+                "in the checkpoint that the job began from" if is_first else "by the first worker"
+            )
             text = (
-                f"table {spec.name!r} is declared otherwise by {name} (there) than by the first "
-                f"worker (here): {lines}"
+                f"table {spec.name!r} is declared otherwise by {name} (there) than {than} (here): "
+                f"{lines}"
             )
             return Refused(message.call, Code.SPEC_MISMATCH, text)
         trained = [one.spec for one in self.tables if one.spec.rule is Rule.OPTIMIZER]
