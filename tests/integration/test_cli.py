@@ -10,6 +10,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,7 +129,8 @@ def shell(starter: Starter) -> Iterator[Shell]:
     made = Shell(starter, Path(tempfile.mkdtemp(prefix="tf-")), uuid.uuid4().hex)
     yield made
     for left in made.processes():
-        left.kill()
+        with suppress(psutil.NoSuchProcess):  # it may be ending by itself
+            left.kill()
     for process in made.started:
         process.signal(signal.SIGKILL)
         process.end()

@@ -26,6 +26,7 @@ from treefold.common import ledger
 from treefold.common.config import environment_of
 
 ROOT = Path(__file__).parents[2]
+SOURCES = os.pathsep.join(str(ROOT / room) for room in (".", "common", "ps", "worker", "deploy"))
 JOBS = ROOT / "tests" / "integration" / "jobs"
 PATIENCE_S = 90.0  # for one event; far more than it takes on a busy machine
 TAIL_LINES = 40
@@ -443,10 +444,13 @@ class Gate:
 
 
 def environment(values: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process: nothing of the person's own settings, and one thread."""
+    """The environment of a process: nothing of the person's own settings, and one thread.
+
+    It runs what is in this checkout, wherever the installed package points.
+    """
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
     fixed = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TREEFOLD_CONFIG": os.devnull}
-    return kept | fixed | {"PYTHONPATH": str(ROOT)} | dict(values)
+    return kept | fixed | {"PYTHONPATH": SOURCES} | dict(values)
 
 
 def _plain(command: list[str]) -> list[str]:
