@@ -89,7 +89,7 @@ class Storm:
             return None
 
 
-@pytest.mark.parametrize("consistency", ["sync", "async", "ssp", "quorum"])
+@pytest.mark.parametrize("consistency", ["sync", "async", "ssp", "quorum", "beside"])
 def test_every_gradient_counts_once_in_a_storm_of_kills(
     consistency: str, cluster: MakeCluster, tmp_path: Path, kills: int
 ) -> None:
@@ -100,7 +100,11 @@ def test_every_gradient_counts_once_in_a_storm_of_kills(
     ledger = "" if is_sync else str(tmp_path / "ledger")
     command = [JOB, f"--rounds={kills * ROUNDS_PER_KILL}", f"--slow={slow}"]
     settings = {"replicas": 2, "journal": str(tmp_path / "journal"), "dead_after_ms": 500}
-    settings |= {"consistency": consistency, "staleness": 2, "quorum": 5, "grace": 0.1}
+    if consistency == "beside":  # half of the parameters are asynchronous, the others are not
+        command.append("--beside=async")
+        settings["consistency"] = "sync"
+    else:
+        settings |= {"consistency": consistency, "staleness": 2, "quorum": 5, "grace": 0.1}
     with cluster(SERVERS, WORKERS, ledger=ledger, **settings) as job:
         for _ in range(WORKERS):
             job.worker(*command)

@@ -140,7 +140,7 @@ class Checks:
     def on_released(self, view: int, effect: ReleaseVersion) -> None:
         """A version is let go when the one after it is whole on every shard of every table."""
         for (table, shard), newest in self.known(view).items():
-            if table in self.reference.trained and newest <= effect.version:
+            if table in self.reference.folded and newest <= effect.version:
                 who = f"version {effect.version} of table {effect.table} shard {effect.shard}"
                 where = f"table {table} shard {shard} is at {newest}"
                 raise Violation(f"{who} is released while {where}")
@@ -157,9 +157,9 @@ class Checks:
         del part
         return value == self.reference.version(key[0], key[2], version)
 
-    @property
-    def last_version(self) -> int:
-        """The version that every shard ends with."""
+    def last_version(self, table: int) -> int:
+        """The version that every shard of a table with rounds ends with."""
+        del table
         return self.reference.scenario.rounds
 
     def on_recorded(self, view: int, effect: RecordVersion, shard: Shard) -> None:

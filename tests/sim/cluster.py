@@ -384,7 +384,7 @@ class Cluster:
             raise Violation("the job is done, but no script is")
         for (table, shard), version in self.checks.versions.items():
             is_trained = table in self.checks.reference.trained
-            expected = self.checks.last_version if is_trained else 0
+            expected = self.checks.last_version(table) if is_trained else 0
             if version != expected:
                 raise Violation(f"table {table} shard {shard} ends with version {version}")
         allowed = (Exception,) if self.scenario.is_doomed else (JobFailedError, UnavailableError)

@@ -1,7 +1,8 @@
 """What must hold where contributions are applied one by one: each once, and versions are whole.
 
 The order is chance, so there is no reference for versions. What was published is written down here
-as it happens, and everything that anybody reads is held against that.
+as it happens, and everything that anybody reads is held against that. Synchronous tables beside
+them have their reference, as always, and rounds begin with everything in.
 """
 
 import zlib
@@ -99,7 +100,7 @@ class Contributions(Checks):
         """
         Checks.on_restored(self, view, key, version)
         self.enter(view)
-        if key[0] not in self.reference.trained or key in self.histories or not version:
+        if key[0] not in self.reference.apart or key in self.histories or not version:
             return
         older = (book.get((key[0], 0), []) for book in reversed(self.books[: self.era]))
         known = next((one for one in older if len(one) >= version), None)
@@ -118,6 +119,8 @@ class Contributions(Checks):
         self, shard: Shard, part: int, effect: MakeParts, before: object, root: object
     ) -> object:
         """A part of a version is named by everything that was ever applied to it."""
+        if shard.table not in self.reference.apart:
+            return Checks.name(self, shard, part, effect, before, root)
         start = shard.parts[part][0]
         if effect.version == 0:
             return self.reference.version(shard.table, start, 0)
@@ -129,6 +132,8 @@ class Contributions(Checks):
 
     def is_version(self, key: tuple[int, int, int], part: int, version: int, value: object) -> bool:
         """Whether this is a part of a version, as far as that is published."""
+        if key[0] not in self.reference.apart:
+            return Checks.is_version(self, key, part, version, value)
         known = self.histories.get(key[:2], [])
         if version == 0:
             return value == self.reference.version(key[0], key[2], 0)
@@ -137,7 +142,7 @@ class Contributions(Checks):
     def on_made(self, view: int, shard: Shard, effect: MakeParts, values: Sequence[object]) -> None:
         """Parts of a version are made of one contribution."""
         self.enter(view)
-        if effect.version == 0:
+        if effect.version == 0 or shard.table not in self.reference.apart:
             Checks.on_made(self, view, shard, effect, values)
             return
         draft = self._draft(shard, effect.version)
@@ -164,7 +169,7 @@ class Contributions(Checks):
         self.enter(view)
         key, known = (effect.table, effect.shard), self.known(view)
         where = f"version {effect.version} of table {effect.table} shard {effect.shard}"
-        if effect.table not in self.reference.trained or effect.version == 0:
+        if effect.table not in self.reference.apart or effect.version == 0:
             Checks.on_recorded(self, view, effect, shard)
             return
         history = self.histories.setdefault(key, [])
@@ -220,7 +225,7 @@ class Contributions(Checks):
         """What goes with a version says what is in it."""
         self.enter(view)
         key = (published.table, published.shard)
-        if published.table not in self.reference.trained or published.version == 0:
+        if published.table not in self.reference.apart or published.version == 0:
             Checks.on_word(self, view, published)
             return
         where = f"version {published.version} of table {key[0]} shard {key[1]}"
@@ -238,7 +243,19 @@ class Contributions(Checks):
             raise Violation(f"{where} comes with state {record!r}, not {expected!r}")
 
     def on_released(self, view: int, effect: ReleaseVersion) -> None:
-        """Nobody needs an older version; who has parts of it begins anew."""
+        """Nobody needs an older version; who has parts of it begins anew.
+
+        Those of a synchronous table are needed until all of their round is in all other tables.
+        """
+        if effect.table in self.reference.apart:
+            return
+        Checks.on_released(self, view, effect)
+        self.enter(view)
+        for table, shard in self.known(view):
+            if table in self.reference.apart:
+                history = self.histories.get((table, shard), [])
+                where = f"table {effect.table} without version {effect.version}"
+                self._check_all_in(where, history, len(history), effect.version + 1)
 
     # ---- workers ---------------------------------------------------------------------------------
 
@@ -247,7 +264,7 @@ class Contributions(Checks):
     ) -> dict[int, int]:
         """What a worker loads is one published version of each shard."""
         self.enter(view)
-        if snapshot.table not in self.reference.trained:
+        if snapshot.table not in self.reference.apart:
             return Checks.on_snapshot(self, view, snapshot, parts, values)
         versions: dict[int, int] = {}
         for part, value in zip(parts, values, strict=True):
@@ -271,16 +288,29 @@ class Contributions(Checks):
         self.begun[which] = {
             (table, shard): version for table in held for shard, version in held[table].items()
         }
-        for table in self.reference.trained:
+        for table in self.reference.apart:
             rule = self.reference.scenario.tables[table].consistency
             floor = round_ - rule.staleness if rule.kind is ConsistencyKind.SSP else 0
+            floor = round_ if self.reference.folded else floor
             for shard, version in held[table].items():
                 history = self.histories.get((table, shard), [])
                 clocks = history[version - 1].clocks if version else []
                 where = f"round {round_} of slot {slot} with version {version} of shard {shard}"
                 self._check_in(where, clocks, slot, round_)
-                for other in range(self.reference.scenario.slots):
-                    self._check_in(where, clocks, other, floor)
+                self._check_all_in(where, history, version, floor)
+        self._check_folded(held, round_)
+
+    def _check_folded(self, held: dict[int, dict[int, int]], round_: int) -> None:
+        """Synchronous tables are at the round that is computed."""
+        for table in self.reference.folded:
+            if any(version != round_ for version in held[table].values()):
+                raise Violation(f"round {round_} with versions {held[table]} of table {table}")
+
+    def _check_all_in(self, where: str, history: Sequence[Made], version: int, floor: int) -> None:
+        """All rounds of all slots below a number are in a version."""
+        clocks = history[version - 1].clocks if version else []
+        for slot in range(self.reference.scenario.slots):
+            self._check_in(where, clocks, slot, floor)
 
     def _check_in(self, where: str, clocks: Sequence[int], slot: int, floor: int) -> None:
         """All rounds of a slot below a number are in."""
@@ -292,17 +322,16 @@ class Contributions(Checks):
 
     def check_over(self, held: dict[int, dict[int, int]], end_round: int) -> None:
         """A pass over the data ends with everything in."""
-        for table in self.reference.trained:
+        for table in self.reference.apart:
             for shard, version in held[table].items():
                 history = self.histories.get((table, shard), [])
-                clocks = history[version - 1].clocks if version else []
                 where = f"the end of a pass with version {version} of shard {shard}"
-                for slot in range(self.reference.scenario.slots):
-                    self._check_in(where, clocks, slot, end_round)
+                self._check_all_in(where, history, version, end_round)
 
-    @property
-    def last_version(self) -> int:
-        """The version that every shard ends with."""
+    def last_version(self, table: int) -> int:
+        """The version that every shard of a table with rounds ends with."""
+        if table not in self.reference.apart:
+            return Checks.last_version(self, table)
         scenario = self.reference.scenario
         return sum(self._active(round_) for round_ in range(scenario.rounds))
 

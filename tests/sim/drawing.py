@@ -13,17 +13,13 @@ from dataclasses import replace
 import msgspec
 
 from tests.sim.apart import apart, like
+from tests.sim.beside import beside, mixed_up
 from tests.sim.dealing import dealt, few
 from tests.sim.gathered import with_quorum
 from tests.sim.network import Weather
 from tests.sim.scenario import Early, Fault, Kind, Patience, Scenario, Theme, loader, passes, table
 from tests.sim.world import MS, SECOND
-from treefold.common.spec import (
-    BUFFER_GROUP,
-    Placement,
-    Rule,
-    TableSpec,
-)
+from treefold.common.spec import BUFFER_GROUP, Placement, Rule, TableSpec
 
 WEIGHTS = {
     Theme.MIXED: 11,
@@ -56,9 +52,10 @@ def draw(seed: int, theme: Theme | None = None) -> Scenario:
 def _draw(seed: int, theme: Theme | None) -> Scenario:
     rng = random.Random(f"scenario {seed}")
     drawn = rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]
-    theme = drawn if theme is None else theme
-    if theme is Theme.APART:
-        return apart(_draw(seed, like(seed, every=True)))
+    theme = mixed_up(seed, drawn) if theme is None else theme
+    if theme in (Theme.APART, Theme.BESIDE):
+        change = beside if theme is Theme.BESIDE else apart
+        return change(_draw(seed, like(seed, every=True)))
     workers = rng.choice((1, 2, 2, 2, 2, 3, 3, 4))
     is_loader = theme is Theme.MIXED and rng.random() < 0.1
     base = Scenario(

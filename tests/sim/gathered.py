@@ -158,9 +158,9 @@ class Gathered(Checks):
         self.progress(round_ + 1)
         return self.tried(round_).batches[self.decisions[round_][0]]
 
-    @property
-    def last_version(self) -> int:
-        """The version that every shard ends with."""
+    def last_version(self, table: int) -> int:
+        """The version that every shard of a table with rounds ends with."""
+        del table
         version, self.era = 0, len(self.books) - 1
         while self.tried(version).batches:
             version += 1

@@ -250,7 +250,7 @@ def meta_is_taken_from_any_slot(patch: Patch) -> None:
         for table in self.trained():
             local.metas[table.number, event.slot] = event.metas[table.number]
             for shard in table.place.shards if table.place else []:
-                self.send_meta(table, shard.shard, local, event.slot)
+                self.sending.send_meta(table, shard.shard, local, event.slot)
 
     patch.setattr(Exchange, "finish", eager)
 

@@ -118,7 +118,7 @@ def early_hyper_parameters_come_from_any_slot(patch: Patch) -> None:
         table = self.tables[event.table]
         local.hypers[event.table] = event
         for shard in table.place.shards if table.place else []:
-            self._send_hyper(table, shard.shard, local)
+            self.sending.send_hyper(table, shard.shard, local)
 
     patch.setattr(Exchange, "know_hyper", any_slot)
 

@@ -8,6 +8,7 @@ from treefold.worker import streams
 from treefold.worker.core import WorkerCore
 from treefold.worker.exchange import Exchange
 from treefold.worker.pulls import ShardPull, Table
+from treefold.worker.sending import Sending
 from treefold.worker.streams import Stream
 
 
@@ -37,7 +38,7 @@ def contributions_are_sent_before_their_version_is_whole(patch: Patch) -> None:
 
 @plant(Theme.STREAMING)
 def what_was_held_back_is_never_sent(patch: Patch) -> None:
-    patch.setattr(Exchange, "push_all", lambda *_: None)
+    patch.setattr(Sending, "push_all", lambda *_: None)
     patch.setattr(Exchange, "on_status", lambda *_: None)
 
 

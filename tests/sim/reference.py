@@ -28,6 +28,8 @@ class Reference:
         self.scenario = scenario
         self.layouts = [Layout(spec) for spec in scenario.tables]
         self.trained = [n for n, t in enumerate(scenario.tables) if t.rule is Rule.OPTIMIZER]
+        self.apart = [n for n in self.trained if scenario.tables[n].is_asynchronous]
+        self.folded = [n for n in self.trained if n not in self.apart]
         self._tensors: dict[tuple[int, int, int], list[int]] = {}
         self._roots: dict[tuple[int, int, int, int], tuple[object, int]] = {}
         self._norms: dict[tuple[int, int], float] = {}
@@ -93,7 +95,7 @@ class Reference:
         """What a slot's loop body leaves; only that of slot 0 may be used."""
         spec = self.scenario.tables[table].optimizer
         count = 0 if spec is None else len(spec.groups)
-        every = self.scenario.clip_every
+        every = 0 if table in self.apart else self.scenario.clip_every
         limit = 1.5 if every and round_ % every == 0 else 0.0
         groups: list[Hyper] = [{"lr": round_ + slot / 64 + group} for group in range(count)]
         return SlotMeta(groups, limit + (slot if limit else 0), self.state(table, round_ + 1, slot))

@@ -52,6 +52,7 @@ class Theme(Enum):
     STREAMING = auto()  # versions have many parts, some of which are lost, and workers die
     CHAINED = auto()  # shards have several servers, which die, are cut off and come back
     APART = auto()  # contributions are applied one by one
+    BESIDE = auto()  # contributions to some tables are, beside others with rounds
     QUORUM = auto()  # rounds go on without the last slots
     SAVED = auto()  # the last copies of shards are lost, and the job goes back to checkpoints
 
@@ -165,7 +166,7 @@ class Scenario:
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether contributions are applied one by one."""
+        """Whether contributions to any table are applied one by one."""
         return any(spec.is_asynchronous for spec in self.tables)
 
     @property

@@ -247,7 +247,7 @@ class Trainer:
             return False
         view, checks = self.process.view, self.process.checks
         self.versions[snapshot.table] = checks.on_snapshot(view, snapshot, found.parts, values)
-        if snapshot.version < self.begun and not self.scenario.is_asynchronous:
+        if snapshot.version < self.begun and snapshot.table not in self.reference.apart:
             raise Violation(f"{snapshot} after round {self.begun} was begun")
         self.held[snapshot.table] = snapshot.version
         return True
@@ -379,7 +379,7 @@ class Trainer:
             if value is not None and self.scenario.is_quorum:  # with another version it is another
                 assert isinstance(value, tuple)
                 value = (*value, task.base)
-            if value is not None and self.scenario.is_asynchronous:  # another one makes another
+            if value is not None and table in self.reference.apart:  # another one makes another
                 value = (*key, task.round, task.slot, self.process.worker.membership.origin)
             if value is None:
                 if not (task.slot + number) % 2:  # otherwise the end of the slot says so

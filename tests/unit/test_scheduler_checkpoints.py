@@ -16,8 +16,9 @@ from tests.unit.scheduler_driver import (
     plan,
     sent,
 )
-from treefold.checkpoint.manifest import Manifest
+from treefold.checkpoint.manifest import Manifest, decode, encode
 from treefold.common.plan import LoopPlan
+from treefold.common.round_state import Applied
 from treefold.common.spec import SYNC, Consistency, ConsistencyKind, Rule
 from treefold.launch.link import CheckpointStatus, parse
 from treefold.scheduler import memory, records
@@ -232,3 +233,21 @@ def test_own_loaders_of_an_asynchronous_job_hear_that_nothing_is_saved(
     effects = driver.say(WORKERS[0], DeclarePlan(2, 2, begun))
     notes = [effect.text for effect in effects if isinstance(effect, Note)]
     assert any("with own loaders there are none" in text for text in notes) is is_told
+
+
+def test_an_asynchronous_table_beside_another_one_has_a_version_of_its_own() -> None:
+    driver = Written()
+    driver.form()
+    rule = Consistency(ConsistencyKind.ASYNC)
+    apart = msgspec.structs.replace(SPEC, name="apart", consistency=rule)
+    for spec in (SPEC, apart):
+        driver.say(WORKERS[0], DeclareTable(2, 1, spec))
+    driver.say(WORKERS[0], DeclarePlan(2, 2, plan()))
+    state = msgspec.msgpack.encode(Applied([10, 10], (9, 1, 2), 9, b""))
+    path = "00000010/t1-1.safetensors"
+    driver.saved(10)
+    effects = driver.say(SERVER, ShardSaved(1, 1, 0, 20, path, 100, bytes(32), state, 0.5, ""))
+    (wanted,) = [one for one in effects if isinstance(one, WriteManifest)]
+    assert wanted.manifest.version == 10
+    assert [table.version for table in wanted.manifest.tables] == [10, 20]
+    assert decode(encode(wanted.manifest), "manifest.json").tables[1].version == 20

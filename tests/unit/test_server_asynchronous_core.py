@@ -29,6 +29,7 @@ from treefold.server.core import ServerCore
 from treefold.server.effects import CorrectParts, Effect, MakeParts, RecordVersion, ReleasePayload
 from treefold.wire.chain import ChainApplied, ChainRound
 from treefold.wire.exchange import Received, Tick
+from treefold.wire.membership import MS
 from treefold.wire.messages import (
     AssignTable,
     ChainDiffers,
@@ -37,6 +38,7 @@ from treefold.wire.messages import (
     Published,
     Pull,
     Refused,
+    RoundLate,
     RoundStatus,
     View,
 )
@@ -382,3 +384,26 @@ def test_needs_are_met_by_clocks_of_slots_that_may_not_have_contributed() -> Non
     assert not Need(0, 0, 2, 0, 3).is_met([2, 2])
     assert not Need(0, 0, 2, 2, 2).is_met([3, 2])
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(Need(1, 2)), type=Need) == Need(1, 2)
+
+
+def test_who_cannot_leave_a_round_is_told_which_slots_it_lacks() -> None:
+    core = begun()
+    contribute(core, 0, 0)
+    data(core, push(0, 1, part=1, sender=5), 10)
+    (status,) = sent(ask(core, Need(0, 0, 1, 0, 2), attempt=1), RoundStatus)
+    assert isinstance(status, RoundStatus)
+    assert (status.round, status.is_meta_missing) == (0, True)
+    assert [(one.part, one.slots) for one in status.missing] == [(0, [1])]
+    assert versions(contribute(core, 0, 1)) == [2]
+
+
+def test_a_round_that_somebody_cannot_leave_is_reported_late_with_its_missing_slots() -> None:
+    core = begun()
+    contribute(core, 0, 0)
+    ask(core, Need(0, 0, 1, 0, 2))
+    due_ns = core.next_deadline_ns()
+    late: list[object] = []
+    while due_ns is not None and due_ns < 2_000 * MS and not late:
+        late = sent(core.handle(due_ns, Tick()), RoundLate)
+        due_ns = core.next_deadline_ns()
+    assert late == [RoundLate(ME, 0, [1])]

@@ -10,6 +10,7 @@ from tests.unit.server_driver import (
     JOB,
     ME,
     SPEC,
+    WORKER,
     at_version,
     complete,
     control,
@@ -22,21 +23,23 @@ from tests.unit.server_driver import (
     view,
 )
 from treefold.common import layout
+from treefold.common.spec import Consistency, ConsistencyKind
 from treefold.server.core import ServerCore
 from treefold.server.effects import MakeParts, RestoreShard, SaveShard, ShardRestored, ShardStored
-from treefold.wire.exchange import Halt, Tick
+from treefold.wire.exchange import Halt, Received, Tick
 from treefold.wire.membership import MS
 from treefold.wire.messages import (
     AssignTable,
     Leave,
     Published,
+    Pull,
     Refused,
     RoundStatus,
     SavedSeen,
     ShardSaved,
     Stop,
 )
-from treefold.wire.words import Code, Outcome, Source
+from treefold.wire.words import Code, Need, Outcome, Source
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +137,25 @@ def test_what_names_an_older_view_is_refused_as_stale_once_nothing_lies_here() -
     control(core, msgspec.structs.replace(view(3), tables=[]))
     refused = only(sent(data(core, pull(1)), Refused), Refused)
     assert refused.code is Code.STALE_VIEW
+
+
+def beside(kind: ConsistencyKind) -> ServerCore:
+    """A server with a shard at version 2, in a job that has a table of another mode."""
+    core = saving(2)
+    control(core, AssignTable(1, msgspec.structs.replace(SPEC, consistency=Consistency(kind))))
+    return core
+
+
+def test_beside_an_asynchronous_table_the_end_of_a_pass_is_saved_and_nothing_else() -> None:
+    core = beside(ConsistencyKind.ASYNC)
+    assert not of(complete(core, 2) + complete(core, 3), SaveShard)
+    end = Pull(JOB, 5, 2, 0, 0, 5, 0, [], Need(0, 0, 4, 2, 2))
+    core.handle(0, Received(WORKER, end))
+    wanted = only(of(complete(core, 4), SaveShard), SaveShard)
+    assert (wanted.version, wanted.path.partition("/")[0]) == (5, "00000005")
+    assert not of(core.handle(0, Received(WORKER, end)), SaveShard)
+
+
+def test_beside_another_synchronous_table_versions_are_saved_as_always() -> None:
+    core = beside(ConsistencyKind.SYNC)
+    assert only(of(complete(core, 2) + complete(core, 3), SaveShard), SaveShard).version == 4

@@ -150,12 +150,22 @@ def test_a_table_is_declared_with_its_mode(consistency: str | ps.SSP) -> None:
         assert optimizer.table.is_asynchronous
 
 
-def test_tables_of_different_modes_are_refused_by_name() -> None:
+def test_tables_have_modes_of_their_own() -> None:
+    with joined(ReferenceJob(slots=2)):
+        found = [
+            ps.DistributedOptimizer(sgd(model), model, consistency=mode).table.is_asynchronous
+            for mode, model in (("async", bare()), ("sync", bare()), (ps.SSP(1), bare()))
+        ]
+    assert found == [True, False, True]
+
+
+@pytest.mark.parametrize("other", ["sync", "async", ps.Quorum(slots=1)])
+def test_beside_a_quorum_other_modes_are_refused_by_name(other: str | ps.Quorum) -> None:
     with joined(ReferenceJob(slots=2)):
         first, second = bare(), bare()
-        ps.DistributedOptimizer(sgd(first), first, consistency="async")
-        with pytest.raises(UnsupportedError, match="table 'model' has consistency 'async'"):
-            ps.DistributedOptimizer(sgd(second), second)
+        ps.DistributedOptimizer(sgd(first), first, consistency=ps.Quorum(slots=2))
+        with pytest.raises(UnsupportedError, match="table 'model' has consistency 'quorum'"):
+            ps.DistributedOptimizer(sgd(second), second, consistency=other)
 
 
 def test_a_norm_over_all_slots_is_refused_where_there_is_none() -> None:

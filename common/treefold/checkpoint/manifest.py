@@ -35,7 +35,7 @@ class FileEntry(msgspec.Struct, frozen=True):
     @property
     def folder(self) -> int:
         """Version of the checkpoint in whose folder it lies."""
-        return int(self.path.partition("/")[0])
+        return folder_of(self.path)
 
 
 class TableEntry(msgspec.Struct, frozen=True):
@@ -46,7 +46,8 @@ class TableEntry(msgspec.Struct, frozen=True):
     record : bytes
         A `treefold.common.round_state.ModelRecord`, or empty.
     version : int
-        The checkpoint's, or 0 for a table without rounds.
+        The checkpoint's, or 0 for a table without rounds. Asynchronous tables beside synchronous
+        ones have versions of their own.
     state : bytes
         A `treefold.common.round_state.RoundState`, of an asynchronous table an ``Applied``, or
         empty.
@@ -173,7 +174,8 @@ def _contradiction(manifest: Manifest) -> str:
         return "its tables are not numbered from 0 on"
     for table in manifest.tables:
         is_trained = table.spec.rule is Rule.OPTIMIZER
-        if table.version != (manifest.version if is_trained else 0):
+        is_free = table.spec.is_asynchronous  # has a version per contribution, beside other tables
+        if not is_free and table.version != (manifest.version if is_trained else 0):
             return f"table {table.spec.name!r} is of version {table.version}"
         for file in table.files:  # what never changes may lie with an older checkpoint
             is_own = file.folder == manifest.version
@@ -199,6 +201,11 @@ def _cuts(table: TableEntry) -> str:
             return f"{file.path} cuts a tensor"
         at += file.blocks
     return "" if at == layout.blocks else f"it has {layout.blocks} blocks, its files {at}"
+
+
+def folder_of(path: str) -> int:
+    """Version of the checkpoint in whose folder a file lies."""
+    return int(path.partition("/")[0])
 
 
 def is_path(path: str) -> bool:

@@ -1,6 +1,6 @@
 """What messages are made of: limits, enumerations, and the structs inside of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Annotated
 
@@ -188,16 +188,19 @@ class Need(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     def is_met(self, clocks: Sequence[int]) -> bool:
         """Whether clocks, one for every slot that has contributed, satisfy this."""
-        known = len(clocks)
-        if self.clock and (self.slot >= known or clocks[self.slot] < self.clock):
+        if self.clock and (self.slot >= len(clocks) or clocks[self.slot] < self.clock):
             return False
+        return next(self.lacking(clocks), None) is None
+
+    def lacking(self, clocks: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Slots that all have to have some rounds in and have not, each with the last of those."""
+        known = len(clocks)
         for slot in range(self.slots if self.floor or self.active else 0):
             wanted = self.floor + (slot < self.active)
             if self.ends:
                 wanted = min(wanted, self.ends[slot]) if slot < len(self.ends) else 0
             if (clocks[slot] if slot < known else 0) < wanted:
-                return False
-        return True
+                yield slot, wanted - 1
 
 
 class Leases(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -130,7 +130,8 @@ class Balance:
         is_newest = late.round >= view.leases.from_round
         current = (view.leases if is_newest else view.previous).workers
         is_static = self._declared.policy is Policy.STATIC
-        if self._declared.is_loader or is_static or not current:
+        is_any_round = not self._declared.is_asynchronous
+        if self._declared.is_loader or is_static or not current or not is_any_round:
             return []
         missing = late.missing or range(self._declared.active_slots(late.round))
         owners = {slot: current[slot] for slot in missing if slot < len(current)}

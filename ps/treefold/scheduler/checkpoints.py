@@ -1,14 +1,15 @@
 """Checkpoints as the scheduler sees them: what servers have saved, and when that is a whole one.
 
 A checkpoint is the same version of every table that has rounds, and the one version of those that
-have none. It counts once its manifest is written; what is missing of it then is never added.
+have none. Asynchronous tables beside synchronous ones have a version of their own in it. It counts
+once its manifest is written; what is missing of it then is never added.
 
 Part of `treefold.scheduler.core` in a file of its own; just as pure.
 """
 
 import math
 
-from treefold.checkpoint.manifest import FileEntry, Manifest, TableEntry
+from treefold.checkpoint.manifest import FileEntry, Manifest, TableEntry, folder_of
 from treefold.common.round_state import decode_applied
 from treefold.common.spec import Rule, TableSpec
 from treefold.scheduler.admission import SchedulerLimits
@@ -33,7 +34,7 @@ class Checkpoints:
 
     Attributes
     ----------
-    saved : dict of (version, table, shard) to ShardSaved
+    saved : dict of (checkpoint, table, shard) to ShardSaved
         Files of checkpoints that are not whole, and those of constant tables.
     newest : int
         Version of the newest checkpoint that counts, -1 for none.
@@ -64,7 +65,7 @@ class Checkpoints:
 
     def on_saved(self, limits: SchedulerLimits, view: int, message: ShardSaved) -> list[Effect]:
         """A server has saved a shard, or could not."""
-        version, key = message.version, (message.version, message.table, message.shard)
+        version, key = _key_of(message)[0], _key_of(message)
         rule = self._rule(message.table)
         is_old = rule is Rule.OPTIMIZER and version <= max(self.newest, self._source_version())
         if rule is None or is_old or key in self.saved:
@@ -79,7 +80,7 @@ class Checkpoints:
     def doubts(self, limits: SchedulerLimits) -> list[Effect]:
         """Say so if nothing will ever be saved of what the job trains."""
         declared = self._declared
-        if not (limits.checkpoint and declared.is_loader and declared.is_asynchronous):
+        if not (limits.checkpoint and declared.is_loader and declared.is_any_asynchronous):
             return []
         text = "checkpoints of asynchronous tables are made at the ends of passes"
         return [Note(Level.WARNING, f"{text}; with own loaders there are none, so none is made")]
@@ -120,7 +121,7 @@ class Checkpoints:
 
     def take_up(self, message: ShardSaved) -> None:
         """Another scheduler knew of this file."""
-        self.saved[message.version, message.table, message.shard] = message
+        self.saved[_key_of(message)] = message
 
     def take_up_newest(self, version: int) -> None:
         """Another scheduler had this checkpoint written."""
@@ -192,7 +193,7 @@ class Checkpoints:
                     number=number,
                     spec=table.spec,
                     record=table.record,
-                    version=own,
+                    version=first.version,
                     state=first.state,
                     norm=norm,
                     files=entries,
@@ -214,6 +215,11 @@ class Checkpoints:
             plans=list(self._declared.plans.values()),
             tables=tables,
         )
+
+
+def _key_of(message: ShardSaved) -> tuple[int, int, int]:
+    """The checkpoint that a file belongs to, its table and its shard."""
+    return folder_of(message.path), message.table, message.shard
 
 
 def _is_cut(spec: TableSpec, files: list[ShardSaved]) -> bool:

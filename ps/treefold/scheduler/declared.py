@@ -53,7 +53,15 @@ class Declared:
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether slots are at rounds of their own."""
+        """Whether slots are at rounds of their own: no table is synchronous."""
+        return self.is_any_asynchronous and not any(
+            table.spec.rule is Rule.OPTIMIZER and not table.spec.is_asynchronous
+            for table in self.tables
+        )
+
+    @property
+    def is_any_asynchronous(self) -> bool:
+        """Whether contributions to some table are applied one by one."""
         return any(table.spec.is_asynchronous for table in self.tables)
 
     @property

@@ -174,13 +174,7 @@ class Asynchronous:
         if older is None or not _is_met(need, older.applied):
             version, parts = shard.version, list(range(shard.parts_count))
         self._out += answers.of_version(peer, shard, version, parts)
-        self.end_pass(shard, need)
-
-    def end_pass(self, shard: Shard, need: Need | None) -> None:
-        """Note the first time that all of a pass over the data is known to be in."""
-        if need is not None and need.active and need.floor > shard.pass_floor:
-            shard.pass_floor = need.floor
-            self._saves.save_pass(shard)
+        self._saves.end_pass(shard, need)
 
 
 def _refusal(shard: Shard, meta: RoundMeta) -> Refused | None:
@@ -229,13 +223,23 @@ def _with(applied: Applied, chosen: Staged, meta: RoundMeta) -> Applied:
 
 
 def _status(shard: Shard, pull: Pull, need: Need) -> RoundStatus:
-    """What the shard lacks of the contribution that the worker waits for."""
-    if not need.clock or shard.clock(need.slot) >= need.clock:
-        round_ = max(need.clock - 1, 0)
-        return RoundStatus(shard.table, shard.number, round_, [], is_meta_missing=False)
-    staged = shard.staged.get((need.slot, pull.sender))
-    known = staged.parts if staged is not None and staged.round == need.clock - 1 else {}
-    lacking = [part for part in range(shard.parts_count) if part not in known]
-    missing = [PartMissing(part, []) for part in lacking[:STATUS_PARTS_MAX]]
-    lacks_meta = not known or staged is None or staged.meta is None
-    return RoundStatus(shard.table, shard.number, need.clock - 1, missing, lacks_meta)
+    """What the shard lacks of the contributions that the worker waits for."""
+    if need.clock and shard.clock(need.slot) < need.clock:
+        return _lacking(shard, pull.sender, need.clock - 1, [need.slot])
+    owed = [] if need.clock else list(need.lacking(shard.applied.clocks))
+    last = max((round_ for _, round_ in owed), default=max(need.clock - 1, 0))
+    return _lacking(shard, pull.sender, last, [slot for slot, round_ in owed if round_ == last])
+
+
+def _lacking(shard: Shard, sender: int, round_: int, slots: list[int]) -> RoundStatus:
+    """What of some slots of a round has not come from a sender."""
+    staged = {slot: shard.staged.get((slot, sender)) for slot in slots}
+    known = {slot: one for slot, one in staged.items() if one is not None and one.round == round_}
+    parts = {slot: one.parts for slot, one in known.items()}
+    missing: list[PartMissing] = []
+    for part in range(shard.parts_count):
+        owing = [slot for slot in slots if slot not in parts or part not in parts[slot]]
+        if owing and len(missing) < STATUS_PARTS_MAX:
+            missing.append(PartMissing(part, owing))
+    lacks_meta = any(slot not in known or known[slot].meta is None for slot in slots)
+    return RoundStatus(shard.table, shard.number, round_, missing, lacks_meta)

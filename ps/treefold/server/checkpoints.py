@@ -7,12 +7,13 @@ core's list.
 import re
 from collections.abc import Mapping
 
-from treefold.common.spec import Rule
+from treefold.common.spec import Rule, TableSpec
 from treefold.server.effects import Effect, SaveShard, ShardStored
 from treefold.server.holding import Kept, Shard
 from treefold.wire.exchange import SCHEDULER, Send
 from treefold.wire.membership import MS, Membership
 from treefold.wire.messages import SavedSeen, ShardSaved
+from treefold.wire.words import Need
 
 RETRY_MS = 500
 AGAIN_MS = (
@@ -40,27 +41,44 @@ class Saves:
         self._told: dict[Key, ShardSaved] = {}
         self._retry_ns: int | None = None
         self._again: dict[tuple[int, int], int] = {}
+        self._is_any_apart = self._is_any_folded = False
 
     @property
     def is_busy(self) -> bool:
         """Whether something is to be finished before this server may go."""
         return bool(self._begun or self._told)
 
+    def know(self, spec: TableSpec) -> None:
+        """The job has this table."""
+        self._is_any_apart |= spec.is_asynchronous
+        self._is_any_folded |= spec.rule is Rule.OPTIMIZER and not spec.is_asynchronous
+
     def save(self, shard: Shard) -> None:
         """A version is whole here: save it, if one is due."""
-        every, version = self._membership.checkpoint_every, shard.version
-        if not every or version % every or not shard.chain.is_primary:
-            return
-        if shard.spec.is_asynchronous and version > 0:  # shards have other contributions in them
-            return
-        self._save(shard)
-
-    def save_pass(self, shard: Shard) -> None:
-        """All contributions of a pass over the data are in, as in all other shards."""
-        if self._membership.checkpoint_every and shard.chain.is_primary:
+        version = shard.version
+        is_due = version % max(1, self._membership.checkpoint_every) == 0
+        if self._is_any_apart and shard.spec.rule is Rule.OPTIMIZER and version > 0:
+            # Within a pass shards have other contributions in them.
+            is_due = not shard.spec.is_asynchronous and version == shard.pass_floor + 1
+        if is_due:
             self._save(shard)
 
+    def end_pass(self, shard: Shard, need: Need | None) -> None:
+        """Somebody asks for the version of a shard with which a pass over the data ends.
+
+        Of an asynchronous table that is the newest one, if nobody has said so of this pass before.
+        """
+        if need is None or not need.active or need.floor <= shard.pass_floor:
+            return
+        shard.pass_floor = need.floor
+        if shard.spec.is_asynchronous and shard.applied.front == need.floor:  # not of a later pass
+            self._save(shard)
+        elif not shard.spec.is_asynchronous and shard.version > 0 and shard.is_settled:
+            self.save(shard)
+
     def _save(self, shard: Shard) -> None:
+        if not self._membership.checkpoint_every or not shard.chain.is_primary:
+            return
         version = shard.version
         key = (shard.table, shard.number, version)
         if key in self._begun or key in self._told:
@@ -69,7 +87,9 @@ class Saves:
         self._count()
         name = re.sub(r"[^A-Za-z0-9.-]", "_", shard.spec.name)
         who = f"{self._membership.job:x}-{self._membership.incarnation}"
-        path = f"{version:08d}/t{shard.table}.{name}-{shard.number}-{who}.safetensors"
+        is_beside = shard.spec.is_asynchronous and self._is_any_folded and version > 0
+        checkpoint = shard.pass_floor + 1 if is_beside else version
+        path = f"{checkpoint:08d}/t{shard.table}.{name}-{shard.number}-{who}.safetensors"
         folder = self._membership.checkpoint
         self._out.append(SaveShard(shard.table, shard.number, version, folder, path))
 

@@ -195,6 +195,7 @@ class ServerCore:
                     self._begin_anew()
             case AssignTable(table, spec):
                 self.specs.setdefault(table, spec)
+                self.exchange.saves.know(spec)
                 self.membership.vitals.tables = len(self.specs)
                 self._open_shards(now_ns)
             case View():

@@ -216,7 +216,7 @@ class Exchange:
         needs = [one.need for one in shard.waits.values() if one.is_met(shard.applied.clocks)]
         self._out += answers.published(shard)
         for need in needs:
-            self.asynchronous.end_pass(shard, need)
+            self.saves.end_pass(shard, need)
 
     def _measure(self, now_ns: int, shard: Shard, current: Round) -> None:
         if current.state is not RoundState.OPEN or not current.is_rooted:
@@ -381,7 +381,18 @@ class Exchange:
             self._out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))
         elif shard.spec.is_asynchronous and shard.version != INITIAL_ROUND:
             self.asynchronous.on_pull(peer, shard, pull, parts)
-        elif pull.version <= shard.version and not shard.can_tell(pull.version):
+            if peer in shard.waits and pull.need is not None and not pull.need.clock:
+                lateness.begin(now_ns, shard)
+        else:
+            self._answer_pull(now_ns, peer, shard, pull, parts)
+            if not shard.spec.is_asynchronous:
+                self.saves.end_pass(shard, pull.need)
+
+    def _answer_pull(
+        self, now_ns: int, peer: Peer, shard: Shard, pull: Pull, parts: list[int]
+    ) -> None:
+        """Answer with a version that is there, or let the worker wait for the next one."""
+        if pull.version <= shard.version and not shard.can_tell(pull.version):
             shard.waits[peer] = Wait(pull.version, dict.fromkeys(parts))
         elif pull.version <= shard.version:
             self._out += answers.of_version(peer, shard, pull.version, parts)

@@ -102,7 +102,8 @@ class Shard:
     staged : dict of (slot, sender) to Staged
         Contributions to an asynchronous table that are on their way.
     pass_floor : int
-        The last round of the newest pass over the data that is known to be in, -1 if there is none.
+        The last round of the newest pass over the data whose end somebody has asked for, -1 if
+        there is none: it is in, or of a synchronous table to be.
     staleness : StalenessMean
         Of contributions to an asynchronous table since this server leads the shard.
     """

@@ -2,8 +2,8 @@
 
 Every sample's gradient is a multiple of the number of slots and the learning rate is 1: after one
 pass the parameters are minus the sum over all samples, exactly, if each counted once. While the
-file that ``--slow`` names exists, every loop body takes a little while. The last line is a hash of
-the parameters.
+file that ``--slow`` names exists, every loop body takes a little while. With ``--beside`` half of
+the parameters are in a table of another mode. The last line is a hash of the parameters.
 """
 
 import argparse
@@ -37,33 +37,47 @@ def expected(samples: int, elements: int) -> torch.Tensor:
 
 
 def main() -> None:
-    """Train for one pass, and compare."""
+    """Train, and compare."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--elements", type=int, default=400_000)  # several shards
     parser.add_argument("--slow", type=Path, required=True)
     parser.add_argument("--pause-ms", type=float, default=10.0, help="how much slower a body is")
+    parser.add_argument("--beside", default="", help="mode of a second table, if there is one")
+    parser.add_argument("--passes", type=int, default=1)
     chosen = parser.parse_args()
     samples, elements = chosen.rounds * SLOTS, chosen.elements
     gradients = torch.stack([gradient_of(kind, elements) for kind in range(KINDS)]).float()
     ps.init(slots=SLOTS)
-    weights = nn.Linear(elements, 1, bias=False)
-    nn.init.zeros_(weights.weight)
-    optimizer = ps.DistributedOptimizer(torch.optim.SGD(weights.parameters(), lr=1.0), weights)
+    sizes = [elements - elements // 2, elements // 2] if chosen.beside else [elements]
+    weights = [nn.Linear(size, 1, bias=False) for size in sizes]
+    for one in weights:
+        nn.init.zeros_(one.weight)
+    optimizers = [
+        ps.DistributedOptimizer(
+            torch.optim.SGD(one.parameters(), lr=1.0),
+            one,
+            consistency=chosen.beside if number else None,
+        )
+        for number, one in enumerate(weights)
+    ]
     kinds = TensorDataset(torch.arange(samples) % KINDS)
-    for number, (kind,) in enumerate(ps.batches(kinds, batch_size=SLOTS, epoch=0)):
-        if number % 10 == 0:
-            sys.stdout.write(f"body {number}\n")
-        if chosen.slow.exists():
-            time.sleep(chosen.pause_ms / 1e3)
-        optimizer.zero_grad()
-        torch.autograd.backward((weights.weight[0] * gradients[kind[0]]).sum())
-        optimizer.step()
-    found = weights.weight.detach()[0].to(torch.int64)
-    wrong = (found != expected(samples, elements)).sum().item()
+    for epoch in range(chosen.passes):
+        for number, (kind,) in enumerate(ps.batches(kinds, batch_size=SLOTS, epoch=epoch)):
+            if number % 10 == 0:
+                sys.stdout.write(f"body {number} of pass {epoch}\n")
+            if chosen.slow.exists():
+                time.sleep(chosen.pause_ms / 1e3)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            whole = torch.cat([one.weight[0] for one in weights])
+            torch.autograd.backward((whole * gradients[kind[0]]).sum())
+            for optimizer in optimizers:
+                optimizer.step()
+    found = torch.cat([one.weight.detach()[0] for one in weights])
+    wrong = (found.to(torch.int64) != chosen.passes * expected(samples, elements)).sum().item()
     sys.stdout.write(f"final {'exact' if not wrong else f'{wrong}-of-{elements}-are-wrong'}\n")
-    hashed = hashlib.sha256(weights.weight.detach().numpy().tobytes())
-    sys.stdout.write(f"bits {hashed.hexdigest()}\n")
+    sys.stdout.write(f"bits {hashlib.sha256(found.numpy().tobytes()).hexdigest()}\n")
 
 
 if __name__ == "__main__":

@@ -108,8 +108,8 @@ class Session:
             if _times(other) != _times(consistency):
                 text = (
                     f"table {table.options.name!r} has consistency {other.kind.name.lower()!r} and "
-                    f"the next one {consistency.kind.name.lower()!r}; the optimizers of one job "
-                    "are all synchronous, all asynchronous, or all of one quorum"
+                    f"the next one {consistency.kind.name.lower()!r}; where one optimizer of a job "
+                    "has a quorum, all have the same"
                 )
                 raise UnsupportedError(text)
 
@@ -278,7 +278,7 @@ def _times(consistency: Consistency) -> object:
     """What tables that are in one job have to have in common."""
     if consistency.kind is ConsistencyKind.QUORUM:
         return consistency
-    return consistency.kind is ConsistencyKind.SYNC
+    return None
 
 
 class _Current:

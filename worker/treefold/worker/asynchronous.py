@@ -2,9 +2,13 @@
 
 Part of `treefold.worker.core` in a file of its own; just as pure.
 
-Slots are at rounds of their own. A worker takes the one of its slots that is furthest behind,
-computes it with the newest version that it has, and asks for a version that has that in it. What is
-in is said by clocks, which come with every version of every shard.
+Beside a synchronous table, rounds are those of that one. Every slot is applied to the asynchronous
+tables by itself, and no worker leaves a round before all of its slots are in them: who is to
+compute a slot that somebody lost can do so only while it has that round's version.
+
+Without one, slots are at rounds of their own. A worker takes the one of its slots that is furthest
+behind, computes it with the newest version that it has, and asks for a version that has that in it.
+What is in is said by clocks, which come with every version of every shard.
 """
 
 from typing import Protocol
@@ -24,8 +28,16 @@ class Rounds(Protocol):
 
     local: LocalRound | None
 
+    plan: LoopPlan | None
+
     def trained(self) -> list[Table]:
         """Tables that have rounds."""
+
+    def folded(self) -> list[Table]:
+        """Those of them in which a round is one step."""
+
+    def open_round(self, number: int, plan: LoopPlan) -> LocalRound:
+        """Begin this worker's share of a round."""
 
     def drop_round(self) -> None:
         """Let go of what this worker has of the round it was in."""
@@ -64,8 +76,41 @@ class Asynchronous:
 
     @property
     def is_on(self) -> bool:
-        """Whether the job's tables are asynchronous."""
-        return any(table.spec.is_asynchronous for table in self._rounds.trained())
+        """Whether slots are at rounds of their own: no table of the job is synchronous."""
+        return bool(self._rounds.trained()) and not self._rounds.folded()
+
+    # ---- beside synchronous tables ------------------------------------------------------------
+
+    def before(self, round_: int) -> Need | None:
+        """All that is in the tables when a round begins; None where nobody has to wait for it."""
+        plan = self._rounds.plan
+        if plan is None or round_ < plan.first_round or not self._rounds.folded():
+            return None
+        if plan.is_over(round_):
+            return _end_of(plan)
+        is_first = round_ == plan.first_round  # what came before ended with everything in
+        if is_first and plan.kind is not PlanKind.LOADER:
+            return None
+        return Need(0, 0, round_, 0, _most_slots(plan), plan.ends)
+
+    def has_all_before(self, round_: int) -> bool:
+        """Whether what the script has of these tables has in it what a round begins with."""
+        need = self.before(round_)
+        return need is None or all(need.is_met(clocks) for clocks in self._clocks.values())
+
+    def is_met(self, table: Table, round_: int) -> bool:
+        """Whether what was pulled of one of these tables has that in it on every shard."""
+        need, pulls = self.before(round_), table.pulls.values()
+        return need is None or all(need.is_met(decode_applied(p.state).clocks) for p in pulls)
+
+    def end_at(self, version: int) -> Need | None:
+        """What a synchronous version has in it if a pass ends with it, beside other tables."""
+        plan = self._rounds.plan
+        is_end = plan is not None and plan.is_over(version) and version == plan.end_round
+        is_beside = is_end and len(self._rounds.folded()) < len(self._rounds.trained())
+        return self.before(version) if is_beside else None
+
+    # ---- by themselves ------------------------------------------------------------------------
 
     def clock(self, slot: int) -> int:
         """The round after the last one of a slot that is in all shards, as far as is known."""
@@ -80,8 +125,8 @@ class Asynchronous:
             min(clocks[slot] if slot < len(clocks) else 0 for clocks in shards) for slot in slots
         ]
 
-    def declared(self, table: Table) -> None:
-        """The script gets its first version of a table."""
+    def handed_over(self, table: Table) -> None:
+        """The script gets what was pulled of a table."""
         self.learn(table)
         self._note_bases(table)
 
@@ -162,11 +207,9 @@ class Asynchronous:
     def _open(self, plan: LoopPlan, chosen: tuple[int, int]) -> None:
         """Begin a loop body."""
         self.is_moved, self._last = False, chosen[1]
-        parts = {table.number: len(table.parts) for table in self._rounds.trained()}
-        local = LocalRound(chosen[0], plan, parts)
+        local = self._rounds.open_round(chosen[0], plan)
         local.assign([chosen[1]])
         local.in_hand = chosen[1]
-        self._rounds.local = local
 
     def _is_over(self, plan: LoopPlan) -> bool:
         """Whether the whole pass over the data is in."""

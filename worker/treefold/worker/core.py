@@ -169,7 +169,7 @@ class WorkerCore:
         elif isinstance(event, DeclareCalled):
             self.declarations.add(now_ns, event)
         elif isinstance(event, LoopCalled):
-            self.plan = event.plan
+            self.plan = self.exchange.plan = event.plan
             self.exchange.local = None
             self.declarations.add(now_ns, event)
         else:
@@ -230,7 +230,7 @@ class WorkerCore:
             local.assign(message.slots)
             self._serve_task(now_ns)
             return
-        self.exchange.push(local.flush(), local)
+        self.exchange.sending.push(local.flush(), local)
 
     def _on_registered(self, now_ns: int, message: Registered) -> None:
         if self.membership.job not in (0, message.job):
@@ -347,11 +347,11 @@ class WorkerCore:
             return
         self.exchange.catch_up(now_ns, self.position)
         snapshots = self._advance(now_ns)
-        if any(table.held != self.position for table in self.exchange.trained()):
+        if not self.exchange.is_at(self.position):
             return
         plan, trained = self.plan, self.exchange.trained()
         if self.is_draining or plan is None or quorum.is_over(trained, plan, self.position):
-            self.exchange.push(self.local.flush() if self.local else [], self.local)
+            self.exchange.sending.push(self.local.flush() if self.local else [], self.local)
             end = quorum.end_round(trained, self.position)
             self._answer_task(LoopEnd(end, snapshots, self.is_draining))
             return
@@ -384,7 +384,7 @@ class WorkerCore:
         if self.local is None or self.local.number != newest:  # else it was loaded once more
             self.exchange.drop_round()
         self.position = self.membership.vitals.round = newest
-        return [table.snapshot() for table in self.exchange.trained()]
+        return self.exchange.hand_over()
 
     def _begin_early(self, now_ns: int) -> list[Snapshot]:
         """Move on to a version that is not all here, if the script can compute with that."""
@@ -411,9 +411,8 @@ class WorkerCore:
             raise errors.InvariantError("a round without a plan", self.story.lines())
         local, trained = self.exchange.local, self.exchange.trained()
         if local is None:
-            parts = {table.number: len(table.parts) for table in trained}
             tried = quorum.tried(trained, self.plan)
-            local = self.exchange.local = LocalRound(self.position, self.plan, parts, tried)
+            local = self.exchange.open_round(self.position, self.plan, tried)
         for table in trained:
             if not table.pulls:
                 self.exchange.pull(now_ns, table, self.position + 1, attempt=0)

@@ -4,7 +4,9 @@ Part of `treefold.worker.core` in a file of its own; just as pure. Effects are a
 core's list.
 """
 
-from treefold.common.spec import Dtype, Rule
+from treefold.common.lineup import Lineup
+from treefold.common.plan import LoopPlan
+from treefold.common.spec import Rule
 from treefold.wire.exchange import Send
 from treefold.wire.links import Links
 from treefold.wire.membership import MS, Membership
@@ -12,13 +14,10 @@ from treefold.wire.messages import (
     Published,
     Pull,
     Pulled,
-    Push,
-    RoundHyper,
-    RoundMeta,
     RoundStatus,
     View,
 )
-from treefold.wire.words import INITIAL_ROUND, Frame, Need, Phase, Role
+from treefold.wire.words import INITIAL_ROUND, Need, Phase, Role
 from treefold.worker.asynchronous import Asynchronous
 from treefold.worker.effects import (
     Connect,
@@ -26,13 +25,14 @@ from treefold.worker.effects import (
     Disconnect,
     Effect,
     HyperKnown,
-    Initial,
     ReleasePayload,
     Retire,
     SlotFinished,
+    Snapshot,
 )
 from treefold.worker.pulls import ShardPull, Table
-from treefold.worker.rounds import Held, LocalRound, Pushed, runs
+from treefold.worker.rounds import Held, LocalRound, Pushed
+from treefold.worker.sending import Sending
 from treefold.worker.streams import Stream, torn_version
 
 NOTHING_HELD = -1
@@ -59,10 +59,14 @@ class Exchange:
         By number.
     local : LocalRound or None
         The round being computed.
+    plan : LoopPlan or None
+        The pass over the data that the script is in.
     asked_ns : int
         When a version was last asked for, retries left aside.
     stream : Stream
         The version whose parts are handed on as they come, if there is one.
+    sending : Sending
+        What is sent of this worker's slots.
     """
 
     def __init__(self, membership: Membership, retry_ns: int, out: list[Effect]) -> None:
@@ -70,15 +74,21 @@ class Exchange:
         self.retry_ns = retry_ns
         self.tables: dict[int, Table] = {}
         self.local: LocalRound | None = None
+        self.plan: LoopPlan | None = None
         self.asked_ns = 0
         self._links = Links()
         self._out = out
         self.stream = Stream(self, out)
         self.asynchronous = Asynchronous(self)
+        self.sending = Sending(self, membership, out)
 
     def trained(self) -> list[Table]:
         """Tables that have rounds."""
         return [table for table in self.tables.values() if table.spec.rule is Rule.OPTIMIZER]
+
+    def folded(self) -> list[Table]:
+        """Those of them in which a round is one step."""
+        return [table for table in self.trained() if not table.spec.is_asynchronous]
 
     @property
     def is_declaring(self) -> bool:
@@ -136,13 +146,38 @@ class Exchange:
             if table.declare_call is not None and not table.pulls:
                 self.pull(now_ns, table, 0, attempt=1)
 
+    def open_round(self, number: int, plan: LoopPlan, tried: Lineup | None = None) -> LocalRound:
+        """Begin this worker's share of a round."""
+        parts = {table.number: len(table.parts) for table in self.trained()}
+        apart = [table.number for table in self.trained() if table.spec.is_asynchronous]
+        self.local = LocalRound(number, plan, parts, tried, apart)
+        return self.local
+
     def catch_up(self, now_ns: int, position: int) -> None:
         """Bring tables that were declared at different versions to one."""
-        trained = self.trained()
-        if any(table.held != position for table in trained):
-            for table in trained:
+        if not self.is_at(position):
+            for table in self.trained():
                 if not table.pulls:
                     self.pull(now_ns, table, position, attempt=0)
+
+    def is_at(self, position: int) -> bool:
+        """Whether the script has of every table what a round begins with."""
+        is_held = all(table.held == position for table in self.folded())
+        return is_held and self.asynchronous.has_all_before(position)
+
+    def has_all_before(self, now_ns: int, table: Table, round_: int) -> bool:
+        """Whether what was pulled of an asynchronous table will do; asks for more if not."""
+        if self.asynchronous.is_met(table, round_):
+            return True
+        self.pull(now_ns, table, round_, attempt=0)
+        return False
+
+    def hand_over(self) -> list[Snapshot]:
+        """What was pulled of every table, for the script."""
+        for table in self.trained():
+            if table.spec.is_asynchronous:
+                self.asynchronous.handed_over(table)
+        return [table.snapshot() for table in self.trained()]
 
     def next_deadline_ns(self) -> int | None:
         """When a pull is to be sent again."""
@@ -205,7 +240,7 @@ class Exchange:
             mask = int.from_bytes(leaf.absent[number], "little") if leaf.absent else 0
             ready = local.contribute(key, slot, Held(payload, mask), self._out)
             pushed += [(key, one) for one in ready]
-        self.push(pushed, local)
+        self.sending.push(pushed, local)
 
     def know_hyper(self, event: HyperKnown) -> None:
         """Tell servers early what slot 0 steps with."""
@@ -216,7 +251,7 @@ class Exchange:
             return  # nothing is stepped before all of it is there
         local.hypers[event.table] = event
         for shard in table.place.shards if table.place else []:
-            self._send_hyper(table, shard.shard, local)
+            self.sending.send_hyper(table, shard.shard, local)
 
     def finish(self, event: SlotFinished) -> None:
         """The loop body of a slot is over: what it did not contribute is absent."""
@@ -236,7 +271,7 @@ class Exchange:
             if counts and table.number in event.metas:
                 local.metas[table.number, slot] = event.metas[table.number]
                 for shard in table.place.shards if table.place else []:
-                    self.send_meta(table, shard.shard, local, slot)
+                    self.sending.send_meta(table, shard.shard, local, slot)
         local.in_hand = None
 
     def retry(self, now_ns: int) -> None:
@@ -249,9 +284,8 @@ class Exchange:
         ]
         if not late:
             return
-        folded = [t for t in self.trained() if not t.spec.is_asynchronous]
-        trained = [pull for table, _, pull in late if table in folded]
-        version = torn_version(self, trained)
+        trained = self.trained()
+        version = torn_version(self, [pull for table, _, pull in late if table in trained])
         if version is not None:
             for table in self.trained():
                 if table.pulls:
@@ -308,7 +342,7 @@ class Exchange:
         Those of an asynchronous table never have to be.
         """
         if table.spec.is_asynchronous:
-            self.asynchronous.declared(table)
+            self.asynchronous.handed_over(table)
             return True
         version = table.pulled_version
         lagging = [shard for shard, pull in table.pulls.items() if pull.version < version]
@@ -330,7 +364,7 @@ class Exchange:
             table.pulls[status.shard].status = status
             table.pulls[status.shard].heard_ns = now_ns
         if status.round == INITIAL_ROUND:
-            self._push_initial(table, status)
+            self.sending.push_initial(table, status)
         local = self.stream.round_of(status.round)
         if local is None:
             return
@@ -344,28 +378,12 @@ class Exchange:
                 high = (pushed.node.index + 1) << pushed.node.level
                 if not missing.slots or any(low <= slot < high for slot in missing.slots):
                     again.append(((table.number, part), pushed))
-        self.push(again, local)
+        self.sending.push(again, local)
         if status.is_meta_missing and table.number in local.hypers:
-            self._send_hyper(table, status.shard, local)
+            self.sending.send_hyper(table, status.shard, local)
         for number, slot in local.metas if status.is_meta_missing else ():
             if number == table.number:
-                self.send_meta(table, status.shard, local, slot)
-
-    def _push_initial(self, table: Table, status: RoundStatus) -> None:
-        place = table.shard(status.shard)
-        is_ours = table.place is not None and table.place.initializer == self.membership.incarnation
-        if place is None or not is_ours:
-            return
-        wanted = dict.fromkeys(missing.part for missing in status.missing)
-        parts = [p for p in table.parts if p.shard == status.shard and p.number in wanted]
-        for run in runs(parts, lambda one, after: after.number == one.number + 1):
-            frame = Frame(Dtype.FLOAT32, run[-1].stop - run[0].start)
-            push = Push(
-                self.membership.job, self.membership.origin, place.view, table.number,
-                status.shard, run[0].number, len(run), INITIAL_ROUND, 1, 0, 0, [], frame,
-            )  # fmt: skip
-            ranges = [(part.start, part.stop) for part in run]
-            self._out.append(Send(place.server, push, Initial(table.number, ranges)))
+                self.sending.send_meta(table, status.shard, local, slot)
 
     def pull(self, now_ns: int, table: Table, version: int, attempt: int) -> None:
         """Ask for a version of every shard of a table."""
@@ -376,6 +394,10 @@ class Exchange:
     def _pull_shard(
         self, now_ns: int, table: Table, shard: int, version: int, attempt: int
     ) -> None:
+        if table.spec.is_asynchronous:
+            need = self.asynchronous.before(version)
+            self._begin_pull(now_ns, table, shard, ShardPull(0, 0, attempt, 0, 0, need=need))
+            return
         self._begin_pull(now_ns, table, shard, ShardPull(version, 0, attempt, 0, 0))
 
     def _begin_pull(self, now_ns: int, table: Table, shard: int, pull: ShardPull) -> None:
@@ -394,87 +416,10 @@ class Exchange:
         place, pull = table.shard(shard), table.pulls[shard]
         if place is None:
             return
+        is_apart = table.spec.is_asynchronous or table.spec.rule is Rule.CONSTANT
         message = Pull(
             self.membership.job, self.membership.origin, place.view, table.number, shard,
-            pull.version, pull.attempt, pull.missing(), pull.need,
-        )  # fmt: skip
-        self._out.append(Send(place.server, message))
-
-    def push(self, pushed: list[tuple[tuple[int, int], Pushed]], local: LocalRound | None) -> None:
-        """Send nodes of a round, each for part ``(table, part)``; adjacent parts in one message."""
-        if local is None or self.stream.is_held_back(local):
-            return
-        for run in runs(pushed, self._is_next):
-            self._push_run(run, local)
-
-    def push_all(self, local: LocalRound) -> None:
-        """Send everything that was held back of a round."""
-        self.push([(key, one) for key, part in local.parts.items() for one in part.pushed], local)
-        for number, table in self.tables.items():
-            for shard in table.place.shards if table.place else []:
-                if number in local.hypers:
-                    self._send_hyper(table, shard.shard, local)
-                for slot in [slot for one, slot in local.metas if one == number]:
-                    self.send_meta(table, shard.shard, local, slot)
-
-    def _is_next(
-        self, one: tuple[tuple[int, int], Pushed], after: tuple[tuple[int, int], Pushed]
-    ) -> bool:
-        (table, part), pushed = one
-        (next_table, next_part), other = after
-        parts = self.tables[table].parts
-        return (
-            (next_table, next_part) == (table, part + 1)
-            and parts[part].shard == parts[next_part].shard
-            and parts[part].wire is parts[next_part].wire
-            and pushed.node == other.node
-            and (pushed.held.payload is None) == (other.held.payload is None)
-        )
-
-    def _push_run(self, run: list[tuple[tuple[int, int], Pushed]], local: LocalRound) -> None:
-        (number, _), pushed = run[0]
-        table = self.tables[number]
-        parts = [table.parts[part] for (_, part), _ in run]
-        place = table.shard(parts[0].shard)
-        if place is None:
-            return
-        payloads = tuple(one.held.payload for _, one in run if one.held.payload is not None)
-        frame = Frame(parts[0].wire, parts[-1].stop - parts[0].start) if payloads else None
-        marks = []
-        if any(one.held.absent for _, one in run):
-            marks = [
-                one.held.absent.to_bytes(-(-part.pieces // 8), "little")
-                for (_, one), part in zip(run, parts, strict=True)
-            ]
-        push = Push(
-            self.membership.job, self.membership.origin, place.view, number, parts[0].shard,
-            parts[0].number, len(run), local.number, local.active, pushed.node.level,
-            pushed.node.index, marks, frame,
-        )  # fmt: skip
-        self._out.append(Send(place.server, push, payloads or None))
-
-    def _send_hyper(self, table: Table, shard: int, local: LocalRound) -> None:
-        """Send one shard what slot 0 steps with."""
-        place = table.shard(shard)
-        if place is None or self.stream.is_held_back(local):
-            return
-        known = local.hypers[table.number]
-        message = RoundHyper(
-            self.membership.job, self.membership.origin, place.view, table.number, shard,
-            local.number, local.active, known.groups, known.norm_max,
-        )  # fmt: skip
-        self._out.append(Send(place.server, message))
-
-    def send_meta(self, table: Table, shard: int, local: LocalRound, slot: int) -> None:
-        """Send one shard what goes with a slot, which is slot 0 unless all count."""
-        place = table.shard(shard)
-        if place is None or self.stream.is_held_back(local):
-            return
-        meta = local.metas[table.number, slot]
-        message = RoundMeta(
-            self.membership.job, self.membership.origin, place.view, table.number, shard,
-            local.number, local.active, meta.groups, meta.norm_max, meta.state,
-            slot, local.first, self.asynchronous.bases.get((table.number, shard), 0),
-            local.is_again, local.due, *local.samples(slot),
+            pull.version, pull.attempt, pull.missing(),
+            pull.need or (None if is_apart else self.asynchronous.end_at(pull.version)),
         )  # fmt: skip
         self._out.append(Send(place.server, message))

@@ -1,6 +1,6 @@
 """What a worker does in one round: its slots, its half of the fold, what it pushed. Pure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -43,11 +43,14 @@ class LocalPart:
 
     Attributes
     ----------
+    is_apart : bool
+        Whether nothing is folded, since every slot is applied by itself.
     slots, gone : dict of int to None
         Slots that were taken in, and those of them that are in a pushed node.
     """
 
     fold: FoldSet[Held]
+    is_apart: bool = False
     pushed: list[Pushed] = field(default_factory=list)
     slots: dict[int, None] = field(default_factory=dict)
     gone: dict[int, None] = field(default_factory=dict)
@@ -66,6 +69,8 @@ class LocalRound:
         Number of parts of each table that has rounds.
     tried : Lineup or None
         The batches of a round that may go on without the last slots.
+    apart : collection of int
+        Tables whose contributions are applied one by one.
 
     Notes
     -----
@@ -74,7 +79,12 @@ class LocalRound:
     """
 
     def __init__(
-        self, number: int, plan: LoopPlan, parts: dict[int, int], tried: Lineup | None = None
+        self,
+        number: int,
+        plan: LoopPlan,
+        parts: dict[int, int],
+        tried: Lineup | None = None,
+        apart: Collection[int] = (),
     ) -> None:
         self.number = number
         self.plan = plan
@@ -91,7 +101,7 @@ class LocalRound:
         self.metas: dict[tuple[int, int], SlotMeta] = {}
         self.is_flushed = tried is not None  # which slots are in is known when they have come
         self.parts = {
-            (table, part): LocalPart(FoldSet(self.active))
+            (table, part): LocalPart(FoldSet(self.active), table in apart)
             for table, count in parts.items()
             for part in range(count)
         }
@@ -141,9 +151,9 @@ class LocalRound:
     def keeps(self, slot: int) -> bool:
         """Whether a contribution of ``slot`` would be held here while another slot is computed."""
         others = [one for one in self.assigned if one not in self.done and one != slot]
-        if not others or not self.parts:
+        part = next((part for part in self.parts.values() if not part.is_apart), None)
+        if not others or part is None:
             return False
-        part = next(iter(self.parts.values()))
         leaf = canonical(Node(0, slot), self.active)
         return self.is_flushed or sibling(leaf) not in part.fold.nodes
 
@@ -202,6 +212,8 @@ class LocalRound:
 
     def _can_grow(self, part: LocalPart, node: Node) -> bool:
         """Whether the sibling is going to be folded here too."""
+        if part.is_apart:
+            return False
         node = canonical(node, self.active)
         if node.level >= root_level(self.active):
             return False

@@ -25,19 +25,33 @@ from treefold.worker.pulls import ShardPull, Table
 from treefold.worker.rounds import LocalRound
 
 
+class Sends(Protocol):
+    """What a stream needs of the `treefold.worker.sending.Sending` beside it."""
+
+    def push_all(self, local: LocalRound) -> None:
+        """Send everything that was held back of a round."""
+
+
 class Rounds(Protocol):
     """What a stream needs of the `treefold.worker.exchange.Exchange` that it is part of."""
 
     local: LocalRound | None
 
+    @property
+    def sending(self) -> Sends:
+        """What sends."""
+
     def trained(self) -> list[Table]:
         """Tables that have rounds."""
 
-    def push_all(self, local: LocalRound) -> None:
-        """Send everything that was held back of a round."""
+    def folded(self) -> list[Table]:
+        """Those of them in which a round is one step."""
 
     def pull(self, now_ns: int, table: Table, version: int, attempt: int) -> None:
         """Ask for a version of every shard of a table."""
+
+    def has_all_before(self, now_ns: int, table: Table, round_: int) -> bool:
+        """Whether what was pulled of an asynchronous table will do; asks for more if not."""
 
     def begin_anew(self, now_ns: int, position: int) -> None:
         """Drop the round and ask for a version again."""
@@ -85,6 +99,8 @@ class Stream:
             return False
         if local.tried is not None:  # others may go on before this worker is done with the version
             return False
+        if len(self._rounds.folded()) < len(trained):  # what others lose of it is computed again
+            return False
         return local.next_slot() is None and all(_is_begun(table, version) for table in trained)
 
     def begin(self, now_ns: int, version: int) -> list[Snapshot]:
@@ -120,7 +136,7 @@ class Stream:
             self._release(self.older)
             self.older = None
             if self._rounds.local is not None:
-                self._rounds.push_all(self._rounds.local)
+                self._rounds.sending.push_all(self._rounds.local)
         if all(pull.is_complete for pull in pulls):
             self.version = None
             for table in self._rounds.trained():
@@ -184,9 +200,13 @@ def newest_whole(rounds: Rounds, now_ns: int) -> int | None:
     trained = rounds.trained()
     if not trained or not all(table.is_pulled for table in trained):
         return None
-    newest = max(table.pulled_version for table in trained)
+    folded = rounds.folded()
+    newest = max(table.pulled_version for table in folded)
     lagging = False
     for table in trained:
+        if table not in folded:
+            lagging |= not rounds.has_all_before(now_ns, table, newest)
+            continue
         if table.pulled_version < newest:
             rounds.pull(now_ns, table, newest, attempt=0)
         lagging |= table.pulled_version < newest or not rounds.is_consistent(now_ns, table)
@@ -203,7 +223,7 @@ def torn_version(rounds: Rounds, late: Sequence[ShardPull]) -> int | None:
     """
     complete = [
         pull.version
-        for table in rounds.trained()
+        for table in rounds.folded()
         for pull in table.pulls.values()
         if pull.is_complete
     ]
