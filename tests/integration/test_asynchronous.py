@@ -88,6 +88,7 @@ for (number,) in ps.batches(TensorDataset(torch.arange(6)), batch_size=2, shuffl
         wait_for("applied")
     else:
         (FOLDER / "applied").touch()
+    print("computed", ps.round(), slot, flush=True)
     optimizer.zero_grad()
     (weights.weight * gradient).sum().backward()
     optimizer.step()
@@ -171,6 +172,19 @@ def test_a_stale_contribution_is_compensated_as_the_script_says(
     assert run.end() == 0, run.transcript()
     found = [float(text) for (text,) in run.all(r"weight (\S+)$")]
     assert found == pytest.approx([weight] * 2, abs=1e-5)
+
+
+@pytest.mark.parametrize(("bound", "times"), [(1, 2), (2, 1)])
+def test_what_is_too_stale_is_computed_again_and_counts_once(
+    bound: int, times: int, shell: Shell
+) -> None:
+    text = STALE.replace('"async"', f"ps.Async(staleness_max={bound})")
+    script = shell.script(text.replace("COMPENSATION", "'none'"))
+    run = shell.start("run", "--servers", "1", "--workers", "2", script, str(shell.folder))
+    assert run.end() == 0, run.transcript()
+    assert len(run.all(r"computed (0) 0$")) == times
+    found = [float(text) for (text,) in run.all(r"weight (\S+)$")]
+    assert found == pytest.approx([1 + 0.125 - 0.125] * 2, abs=1e-6)
 
 
 def test_a_lost_server_takes_an_asynchronous_job_back_to_the_end_of_a_pass(shell: Shell) -> None:

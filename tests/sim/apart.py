@@ -27,6 +27,9 @@ def apart(job: Scenario) -> Scenario:
         rule = Consistency(ConsistencyKind.SSP, rng.choice((0, 0, 1, 2, 5)))
     if rng.random() < 0.3:
         rule = msgspec.structs.replace(rule, compensation=Compensation.LR_STALENESS)
+    bound = random.Random(f"bound {job.seed}")
+    if rule.kind is ConsistencyKind.ASYNC and not job.loader_rounds and bound.random() < 0.3:
+        rule = msgspec.structs.replace(rule, staleness_max=bound.randint(1, 4))
     tables = tuple(
         msgspec.structs.replace(spec, consistency=rule) if spec.rule is Rule.OPTIMIZER else spec
         for spec in job.tables

@@ -36,12 +36,15 @@ class Draft:
         Of its parts.
     before : dict of int to object
         Names of the parts that were stepped.
+    tries : dict of int to None
+        How often what its parts are made of had been computed before, as one that is too stale is.
     """
 
     which: dict[Which, None] = field(default_factory=dict)
     names: dict[int, object] = field(default_factory=dict)
     before: dict[int, object] = field(default_factory=dict)
     groups: list[Hyper] | None = None
+    tries: dict[int, None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +73,14 @@ class Contributions(Checks):
         Which of them counts for who is being checked.
     drafts : dict of (shard, version) to Draft
         What each server makes.
-    begun : dict of Which to dict
-        Versions of all shards that the loop body of a contribution began with.
+    begun : dict of Which to list of dict
+        Versions of all shards that the loop bodies of a contribution began with.
     """
 
     books: list[Histories] = field(default_factory=lambda: [{}])
     era: int = 0
     drafts: dict[tuple[int, int], Draft] = field(default_factory=dict)
-    begun: dict[Which, dict[tuple[int, int], int]] = field(default_factory=dict)
+    begun: dict[Which, list[dict[tuple[int, int], int]]] = field(default_factory=dict)
 
     @property
     def histories(self) -> Histories:
@@ -153,16 +156,18 @@ class Contributions(Checks):
             if value is None:
                 continue
             assert isinstance(value, tuple)
-            which = value[3:]
+            which, attempt = value[3:6], value[6]
+            draft.tries[attempt] = None
             if value[:3] != key:
                 raise Violation(f"part {ready.part} of {key} is stepped with {value}")
             draft.which[which] = None
             marks = self.reference.absent(key, which[0], which[1])
             if int.from_bytes(ready.absent, "little") != marks:
                 raise Violation(f"{key} has absent marks {ready.absent!r}, not {marks:b}")
-        if len(draft.which) > 1:
+        if len(draft.which) > 1 or len(draft.tries) > 1:
             where = f"version {effect.version} of table {shard.table} shard {shard.number}"
-            raise Violation(f"{where} is made of {list(draft.which)}")
+            made_of = f"{list(draft.which)}, computed for the times {list(draft.tries)}"
+            raise Violation(f"{where} is made of {made_of}")
 
     def on_recorded(self, view: int, effect: RecordVersion, shard: Shard) -> None:
         """A version is published: its contribution is in for the first time, and in its turn."""
@@ -186,7 +191,7 @@ class Contributions(Checks):
         draft = self._draft(shard, effect.version)
         if draft.which and which not in draft.which:
             raise Violation(f"{where} is said to be {which}, and made of {list(draft.which)}")
-        expected = self._groups(effect, which)
+        expected = self._groups(effect, which, next(iter(draft.tries), -1))
         if draft.groups not in (None, expected):  # None: all of it was copied here
             raise Violation(f"{where} is made with {draft.groups}, not {expected}")
         for part, before in draft.before.items():
@@ -201,12 +206,14 @@ class Contributions(Checks):
         history.append(Made(which, dict(draft.names), clocks, front))
         known[key] = effect.version
 
-    def _groups(self, effect: RecordVersion, which: Which) -> list[Hyper]:
+    def _groups(self, effect: RecordVersion, which: Which, attempt: int) -> list[Hyper]:
         """What a version is stepped with, by how stale its contribution is."""
         groups = self.reference.meta(effect.table, which[0], which[1]).groups
         rule = self.reference.scenario.tables[effect.table].consistency
-        begun = self.begun[which][effect.table, effect.shard]
+        begun = self.begun[which][attempt][effect.table, effect.shard]
         stale = effect.version - 1 - begun
+        if 0 < rule.staleness_max < stale:
+            raise Violation(f"{which} is applied {stale} versions later, the bound is {rule}")
         if rule.compensation is Compensation.NONE or stale < 2:
             return groups
         return [{"lr": float(str(group["lr"])) / stale} for group in groups]
@@ -285,9 +292,10 @@ class Contributions(Checks):
     def check_begun(self, held: dict[int, dict[int, int]], which: Which) -> None:
         """A loop body begins with what has been promised to be in."""
         round_, slot, _ = which
-        self.begun[which] = {
+        versions = {
             (table, shard): version for table in held for shard, version in held[table].items()
         }
+        self.begun.setdefault(which, []).append(versions)
         for table in self.reference.apart:
             rule = self.reference.scenario.tables[table].consistency
             floor = round_ - rule.staleness if rule.kind is ConsistencyKind.SSP else 0

@@ -159,7 +159,7 @@ def _step_of(cluster: Cluster, version: int) -> Step:
     batches, base = tuple((round_, slot) for slot in range(SLOTS)), round_
     if isinstance(checks, Contributions):
         which = checks.histories[0, 0][round_].which
-        batches, base = (which[:2],), checks.begun[which][0, 0]
+        batches, base = (which[:2],), checks.begun[which][-1][0, 0]
     elif isinstance(checks, Gathered):
         tried = checks.tried(round_).batches
         batches = tuple(tried[slot] for slot in checks.decisions[round_])

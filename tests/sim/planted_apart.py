@@ -2,12 +2,15 @@
 
 from msgspec.structs import replace
 
-from tests.sim.planting import Patch, plant
+from tests.sim.planting import AnyCore, Patch, change_output, plant
 from tests.sim.scenario import Theme
 from treefold.common.plan import LoopPlan
 from treefold.server import asynchronous as server_asynchronous
 from treefold.server.asynchronous import Asynchronous
+from treefold.server.core import ServerCore
 from treefold.server.holding import Shard, Staged, Wait
+from treefold.wire.exchange import Send
+from treefold.wire.messages import RoundStatus
 from treefold.wire.words import Need
 from treefold.worker import asynchronous as worker_asynchronous
 from treefold.worker.asynchronous import Asynchronous as WorkerAsynchronous
@@ -64,7 +67,7 @@ def a_pull_is_answered_before_what_it_needs_is_in(patch: Patch) -> None:
     patch.setattr(Wait, "is_met", lambda *_: True)
 
 
-@plant(Theme.APART, 250)
+@plant(Theme.APART, 200)
 def another_primary_goes_on_with_half_a_version(patch: Patch) -> None:
     patch.setattr(Shard, "begin_round_anew", lambda _: [])
 
@@ -148,3 +151,36 @@ def a_version_that_lacks_the_workers_own_is_good_enough(patch: Patch) -> None:
         return replace(need, slot=0, clock=0)
 
     patch.setattr(WorkerAsynchronous, "_wanted", changed)
+
+
+@plant(Theme.APART)
+def what_is_too_stale_is_applied(patch: Patch) -> None:
+    patch.setattr(server_asynchronous, "_staleness", lambda *_: 0)
+
+
+@plant(Theme.APART)
+def what_is_too_stale_is_made_anew_before_all_shards_have_spoken(patch: Patch) -> None:
+    def changed(self: WorkerAsynchronous, now_ns: int, status: RoundStatus) -> None:
+        if self._pushed in [(status.round, slot) for one in status.missing for slot in one.slots]:
+            self._rounds.drop_round()
+            self._pushed = None
+            self._ask_for(now_ns, Need(0, 0))
+
+    patch.setattr(WorkerAsynchronous, "on_too_stale", changed)
+
+
+@plant(Theme.APART)
+def nobody_is_told_that_it_is_too_stale(patch: Patch) -> None:
+    def changed(core: AnyCore, event: object, effects: list[object]) -> list[object]:
+        del core, event
+        return [
+            one
+            for one in effects
+            if not (
+                isinstance(one, Send)
+                and isinstance(one.message, RoundStatus)
+                and one.message.is_stale
+            )
+        ]
+
+    change_output(patch, ServerCore, changed)

@@ -170,6 +170,11 @@ class Scenario:
         return any(spec.is_asynchronous for spec in self.tables)
 
     @property
+    def may_be_too_stale(self) -> bool:
+        """Whether contributions may have to be made again."""
+        return any(spec.consistency.staleness_max for spec in self.tables)
+
+    @property
     def is_quorum(self) -> bool:
         """Whether rounds go on without the last slots."""
         return any(spec.is_quorum for spec in self.tables)

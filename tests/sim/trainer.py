@@ -380,7 +380,10 @@ class Trainer:
                 assert isinstance(value, tuple)
                 value = (*value, task.base)
             if value is not None and table in self.reference.apart:  # another one makes another
-                value = (*key, task.round, task.slot, self.process.worker.membership.origin)
+                which = (task.round, task.slot, self.process.worker.membership.origin)
+                checks = self.process.checks
+                assert isinstance(checks, Contributions)
+                value = (*key, *which, len(checks.begun[which]) - 1)
             if value is None:
                 if not (task.slot + number) % 2:  # otherwise the end of the slot says so
                     found.append(Leaf(table, number, part, absent, None, is_lent=False))
@@ -452,7 +455,7 @@ class Trainer:
         elif any(version != self._base_of(task) for version in versions):
             raise Violation(f"{task} with versions {versions} loaded")
         which = self._base_of(task), task.round, task.slot
-        if which in self.done:
+        if which in self.done and not self.scenario.may_be_too_stale:
             raise Violation(f"{task} is given to a worker that has done it")
         if task.slot >= self.scenario.plan_of(task.round).active_slots(task.round):
             raise Violation(f"{task} has no samples")

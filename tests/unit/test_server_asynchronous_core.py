@@ -35,6 +35,7 @@ from treefold.wire.messages import (
     ChainDiffers,
     Heartbeat,
     HeartbeatSeen,
+    PartMissing,
     Published,
     Pull,
     Refused,
@@ -407,3 +408,19 @@ def test_a_round_that_somebody_cannot_leave_is_reported_late_with_its_missing_sl
         late = sent(core.handle(due_ns, Tick()), RoundLate)
         due_ns = core.next_deadline_ns()
     assert late == [RoundLate(ME, 0, [1])]
+
+
+def test_what_is_staler_than_the_bound_is_let_go_and_its_worker_told() -> None:
+    core = begun(replace(ASYNC, staleness_max=1))
+    for round_ in range(2):
+        contribute(core, round_, 0)
+    effects = contribute(core, 0, 1, sender=6)
+    assert not of(effects, MakeParts)
+    assert of(effects, ReleasePayload) == [ReleasePayload(6010), ReleasePayload(6011)]
+    told = RoundStatus(0, 0, 0, [PartMissing(0, [1])], is_meta_missing=False, is_stale=True)
+    assert sent(effects, RoundStatus) == [told]
+    assert core.exchange.asynchronous.too_stale == 1
+    for part in (0, 1):
+        data(core, push(0, 1, part=part, sender=6), 70 + part)
+    fresh = replace(meta(0, slot=1, sender=6), base=1)
+    assert of(data(core, fresh), MakeParts), "one version behind is near enough"

@@ -184,3 +184,31 @@ def test_a_bound_needs_slots_that_can_move() -> None:
         backward(loss_of(model, batch))
         with pytest.raises(UnsupportedError, match=r"needs ps.batches\(\)"):
             optimizer.step()
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
+def test_a_bound_in_versions_that_is_none_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"staleness_max is {value!r}"):
+        ps.Async(value)
+
+
+def test_a_bound_in_versions_is_part_of_the_table() -> None:
+    with joined(ReferenceJob(slots=2)):
+        model = bare()
+        optimizer = ps.DistributedOptimizer(sgd(model), model, consistency=ps.Async(3))
+        assert optimizer.table.options.consistency.staleness_max == 3
+
+
+def test_a_bound_in_versions_is_refused_beside_a_synchronous_table_and_with_own_loaders() -> None:
+    with joined(ReferenceJob(slots=2)):
+        first, second = bare(), bare()
+        ps.DistributedOptimizer(sgd(first), first)
+        with pytest.raises(UnsupportedError, match="staleness_max needs a job without synchronous"):
+            ps.DistributedOptimizer(sgd(second), second, consistency=ps.Async(3))
+    with joined(ReferenceJob(slots=2)):
+        model = bare()
+        optimizer = ps.DistributedOptimizer(sgd(model), model, consistency=ps.Async(3))
+        batch = [torch.stack([dataset()[n][0] for n in range(4)]), torch.arange(4) % 3]
+        backward(loss_of(model, batch))
+        with pytest.raises(UnsupportedError, match=r"staleness_max needs ps.batches\(\)"):
+            optimizer.step()

@@ -10,7 +10,7 @@ from tests.unit import worker_driver
 from tests.unit.worker_driver import ME, OTHER, Driver, completed, plan, sent, table_spec
 from treefold.common.round_state import Applied
 from treefold.common.spec import Consistency, ConsistencyKind, TableSpec
-from treefold.wire.messages import Published, Pull
+from treefold.wire.messages import PartMissing, Published, Pull, RoundStatus
 from treefold.wire.words import Need
 from treefold.worker.effects import DrainAsked, Effect, LoopEnd, Task
 
@@ -95,3 +95,35 @@ def test_who_drains_waits_for_its_own_contribution_alone() -> None:
     (end,) = completed(arrive(driver, 1, [1]))
     assert isinstance(end, LoopEnd)
     assert end.is_draining
+
+
+def too_stale(shard: int, slot: int) -> RoundStatus:
+    """A shard does not want a contribution to round 0."""
+    missing = [PartMissing(0, [slot])]
+    return RoundStatus(0, shard, 0, missing, is_meta_missing=False, is_stale=True)
+
+
+def test_what_one_shard_does_not_want_is_computed_again_when_the_other_one_has_it() -> None:
+    driver = Driver(shards=(2,))
+    driver.declare()
+    driver.enter([ME, OTHER], plan(rounds=1, slots=2))
+    assert asked(driver.contribute(0, 0)) == [Need(0, 1, 0, 2, 2)] * 2
+    effects = driver.server(too_stale(1, 0))
+    assert asked(effects) == [Need(0, 1), None], "others may wait for this one at the pass's end"
+    assert asked(driver.server(too_stale(1, 0))) == [], "it is told twice"
+    assert completed(driver.pulled(0, 1, 3)) == []
+    state = msgspec.msgpack.encode(Applied([1], (0, 0, ME), 0, b"state"))
+    driver.run(0, 0, 2, 0, 1)
+    (task,) = completed(driver.server(Published(0, 0, 2, state, math.nan)))
+    assert isinstance(task, Task)
+    assert (task.round, task.slot) == (0, 0)
+    assert [one.version for one in task.snapshots] == [2]
+    assert asked(driver.contribute(0, 0)) == [Need(0, 1, 0, 2, 2)] * 2
+
+
+def test_word_of_another_contribution_changes_nothing() -> None:
+    driver = Driver()
+    driver.declare()
+    driver.enter([ME, OTHER], plan(rounds=1, slots=2))
+    driver.contribute(0, 0)
+    assert driver.server(too_stale(0, 1)) == []

@@ -83,6 +83,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ``quorum``.
     staleness : int
         How many rounds a slot may be ahead of the slowest one with ``ssp``.
+    staleness_max : int
+        How many versions a contribution may be behind with ``async``, 0 for any number.
     quorum : int
         How many slots of a round are enough with ``quorum``; it has to be said there.
     grace : float
@@ -161,6 +163,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)] = 0
     consistency: str = "sync"
     staleness: NotNegative = 4
+    staleness_max: NotNegative = 0
     quorum: Annotated[int, Meta(ge=0, le=65_536)] = 0
     grace: Annotated[float, Meta(ge=0, le=1e6)] = 0.5
     late: str = "requeue"

@@ -93,7 +93,8 @@ class Late(IntEnum):
 class Consistency(msgspec.Struct, frozen=True, array_like=True):
     """When contributions are applied, and how far slots may be apart.
 
-    ``staleness`` is the bound of `ConsistencyKind.SSP` in rounds, 0 for other kinds. With
+    ``staleness`` is the bound of `ConsistencyKind.SSP` in rounds, 0 for other kinds;
+    ``staleness_max`` that of `ConsistencyKind.ASYNC` in versions, 0 for none. With
     compensations that correct gradients ``strength`` is how much of the correction counts, and
     ``versions`` how many older versions servers keep for it. With `ConsistencyKind.QUORUM` a round
     goes on with ``quorum`` slots once ``grace`` times the time that it took to get them has passed.
@@ -107,6 +108,7 @@ class Consistency(msgspec.Struct, frozen=True, array_like=True):
     quorum: Annotated[int, Meta(ge=0, le=SLOTS_MAX)] = 0
     grace: Annotated[float, Meta(ge=0, le=GRACE_MAX)] = 0.0
     late: Late = Late.REQUEUE
+    staleness_max: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
 
 
 SYNC = Consistency()

@@ -448,13 +448,18 @@ class PartMissing(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class RoundStatus(Message, tag=36, frozen=True):
-    """What a server lacks to finish a round of a shard: a worker sends again what it has of it."""
+    """What a server lacks to finish a round of a shard: a worker sends again what it has of it.
+
+    If ``is_stale`` what came of the slots was computed with a version that is too old: it is let
+    go, and to be computed again with a newer one.
+    """
 
     table: TableNumber
     shard: ShardNumber
     round: Round
     missing: Annotated[list[PartMissing], Meta(max_length=PARTS_MAX)]
     is_meta_missing: bool
+    is_stale: bool = False
 
 
 # ---- members on one host ---------------------------------------------------------------------

@@ -18,9 +18,10 @@ DESCRIPTION = (
     "signals reach it and its exit code is seen as if it had been started without treefold."
 )
 FLAGS = (
-    "scheduler", "engine", "keys", "rank", "slots", "seed", "consistency", "staleness", "quorum",
-    "grace", "late", "compensation", "connect_timeout_s", "retry_ms", "lane", "lane_bytes_max",
-    "ledger", "log_level", "metrics_port", "metrics_bind", "metrics_token_file", "timeline",
+    "scheduler", "engine", "keys", "rank", "slots", "seed", "consistency", "staleness",
+    "staleness_max", "quorum", "grace", "late", "compensation", "connect_timeout_s", "retry_ms",
+    "lane", "lane_bytes_max", "ledger", "log_level", "metrics_port", "metrics_bind",
+    "metrics_token_file", "timeline",
 )  # fmt: skip
 
 

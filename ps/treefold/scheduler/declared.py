@@ -165,6 +165,10 @@ class Declared:
                 return f"{what} has a quorum of {quorum} of {plan.slots} slots"
             if table.spec.is_quorum and plan.kind is PlanKind.LOADER:
                 return f"{what}: a quorum needs leased slots, which own loaders do not have"
+            if table.spec.consistency.staleness_max and plan.kind is PlanKind.LOADER:
+                return f"{what}: what is too stale could not be computed again with own loaders"
+            if table.spec.consistency.staleness_max and not self.is_asynchronous:
+                return f"{what}: staleness_max needs a job without synchronous tables"
         return ""
 
     def begin_from(self, source: Source, tables: list[tuple[TableSpec, bytes]]) -> None:

@@ -42,6 +42,8 @@ class Asynchronous:
     ----------
     duplicates : int
         Parts of contributions that were here already.
+    too_stale : int
+        Contributions that were let go for the table's bound.
     stale : dict of (table, worker) to list of int
         Contributions to shard 0 by class of staleness.
     sums : dict of (table, worker) to int
@@ -49,7 +51,7 @@ class Asynchronous:
     """
 
     def __init__(self, saves: Saves, out: list[Effect]) -> None:
-        self.duplicates = 0
+        self.duplicates = self.too_stale = 0
         self.stale: dict[tuple[int, int], list[int]] = {}
         self.sums: dict[tuple[int, int], int] = {}
         self._saves = saves
@@ -87,7 +89,7 @@ class Asynchronous:
             return
         staged = self._stage(shard, meta.round, meta.slot, meta.sender)
         if staged is not None and staged.meta is None:
-            staged.meta = meta
+            staged.meta, staged.peer = meta, peer
 
     def _stage(self, shard: Shard, round_: int, slot: int, sender: int) -> Staged | None:
         """Where a sender's contribution is gathered; None if it is in already, or too old."""
@@ -114,15 +116,14 @@ class Asynchronous:
         for key, one in list(shard.staged.items()):
             if one.round < shard.clock(one.slot):  # another copy of it is in meanwhile
                 self._drop(shard, key)
-        whole = (one for one in shard.staged.values() if one.is_whole(shard.parts_count))
-        chosen = next(whole, None)
+        chosen = self._choose(shard)
         if chosen is None or chosen.meta is None:
             return
         del shard.staged[chosen.slot, chosen.sender]
         current.open(1, shard.parts_count)
         for part in range(shard.parts_count):
             current.put(part, chosen.parts[part], chosen.sender)
-        stale = max(0, shard.version - chosen.meta.base)
+        stale = _staleness(shard, chosen)
         self._count(shard, chosen.sender, stale)
         rule = shard.spec.consistency.compensation
         groups = compensated(rule, chosen.meta.groups, stale, shard.staleness.value)
@@ -133,6 +134,22 @@ class Asynchronous:
         state = msgspec.msgpack.encode(_with(shard.applied, chosen, chosen.meta))
         current.meta = msgspec.structs.replace(chosen.meta, state=state)
         current.contributed = [(chosen.round, chosen.slot, chosen.sender)]
+
+    def _choose(self, shard: Shard) -> Staged | None:
+        """The next contribution that is whole; those that are too stale are to be made again."""
+        most = shard.spec.consistency.staleness_max
+        for key, one in list(shard.staged.items()):
+            if not one.is_whole(shard.parts_count):
+                continue
+            if not most or _staleness(shard, one) <= most:
+                return one
+            self.too_stale += 1
+            self._drop(shard, key)
+            if one.peer is not None:
+                which = shard.table, shard.number, one.round, [PartMissing(0, [one.slot])]
+                word = RoundStatus(*which, is_meta_missing=False, is_stale=True)
+                self._out.append(Send(one.peer, word))
+        return None
 
     def _count(self, shard: Shard, worker: int, stale: int) -> None:
         shard.staleness.add(stale)
@@ -175,6 +192,11 @@ class Asynchronous:
             version, parts = shard.version, list(range(shard.parts_count))
         self._out += answers.of_version(peer, shard, version, parts)
         self._saves.end_pass(shard, need)
+
+
+def _staleness(shard: Shard, staged: Staged) -> int:
+    """Versions that were made since the one that a whole contribution was computed with."""
+    return 0 if staged.meta is None else max(0, shard.version - staged.meta.base)
 
 
 def _refusal(shard: Shard, meta: RoundMeta) -> Refused | None:

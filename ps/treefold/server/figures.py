@@ -140,6 +140,8 @@ class ServerTally(Tally):
         yield Reading("contributions_late_total", exchange.quorum.late)
         for code, count in self._rejected.items():
             yield Reading("updates_rejected_total", count, (code.name.lower(),))
+        if any(spec.consistency.staleness_max for spec in specs.values()):
+            yield Reading("updates_rejected_total", own.too_stale, ("too_stale",))
         for labels, (classes, total) in self._staleness().items():
             yield Reading("staleness_steps", staleness(classes, total), labels)
 

@@ -60,6 +60,7 @@ class Staged:
     sender: int
     parts: dict[int, Held] = field(default_factory=dict)
     meta: RoundMeta | None = None
+    peer: Peer | None = None
 
     def is_whole(self, parts_count: int) -> bool:
         """Whether all of it is here."""

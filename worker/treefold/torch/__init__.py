@@ -18,7 +18,7 @@ within a body. The same script runs alone, with an embedded cluster.
 
 from treefold.torch.loop import Batches, batches
 from treefold.torch.optimizer import DistributedOptimizer, clip_grad_norm
-from treefold.torch.options import DCASGD, SSP, Quorum
+from treefold.torch.options import DCASGD, SSP, Async, Quorum
 from treefold.torch.saving import save, state_dict
 from treefold.torch.session import init, is_chief, rank, shutdown, size
 from treefold.torch.session import round_number as round  # noqa: A004 # ps.round() reads as it is
@@ -27,6 +27,7 @@ from treefold.torch.shards import DataShard, DataShards, data_shards
 __all__ = [
     "DCASGD",
     "SSP",
+    "Async",
     "Batches",
     "DataShard",
     "DataShards",

@@ -16,6 +16,7 @@ from treefold.torch.buffers import BufferMode
 from treefold.torch.options import (
     DCASGD,
     SSP,
+    Async,
     OverlapMode,
     Quorum,
     check_buffers,
@@ -31,7 +32,7 @@ class OptimizerOptions(TypedDict, total=False):
     buffers: str
     lend: bool
     wire: str
-    consistency: str | SSP | Quorum | None
+    consistency: str | Async | SSP | Quorum | None
     compensation: str | DCASGD | None
 
 
@@ -70,14 +71,15 @@ class DistributedOptimizer(Optimizer):
         With a narrow one every gradient, every sum of gradients and the parameters that workers
         compute with are rounded to it, the same on any cluster; servers keep float32. Buffers are
         never rounded.
-    consistency : str, SSP or Quorum
+    consistency : str, Async, SSP or Quorum
         When servers apply contributions. ``"sync"``: those of all slots of a round together, once
         they are all there, with the same bits on any cluster. ``"async"``: each by itself, as it
-        comes; slots are at rounds of their own, and each begins with the newest version. ``"ssp"``
+        comes; slots are at rounds of their own, and each begins with the newest version;
+        ``Async(staleness_max)``: what is too stale is computed again. ``"ssp"``
         or ``SSP(staleness)``: the same, but no slot gets further ahead of the slowest than a bound.
         ``"quorum"`` or ``Quorum(slots)``: rounds as with ``"sync"``, which go on without the last
-        slots after a while. The job's setting by default. All optimizers of a job have to be
-        ``"sync"``, or all have one quorum, or none.
+        slots after a while. The job's setting by default. Optimizers of a job may differ, but
+        if one has a quorum all have the same.
     compensation : str or DCASGD
         What servers do about contributions that were computed with an older version than they are
         applied to: ``"none"``; ``"lr-staleness"``, which divides the learning rate by the number of

@@ -58,6 +58,37 @@ class SSP:
 
 
 @dataclass(frozen=True, slots=True)
+class Async:
+    """Every contribution is applied by itself, if it is not too stale; otherwise made anew.
+
+    A contribution is as stale as versions of a shard were made since the one that it was computed
+    with. One that is staler than the bound is let go, and its batch computed again with the newest
+    version, so that every sample still counts once. Source of the idea: Li et al., Scaling
+    distributed machine learning with the parameter server, OSDI 2014, section 3.4, bounded delay.
+
+    Parameters
+    ----------
+    staleness_max : int
+        The bound, in versions. With W workers contributions are about W - 1 versions behind.
+
+    Raises
+    ------
+    ConfigError
+        It is no whole number above 0.
+    """
+
+    staleness_max: int
+
+    def __post_init__(self) -> None:
+        """Check the bound."""
+        value: object = self.staleness_max
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        if not is_count or not 1 <= self.staleness_max <= STALENESS_MAX:
+            msg = f"staleness_max is {value!r}; it is a whole number of versions, 1 or more"
+            raise ConfigError(msg)
+
+
+@dataclass(frozen=True, slots=True)
 class Quorum:
     """Rounds as with ``"sync"``, which go on without the last slots after a while.
 
@@ -161,9 +192,9 @@ def consistency_of(value: object, settings: Settings, compensation: object = Non
 
     Parameters
     ----------
-    value : str, SSP, Quorum or None
-        ``"sync"``, ``"async"``, ``"ssp"`` (with the job's staleness), ``"quorum"`` (with the job's
-        quorum, grace and late); None for the job's.
+    value : str, Async, SSP, Quorum or None
+        ``"sync"``, ``"async"`` (with the job's bound, if there is one), ``"ssp"`` (with the job's
+        staleness), ``"quorum"`` (with the job's quorum, grace and late); None for the job's.
     settings : Settings
         The job's.
     compensation : str, DCASGD or None
@@ -240,8 +271,10 @@ def _rule_of(value: object, settings: Settings) -> Consistency:
     if value == "sync":
         return Consistency()
     if value == "async":
-        return Consistency(ConsistencyKind.ASYNC)
-    names = "'sync', 'async', 'ssp', 'quorum', ps.SSP(...) or ps.Quorum(...)"
+        return Consistency(ConsistencyKind.ASYNC, staleness_max=settings.staleness_max)
+    if isinstance(value, Async):
+        return Consistency(ConsistencyKind.ASYNC, staleness_max=value.staleness_max)
+    names = "'sync', 'async', 'ssp', 'quorum', ps.Async(...), ps.SSP(...) or ps.Quorum(...)"
     msg = f"consistency={value!r}; it is one of {names}"
     raise ConfigError(msg)
 

@@ -112,6 +112,14 @@ class Session:
                     "has a quorum, all have the same"
                 )
                 raise UnsupportedError(text)
+        rules = [*(table.options.consistency for table in self.tables), consistency]
+        is_sync = any(rule.kind is ConsistencyKind.SYNC for rule in rules)
+        if is_sync and any(rule.staleness_max for rule in rules):
+            text = (
+                "staleness_max needs a job without synchronous tables: beside one, a contribution "
+                "is never staler than a round has slots"
+            )
+            raise UnsupportedError(text)
 
     def is_taken(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to a table already."""
@@ -245,6 +253,12 @@ class Session:
             text = (
                 "consistency='ssp' needs ps.batches(): with own loaders nobody else can compute a "
                 "slot whose worker is gone, and all others would wait for it for ever"
+            )
+            raise UnsupportedError(text)
+        if any(table.options.consistency.staleness_max for table in self.tables):
+            text = (
+                "staleness_max needs ps.batches(): an own loader reads on, so that nobody could "
+                "compute again what is too stale"
             )
             raise UnsupportedError(text)
         if any(table.is_quorum for table in self.tables):

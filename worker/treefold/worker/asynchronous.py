@@ -11,12 +11,14 @@ behind, computes it with the newest version that it has, and asks for a version 
 What is in is said by clocks, which come with every version of every shard.
 """
 
+from collections.abc import Collection
 from typing import Protocol
 
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.round_state import decode_applied
 from treefold.common.spec import ConsistencyKind
 from treefold.wire.membership import Vitals
+from treefold.wire.messages import RoundStatus
 from treefold.wire.words import Need
 from treefold.worker.effects import STANDING_BY, LoopEnd, Task
 from treefold.worker.pulls import Table
@@ -42,8 +44,10 @@ class Rounds(Protocol):
     def drop_round(self) -> None:
         """Let go of what this worker has of the round it was in."""
 
-    def ask(self, now_ns: int, need: Need, attempt: int) -> None:
-        """Ask for the newest version of every table, as soon as something is in it."""
+    def ask(
+        self, now_ns: int, need: Need, attempt: int, refusing: Collection[tuple[int, int]]
+    ) -> None:
+        """Ask for the newest version of every shard, as soon as something is in it."""
 
     def stop_asking(self) -> None:
         """Ask for nothing any more."""
@@ -73,6 +77,7 @@ class Asynchronous:
         self._pushed: tuple[int, int] | None = None
         self._last: int | None = None
         self._asked: Need | None = None
+        self._refusing: dict[tuple[int, int], None] = {}
 
     @property
     def is_on(self) -> bool:
@@ -189,15 +194,30 @@ class Asynchronous:
         vitals.spare = [slot for round_, slot in todo if round_ == first and slot != self._last]
         vitals.is_idle = is_waiting and not todo and not self._is_over(plan)
 
+    def on_too_stale(self, now_ns: int, status: RoundStatus) -> None:
+        """A shard wants a contribution computed anew, with its newest version.
+
+        Before that all others have to say that they have it, or do not want it either: otherwise
+        one could put it together from parts of both.
+        """
+        meant = [(status.round, slot) for missing in status.missing for slot in missing.slots]
+        key = status.table, status.shard
+        if self._pushed in meant and key not in self._refusing:
+            self._refusing[key] = None
+            self._ask_for(now_ns, Need(self._pushed[1], self._pushed[0] + 1))
+
     # ---- insides ------------------------------------------------------------------------------
 
     def _take_in(self, trained: list[Table]) -> None:
         """Everything that was asked for is here: what this worker has pushed may be in."""
         for table in [table for table in trained if table.pulls]:
             self.learn(table)
-        if self._pushed is not None and self.clock(self._pushed[1]) > self._pushed[0]:
+        if self._pushed is None:
+            return
+        if self._refusing or self.clock(self._pushed[1]) > self._pushed[0]:
             self._rounds.drop_round()
             self._pushed = None
+            self._refusing.clear()
 
     def _choose(self, plan: LoopPlan, leased: list[int]) -> tuple[int, int] | None:
         """Round and slot of the next loop body; None if there is none, or none may begin."""
@@ -232,7 +252,7 @@ class Asynchronous:
 
     def _ask_for(self, now_ns: int, need: Need) -> None:
         self._asked = need
-        self._rounds.ask(now_ns, need, int(self.is_moved))
+        self._rounds.ask(now_ns, need, int(self.is_moved), self._refusing)
 
     def _wanted(self, plan: LoopPlan, leased: list[int], *, is_draining: bool = False) -> Need:
         """What must be in the version that this worker goes on with.
@@ -246,7 +266,7 @@ class Asynchronous:
         ends = plan.ends if floor else []
         if self._pushed is not None:
             own = self._pushed[1], self._pushed[0] + 1
-            if is_draining:
+            if is_draining or self._refusing:
                 return Need(*own)
             if following is not None or plan.kind is PlanKind.LOADER:
                 return Need(*own, floor, 0, slots, ends)

@@ -4,6 +4,8 @@ Part of `treefold.worker.core` in a file of its own; just as pure. Effects are a
 core's list.
 """
 
+from collections.abc import Collection
+
 from treefold.common.lineup import Lineup
 from treefold.common.plan import LoopPlan
 from treefold.common.spec import Rule
@@ -321,12 +323,18 @@ class Exchange:
             table.declare_call = None
             table.pulls = {}
 
-    def ask(self, now_ns: int, need: Need, attempt: int) -> None:
-        """Ask for the newest version of every table, as soon as something is in it."""
+    def ask(
+        self, now_ns: int, need: Need, attempt: int, refusing: Collection[tuple[int, int]]
+    ) -> None:
+        """Ask for the newest version of every shard, as soon as something is in it.
+
+        Of those that refuse what is needed, ask for it at once.
+        """
         self.asked_ns = now_ns
         for table in self.trained():
             for shard in table.place.shards if table.place else []:
-                pull = ShardPull(0, 0, attempt, 0, 0, need=need)
+                is_refusing = (table.number, shard.shard) in refusing
+                pull = ShardPull(0, 0, attempt, 0, 0, need=None if is_refusing else need)
                 self._begin_pull(now_ns, table, shard.shard, pull)
 
     def stop_asking(self) -> None:
@@ -360,14 +368,19 @@ class Exchange:
         table = self.tables.get(status.table)
         if table is None or table.shard(status.shard) is None:
             return
+        if status.is_stale:
+            self.asynchronous.on_too_stale(now_ns, status)
+            return
         if status.shard in table.pulls:
             table.pulls[status.shard].status = status
             table.pulls[status.shard].heard_ns = now_ns
         if status.round == INITIAL_ROUND:
             self.sending.push_initial(table, status)
         local = self.stream.round_of(status.round)
-        if local is None:
-            return
+        if local is not None:
+            self._send_again(table, local, status)
+
+    def _send_again(self, table: Table, local: LocalRound, status: RoundStatus) -> None:
         again: list[tuple[tuple[int, int], Pushed]] = []
         for missing in status.missing:
             part = table.part_id(status.shard, missing.part)
