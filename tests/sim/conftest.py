@@ -2,12 +2,14 @@
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.sim.background import Background
 from tests.sim.runs import TALLY
 
+HERE = Path(__file__).parent
 BACKGROUND = pytest.StashKey[Background]()
 SEEDS, PLANTED = "test_no_seed_breaks_a_promise", "test_a_planted_bug_is_found"
 
@@ -16,6 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare ``--first-seed``; it is known when this folder is named on the command line."""
     group = parser.getgroup("treefold")
     group.addoption("--first-seed", type=int, default=0, help="where the simulator's seeds begin")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Wait for it last: until then it takes what other tests leave of the processors."""
+    items.sort(key=lambda item: HERE in item.path.parents)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
