@@ -65,6 +65,9 @@ def visited(**options: Any) -> list[Visit]:  # those of `data_shards`
         {"load": mapped, "num_workers": 2},
         {"load": streamed, "sizes": FILES},
         {"load": streamed_from, "sizes": FILES},
+        {"load": streamed, "sizes": "count"},
+        {"load": streamed_from, "sizes": "count", "num_workers": 2},
+        {"load": mapped, "sizes": "count"},
         {"load": numbers, "collate_fn": lambda samples: [torch.tensor(samples)]},
     ],
 )
@@ -132,6 +135,7 @@ def test_a_loop_over_a_shard_that_is_left_is_an_error() -> None:
         ([[]], {}, "the data shards have no samples"),
         ([3], {}, "data shard 0, 3, is a int, which can neither be indexed nor iterated"),
         ([0, 1], {"load": streamed}, r"without len\(\): pass sizes="),
+        ([0, 1], {"load": streamed, "sizes": "guess"}, "sizes is 'guess'; it is 'count', or"),
         ([0, 1], {"load": streamed, "sizes": [5]}, "sizes has 1 entries for 2 data shards"),
         ([0, 1], {"load": streamed, "sizes": [5, -1]}, r"sizes\[1\] is -1"),
         ([[1]], {"policy": "fastest"}, "policy='fastest'; it is one of 'predictive', 'queue'"),
@@ -268,3 +272,23 @@ def test_a_policy_is_part_of_the_plan(policy: Policy) -> None:
         name = policy.name.lower()
         assert ps.batches(TensorDataset(torch.arange(9)), 3, policy=name).plan.policy is policy
         assert ps.data_shards([[1, 2]], 3, policy=name).plan.policy is policy
+
+
+def test_what_was_counted_is_known_in_the_next_pass_over_the_same_files() -> None:
+    begun: Counter[str] = Counter()
+
+    def load(name: str) -> Iterator[tuple[int]]:
+        begun[name] += 1
+        return streamed(int(name))
+
+    names = [str(number) for number in range(len(FILES))]
+    with joined(ReferenceJob(SLOTS)):
+        begin()
+        for epoch in range(2):
+            shards = ps.data_shards(
+                [*names], 4 * SLOTS, epoch=epoch, load=load, sizes="count", shuffle=False
+            )
+            assert sum(len(batch[0]) for shard in shards for batch in shard) == SAMPLES
+    counted, read = 1, 2
+    assert begun[names[2]] == counted + read
+    assert begun[names[1]] == counted, "there is nothing in it"

@@ -77,6 +77,8 @@ class Session:
         The round of that slot; between loops, the next one.
     slots_held : list of int
         The slots that this worker computed in the last round it saw.
+    shard_sizes : (list, callable or None, list of int)
+        Data shards of the last pass over such, what loads them, and the samples that each has.
     """
 
     def __init__(self, client: Client, settings: Settings) -> None:
@@ -91,6 +93,7 @@ class Session:
         self.next_round = 0
         self.slots_held: list[int] = []
         self.progress = Progress()
+        self.shard_sizes: tuple[list[object], object, list[int]] = ([], None, [])
         self._taken: dict[int, None] = {}
 
     # ---- tables ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, islice
+from pathlib import PurePath
 from typing import Any, Unpack, get_type_hints
 
 import torch
@@ -25,6 +26,7 @@ from treefold.torch.randomness import permutation
 from treefold.torch.samples import MapStyle, SlotReader, Source
 
 OPEN_MAX = 8  # data shards that a process holds open
+COUNT = "count"  # in the place of sizes
 Load = Callable[..., Any]
 
 
@@ -32,7 +34,7 @@ class ShardOptions(CommonOptions, total=False):
     """Keywords of `data_shards`."""
 
     load: Load | None
-    sizes: Sequence[int] | None
+    sizes: Sequence[int] | str | None
 
 
 class ShardedData:
@@ -44,8 +46,8 @@ class ShardedData:
         What the script calls them.
     load : callable or None
         Makes a data set of an item; None if items are data sets.
-    sizes : sequence of int or None
-        Samples of each; None to ask the data sets.
+    sizes : sequence of int, str or None
+        Samples of each; None to ask the data sets, ``"count"`` to read those that do not know.
 
     Attributes
     ----------
@@ -61,15 +63,18 @@ class ShardedData:
     """
 
     def __init__(
-        self, items: Sequence[object], load: Load | None, sizes: Sequence[int] | None
+        self, items: Sequence[object], load: Load | None, sizes: Sequence[int] | str | None
     ) -> None:
         self._items = items
         self._load: Load = _itself if load is None else load
         self._has_start = load is not None and "start" in inspect.signature(load).parameters
         self._open: OrderedDict[int, MapStyle | _Cursor] = OrderedDict()
         self.is_sequential = not isinstance(self._opened(0), MapStyle)
-        if sizes is None:
-            sizes = [self._size(number) for number in range(len(items))]
+        if isinstance(sizes, str) and sizes != COUNT:
+            raise ConfigError(f"sizes is {sizes!r}; it is {COUNT!r}, or a number for each")
+        if sizes is None or isinstance(sizes, str):
+            is_counted = sizes is not None
+            sizes = [self._size(number, is_counted) for number in range(len(items))]
         if len(sizes) != len(items):
             msg = f"sizes has {len(sizes)} entries for {len(items)} data shards"
             raise ConfigError(msg)
@@ -104,13 +109,17 @@ class ShardedData:
         """The samples of a data shard, int64 [n]."""
         return torch.arange(self._ends[number] - self.sizes[number], self._ends[number])
 
-    def _size(self, number: int) -> int:
+    def _size(self, number: int, is_counted: bool) -> int:
         data = self._opened(number)
         if isinstance(data, MapStyle):
             return len(data)
+        if is_counted:
+            del self._open[number]  # it will be at its end
+            return sum(1 for _ in data.samples)
         msg = (
             f"data shard {number}, {self._items[number]!r}, is a {type(data).__name__} without "
-            "len(): pass sizes=, the number of samples of each data shard"
+            "len(): pass sizes=, the number of samples of each data shard, or sizes='count' to "
+            "have each read to its end once"
         )
         raise ConfigError(msg)
 
@@ -280,8 +289,10 @@ def data_shards(
         same order each time. With a parameter ``start`` the latter begins with that sample,
         otherwise it is read from its beginning when another worker takes over. By default items
         are data sets themselves.
-    sizes : sequence of int, optional
-        Samples of each data shard; by default each is loaded and asked for its length.
+    sizes : sequence of int or str, optional
+        Samples of each data shard; by default each is loaded and asked for its length. With
+        ``"count"`` those that do not know it are read to their end once, by every worker; what was
+        counted is remembered for later passes over the same items.
     policy : str
         What moves data shards between workers: ``"predictive"`` (shares in proportion to forecast
         speed, the default), ``"queue"`` (equal shares, and a worker that is done takes one that
@@ -320,15 +331,31 @@ def data_shards(
     if not len(items):
         raise ConfigError("there are no data shards")
     job.check_can_loop()
-    data = ShardedData(items, options.get("load"), options.get("sizes"))
+    data = ShardedData(items, options.get("load"), _known_sizes(job, items, options))
     if not len(data):
         raise ConfigError("the data shards have no samples")
+    job.shard_sizes = (list(items), options.get("load"), data.sizes)
     plan, numbers = _plan(job, data, (batch_size, epoch), options)
     order = ShardOrder(plan, numbers, data.samples)
     reader = SlotReader(data, options.get("collate_fn"), job.settings.seed)
     processes = checked("num_workers", options.get("num_workers", 0), 0)
     loop = Batches(Source(reader, order, processes, first_guess(job, plan)), order)
     return DataShards(loop, data, items)
+
+
+def _known_sizes(
+    job: session.Session, items: Sequence[object], options: ShardOptions
+) -> Sequence[int] | str | None:
+    """What was counted in the pass before, if this one is over the same."""
+    sizes, (known, load, counted) = options.get("sizes"), job.shard_sizes
+    is_same = load is options.get("load") and len(known) == len(items)
+    is_same = is_same and all(map(_is_same, known, items))
+    return counted if sizes == COUNT and is_same else sizes
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two items are the same one, names by what they say."""
+    return one is other or (isinstance(one, str | bytes | int | PurePath) and one == other)
 
 
 def _plan(
