@@ -14,6 +14,17 @@ from treefold.wire.messages import StatusReply, StatusRequest
 REPEAT_MS = 500  # a question without an answer is asked again after so long
 
 
+class FactsStatus(msgspec.Struct, frozen=True):
+    """Where a member runs; ``clock_ahead_s`` is its clock against the scheduler's."""
+
+    package: str
+    python: str
+    torch: str
+    files_max: int
+    memory_free_bytes: int
+    clock_ahead_s: float
+
+
 class MemberStatus(msgspec.Struct, frozen=True):
     """One member, live or not, as the scheduler knows it; ``docs/cli.md`` describes the fields."""
 
@@ -37,6 +48,7 @@ class MemberStatus(msgspec.Struct, frozen=True):
     is_draining: bool = False
     metrics: str = ""
     spent_s: dict[str, float] = {}
+    facts: FactsStatus | None = None
 
     @property
     def is_live(self) -> bool:
@@ -143,6 +155,8 @@ class Status(msgspec.Struct, frozen=True):
     checkpoint: CheckpointStatus | None = None
     metrics: str = ""
     events: list[EventStatus] = []
+    protocol: int = 0
+    facts: dict[str, str | int] = {}
 
     def live(self, role: str) -> list[MemberStatus]:
         """Live members of a role, by rank."""

@@ -80,7 +80,7 @@ class SchedulerCore:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self.story, self.metrics = Story(), ""
+        self.story, self.metrics, self.facts = Story(), "", dict[str, object]()
         self.events = EventLog()
         self.roster = Roster()
         self.declared = Declared()
