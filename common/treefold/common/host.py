@@ -1,5 +1,6 @@
 """What a process finds where it runs: versions, limits, memory, and how far its clock is."""
 
+import functools
 import platform
 import resource
 import time
@@ -17,13 +18,17 @@ UNLIMITED = 1 << 62  # files, where there is no limit
 def host_facts() -> HostFacts:
     """Everything, as it is now."""
     return HostFacts(
-        metadata.version("treefold"),
-        platform.python_version(),
-        metadata.version("torch"),
+        *_versions(),
         files_max(),
         memory_free_bytes(),
         wall_lead_ns(),
     )
+
+
+@functools.cache
+def _versions() -> tuple[str, str, str]:
+    """Of the package, Python and torch: looked up once, since that reads files."""
+    return metadata.version("treefold"), platform.python_version(), metadata.version("torch")
 
 
 def files_max() -> int:
@@ -48,7 +53,11 @@ def memory_free_bytes(cgroup: Path = CGROUP) -> int:
     free = psutil.virtual_memory().available
     try:
         limit = (cgroup / "memory.max").read_text(encoding="utf-8").strip()
+        if not limit.isdigit():
+            return free
         used = int((cgroup / "memory.current").read_text(encoding="utf-8"))
-        return min(free, max(0, int(limit) - used)) if limit.isdigit() else free
+        lines = (cgroup / "memory.stat").read_text(encoding="utf-8").splitlines()
+        cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        return min(free, max(0, int(limit) - used + cached))  # the kernel gives files' pages back
     except (OSError, ValueError):  # no such control group, or an older kind of them
         return free
