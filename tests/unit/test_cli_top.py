@@ -149,6 +149,17 @@ def test_what_is_left_out_is_said_with_how_much_it_is() -> None:
     assert lines[-1].endswith("event 40 came")
 
 
+def test_a_narrow_terminal_has_short_bars_and_a_legend_of_its_own() -> None:
+    lens = Lens(ADDRESS)
+    lens.look(0, 0.0, document(busy(0.0, waiting="version 13")))
+    found = lens.look(SECOND, 1.0, document(busy(0.5, waiting="version 13")))
+    lines = [line.plain for line in drawn(found, 24, 80)]
+    [row] = [line for line in lines if line.startswith("worker-0")]
+    assert row.index("version 13") + len("version 13") <= 80
+    assert "█" * 5 + "·" * 3 in row
+    assert any("█compute ▲push ▼pull ·wait" in line for line in lines)
+
+
 def test_lines_are_shared_out_by_weight_and_nobody_gets_more_than_it_wants() -> None:
     assert shared_out(100, [3, 5], [1, 1]) == [3, 5]
     assert shared_out(12, [100, 100], [2, 1]) == [8, 4]

@@ -15,7 +15,8 @@ from treefold.common.spans import spans
 from treefold.launch.link import EventStatus
 
 MIB = 1 << 20
-BAR_CELLS, EPOCH_CELLS = 26, 20
+BAR_CELLS, NARROW_BAR_CELLS, EPOCH_CELLS = 26, 10, 20
+WIDE = 110  # characters from which on there is room for wide bars with their legend above them
 NAMED_MAX = 4
 MARKS = {
     "compute": ("█", "compute", "green"), "push": ("▲", "push", "cyan"),
@@ -95,7 +96,7 @@ def shared_out(lines: int, wants: Sequence[int], weights: Sequence[int]) -> list
     return shares
 
 
-def drawn(look: Look, height: int | None = None) -> list[Text]:
+def drawn(look: Look, height: int | None = None, width: int = WIDE) -> list[Text]:
     """A look as lines, each of which may be longer than a terminal is wide.
 
     Parameters
@@ -104,11 +105,17 @@ def drawn(look: Look, height: int | None = None) -> list[Text]:
         What to show.
     height : int, optional
         How many lines there may be; without it everything is shown.
+    width : int
+        Of the terminal.
     """
+    is_wide = width >= WIDE
+    bars = Bars(BAR_CELLS if is_wide else NARROW_BAR_CELLS, is_named=is_wide)
     head = _head(look)
+    if not is_wide:
+        head.append(Text(" ".join(_legend(role) for role in ACTIVITIES), style="dim"))
     every = [
-        _workers(look.workers),
-        _servers(look.servers),
+        _workers(look.workers, bars),
+        _servers(look.servers, bars),
         _tables(look.tables),
         _events(look.events),
     ]
@@ -150,23 +157,34 @@ def _head(look: Look) -> list[Text]:
     return lines
 
 
-def _bar(shares: dict[str, float]) -> Text:
-    """Shares of time as a bar; what is empty went into something else."""
-    bar, done, cells = Text(), 0.0, 0
-    for what, share in shares.items():
-        done += share
-        upto = min(BAR_CELLS, round(BAR_CELLS * done))
-        mark, _, colour = MARKS[what]
-        bar.append(mark * (upto - cells), style=colour)
-        cells = upto
-    return bar.append(" " * (BAR_CELLS - cells))
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """How shares of time are drawn: how long, and whether a title says what is what."""
+
+    cells: int
+    is_named: bool
+
+    def title(self, role: str) -> str:
+        """What stands above the bars of a role."""
+        return _legend(role) if self.is_named else "time"
+
+    def of(self, shares: dict[str, float]) -> Text:
+        """A bar; what is empty went into something else."""
+        bar, done, cells = Text(), 0.0, 0
+        for what, share in shares.items():
+            done += share
+            upto = min(self.cells, round(self.cells * done))
+            mark, _, colour = MARKS[what]
+            bar.append(mark * (upto - cells), style=colour)
+            cells = upto
+        return bar.append(" " * (self.cells - cells))
 
 
 def _legend(role: str) -> str:
     return " ".join("".join(MARKS[what][:2]) for what in ACTIVITIES[role])
 
 
-def _workers(workers: list[WorkerLook]) -> Section:
+def _workers(workers: list[WorkerLook], bars: Bars) -> Section:
     rows = [
         (
             f"{one.name} (draining)" if one.is_draining else one.name,
@@ -174,7 +192,7 @@ def _workers(workers: list[WorkerLook]) -> Section:
             str(one.round),
             f"{one.samples_per_second:,.0f}",
             "" if one.loss is None else f"{one.loss:.4f}",
-            _bar(one.shares),
+            bars.of(one.shares),
             f"{one.rss_bytes / MIB:.0f}",
             f"{one.cpu_percent:.0f}",
             one.waiting,
@@ -187,9 +205,9 @@ def _workers(workers: list[WorkerLook]) -> Section:
         " round",
         " samples/s",
         " loss",
-        _legend("worker"),
+        bars.title("worker"),
         " MiB",
-        " cpu %",
+        " cpu%",
     )
 
     def left(count: int) -> str:
@@ -203,14 +221,14 @@ def _workers(workers: list[WorkerLook]) -> Section:
     return Section((*titles, "waits for"), rows, 4, left)
 
 
-def _servers(servers: list[ServerLook]) -> Section:
+def _servers(servers: list[ServerLook], bars: Bars) -> Section:
     rows = [
         (
             f"{one.name} (draining)" if one.is_draining else one.name,
             f"{one.primaries}/{one.backups}" + (f"+{one.joining}" if one.joining else ""),
             str(one.blocks),
             str(one.round),
-            _bar(one.shares),
+            bars.of(one.shares),
             f"{one.rss_bytes / MIB:.0f}",
             f"{one.cpu_percent:.0f}",
             one.waiting,
@@ -222,9 +240,9 @@ def _servers(servers: list[ServerLook]) -> Section:
         "primary/backup",
         " blocks",
         " version",
-        _legend("server"),
+        bars.title("server"),
         " MiB",
-        " cpu %",
+        " cpu%",
     )
 
     def left(count: int) -> str:

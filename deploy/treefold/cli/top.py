@@ -219,13 +219,13 @@ class Screen:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
         if self._look is not None:
-            for line in drawn(self._look, self._console.height - 1):
+            for line in drawn(self._look, self._console.height - 1, self._console.width):
                 self._console.print(line, no_wrap=True, overflow="ellipsis")
 
     def show(self, look: Look) -> None:
         """Draw it."""
         self._look = look
-        lines = drawn(look, self._console.height)
+        lines = drawn(look, self._console.height, self._console.width)
         self._live.update(Text("\n", no_wrap=True, overflow="ellipsis").join(lines), refresh=True)
 
 
