@@ -402,9 +402,10 @@ def test_a_status_without_an_address_needs_help_if_several_schedulers_run(shell:
 
 def test_the_doctor_makes_a_round_trip_through_threads_and_through_processes(shell: Shell) -> None:
     run = shell.run("doctor")
-    assert run.returncode == 0, run.stdout
     assert run.stdout.count("round trip of 100,000 elements, equal to plain torch bit for bit") == 2
-    assert "FAIL" not in run.stdout
+    failed = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("FAIL")]
+    assert failed in ([], ["port"]), run.stdout  # which somebody else of this machine may hold
+    assert run.returncode == len(failed)
 
 
 def test_the_doctor_says_what_a_trial_with_processes_said_when_it_failed() -> None:

@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from treefold.cli import doctor
+from treefold.cli.checks import CheckError
 from treefold.cli.display import PLAIN_NS, Display, Meter, PlainView, Progress, display_on
-from treefold.cli.doctor import CheckError
 from treefold.cli.live import LiveView
 from treefold.cli.status import say_who_is_here
-from treefold.cli.tables import print_status, spans
+from treefold.cli.tables import print_status
 from treefold.common.errors import RemoteProtocolError
+from treefold.common.spans import spans
 from treefold.launch.link import Status, parse
 from treefold.launch.processes import Line
 

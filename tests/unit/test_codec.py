@@ -32,6 +32,7 @@ from treefold.wire.codec import (
     encode_all,
 )
 from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision, QuorumReport
+from treefold.wire.probes import Probe, ProbeSeen
 
 GOLDEN: dict[str, str] = json.loads(
     (Path(__file__).parent / "golden" / "messages.json").read_text(encoding="utf-8")
@@ -74,6 +75,7 @@ EXAMPLES: list[m.AnyMessage] = [
         2,
         [(0, 6, [5, 0, 3])],
         metrics="10.0.0.2:9100",
+        facts=words.Facts("0.1.0", "3.11.2", "2.13.0", 1024, 1 << 33, 1_700_000_000_000_000_000),
     ),
     m.HeartbeatSeen(6, 3, 3),
     m.DeclareTable(6, 1, TABLE, b"record"),
@@ -89,7 +91,7 @@ EXAMPLES: list[m.AnyMessage] = [
     m.Flush(17),
     NormReport(5, 0, 1, 17, [0.5, 1e300, 0.0]),
     NormDecision(0, 17, 1.5),
-    m.StatusRequest(7),
+    m.StatusRequest(7, True),
     m.StatusReply(7, b'{"round":17}'),
     m.Stop(words.Outcome.DONE, ""),
     m.Fenced(6),
@@ -154,6 +156,8 @@ EXAMPLES: list[m.AnyMessage] = [
     m.SavedSeen(0, 1, 200),
     QuorumReport(5, 0, 1, 17, [0, 2, 3], 4, 12, 9),
     QuorumDecision(17, [0, 2, 3]),
+    Probe(7, 3, b"abc"),
+    ProbeSeen(7, b"abc"),
 ]
 BY_NAME = pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 BUNDLED: list[m.AnyMessage] = [m.Flush(17), m.Fenced(6)]

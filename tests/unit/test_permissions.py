@@ -39,13 +39,13 @@ def test_a_kind_without_an_entry_is_denied_to_every_role(
 @pytest.mark.parametrize(
     ("role", "kinds"),
     [
-        (KeyRole.OBSERVER, {"StatusRequest"}),
-        (KeyRole.ADMIN, {"StatusRequest", "DrainRequest"}),
+        (KeyRole.OBSERVER, {"StatusRequest", "Probe"}),
+        (KeyRole.ADMIN, {"StatusRequest", "DrainRequest", "Probe"}),
         (
             KeyRole.WORKER,
             {
                 "Register", "Heartbeat", "DeclareTable", "DeclarePlan", "Leave", "StatusRequest",
-                "Push", "RoundHyper", "RoundMeta", "Pull", "SegmentOffer", "SegmentAnswer",
+                "Push", "RoundHyper", "RoundMeta", "Pull", "SegmentOffer", "SegmentAnswer", "Probe",
             },
         ),
         (
@@ -53,7 +53,7 @@ def test_a_kind_without_an_entry_is_denied_to_every_role(
             {
                 "Registered", "Refused", "HeartbeatSeen", "Accepted", "View", "AssignTable",
                 "Grant", "Flush", "NormDecision", "StatusReply", "Stop", "Fenced", "SavedSeen",
-                "LeaveAsked", "QuorumDecision",
+                "LeaveAsked", "QuorumDecision", "ProbeSeen",
             },
         ),
         (
@@ -63,7 +63,7 @@ def test_a_kind_without_an_entry_is_denied_to_every_role(
                 "Register", "Refused", "Heartbeat", "Leave", "RoundLate", "NormReport",
                 "ChainSynced", "ChainDiffers", "ShardSaved", "Push", "RoundHyper", "Pulled",
                 "Published", "RoundStatus", "ChainRound", "ChainAsk", "ChainApplied", "UnitCopy",
-                "UnitTaken", "SegmentOffer", "SegmentAnswer", "QuorumReport",
+                "UnitTaken", "SegmentOffer", "SegmentAnswer", "QuorumReport", "ProbeSeen",
             },
         ),
     ],

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from treefold.common.host import host_facts
+
 if TYPE_CHECKING:
+    from treefold.common.facts import HostFacts
     from treefold.common.timeline import Timeline
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 ALLOCATION_BYTES_MAX = 64 << 20  # larger allocations are rare, and go back when they are freed
 SAMPLE_NS = 500_000_000  # as often as a heartbeat by default; more would only cost
+FACTS_SAMPLES = 8  # samples for which what is told of the host counts
 
 
 def random_number() -> int:
@@ -44,13 +48,18 @@ def give_back_freed_memory() -> None:
 
 
 class ProcessFigures:
-    """Resident memory and processor share of this process, looked up at most twice a second."""
+    """Resident memory and processor share of this process, looked up at most twice a second.
+
+    What there is to tell of the host is looked up less often.
+    """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._next_ns = 0
         self.rss_bytes = 0
         self.cpu_percent = 0.0
+        self.host: HostFacts | None = None
+        self._samples = 0
 
     def sample(self, now_ns: int) -> bool:
         """Look again if it is time; True if it was."""
@@ -59,6 +68,9 @@ class ProcessFigures:
         self._next_ns = now_ns + SAMPLE_NS
         self.rss_bytes = self._process.memory_info().rss
         self.cpu_percent = self._process.cpu_percent()
+        if self._samples % FACTS_SAMPLES == 0:
+            self.host = host_facts()
+        self._samples += 1
         return True
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from time import monotonic_ns
 
 from treefold.wire.messages import AnyMessage, Refused, StatusReply
+from treefold.wire.probes import ProbeSeen
 
 PEERS_MAX = 4_096  # remembered; the one that was longest silent is forgotten first
 
@@ -23,7 +24,11 @@ class Budget:
     per_s: int
 
 
-BUDGETS: dict[type[AnyMessage], Budget] = {Refused: Budget(512, 10), StatusReply: Budget(64, 20)}
+BUDGETS: dict[type[AnyMessage], Budget] = {
+    Refused: Budget(512, 10),
+    StatusReply: Budget(64, 20),
+    ProbeSeen: Budget(256, 32),  # 32 MiB at once, then 4 MiB in a second
+}
 """Answers that a peer gets."""
 PATIENCE = Budget(1_024, 100)
 """Messages of a peer that may be refused before it is not read for a while."""

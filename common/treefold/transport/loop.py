@@ -23,6 +23,7 @@ from treefold.wire import codec
 from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import Peer, PeerLost, Received, Tick
 from treefold.wire.messages import AnyMessage, Pulled, Push, Refused, SegmentAnswer, SegmentOffer
+from treefold.wire.probes import Probe, ProbeSeen
 from treefold.wire.words import Code
 
 BATCH_MAX = 64  # messages taken from one socket before the clock is looked at
@@ -216,6 +217,10 @@ class Loop(Generic[EventT, EffectT]):
 
     def _received(self, arrival: Arrival, message: AnyMessage) -> Received | None:
         peer = arrival.sender
+        if isinstance(message, Probe) and isinstance(peer, bytes):
+            answer = ProbeSeen(message.call, bytes(message.answer_bytes))
+            self._outbox.send(arrival.socket, peer, answer)
+            return None  # which no core needs to hear of
         if not isinstance(message, TENSOR_MESSAGES):
             return Received(peer, message)
         if self._tensors is None:

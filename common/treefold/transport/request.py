@@ -34,7 +34,7 @@ def check_allowed(address: str, message: AnyMessage) -> None:
 
 
 class Requester:
-    """One link to the scheduler. Belongs to one thread.
+    """One link to a listener. Belongs to one thread.
 
     Parameters
     ----------
@@ -42,6 +42,8 @@ class Requester:
         Of the listener, which need not be there yet.
     access : Access, optional
         This process's keys.
+    role : KeyRole
+        What the listener has to be.
 
     Raises
     ------
@@ -49,7 +51,9 @@ class Requester:
         The address is malformed.
     """
 
-    def __init__(self, address: str, access: Access | None = None) -> None:
+    def __init__(
+        self, address: str, access: Access | None = None, role: KeyRole = KeyRole.SCHEDULER
+    ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         options: dict[int, int] = {
             zmq.LINGER: 0,
@@ -59,7 +63,7 @@ class Requester:
             zmq.IPV6: int(is_ipv6(address)),
         }
         try:
-            self._link = Link(self._context, address, options, access, KeyRole.SCHEDULER)
+            self._link = Link(self._context, address, options, access, role)
         except BaseException:
             self._context.term()
             raise

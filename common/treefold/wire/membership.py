@@ -7,6 +7,9 @@ an argument, messages to send go out as a list.
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import msgspec
+
+from treefold.common.facts import HostFacts
 from treefold.wire.exchange import SCHEDULER, Send
 from treefold.wire.messages import (
     Fenced,
@@ -17,13 +20,14 @@ from treefold.wire.messages import (
     Registered,
     Stop,
 )
-from treefold.wire.words import PROTOCOL_VERSION, Outcome, Role
+from treefold.wire.words import PROTOCOL_VERSION, Facts, Outcome, Role
 
 MS = 1_000_000
 REGISTER_RETRY_MS = 500
 LEAVE_RETRY_MS = 200
 LEAVE_TRIES_MAX = 15  # then the scheduler is taken for dead and the member leaves unanswered
 STALL_MS = 1_000  # a process that is so late for its own deadline was stopped, not just busy
+FACTS_BEATS = 8  # heartbeats from one in which the host is told of to the next
 SILENCE_WARNING_BEATS = 10  # heartbeats without an answer before the operator hears of it
 
 
@@ -96,6 +100,7 @@ class Vitals:
     spare: list[int] = field(default_factory=list)
     is_idle: bool = False
     metrics: str = ""
+    host: HostFacts | None = None
 
 
 @dataclass(slots=True)
@@ -130,6 +135,7 @@ class Membership:
     heard_ns: int = 0
     registrations: int = 0
     _next_ns: int = 0
+    _beats_left: int = 0
     _leave: Leave | None = None
     _leave_tries: int = 0
 
@@ -164,7 +170,11 @@ class Membership:
         if self.standing is Standing.LEAVING:
             return self._say_farewell(now_ns)
         self._next_ns = now_ns + self.heartbeat_ns
-        return [Send(SCHEDULER, self.heartbeat())]
+        self._beats_left -= 1
+        facts = self._facts(now_ns) if self._beats_left <= 0 else None
+        if facts is not None:
+            self._beats_left = FACTS_BEATS
+        return [Send(SCHEDULER, msgspec.structs.replace(self.heartbeat(), facts=facts))]
 
     def on_registered(self, now_ns: int, message: Registered) -> bool:
         """Take in the scheduler's answer; True if this made us a member."""
@@ -246,6 +256,20 @@ class Membership:
             v.spare,
             v.is_idle,
             v.metrics,
+        )
+
+    def _facts(self, now_ns: int) -> Facts | None:
+        """What there is to tell of the host, with its clock as of now."""
+        host = self.vitals.host
+        if host is None:
+            return None
+        return Facts(
+            host.package,
+            host.python,
+            host.torch,
+            host.files_max,
+            host.memory_free_bytes,
+            max(0, now_ns + host.wall_lead_ns),
         )
 
     def _register(self) -> Register:

@@ -19,6 +19,7 @@ from treefold.common.round_state import RECORD_BYTES_MAX
 from treefold.common.spec import GROUPS_MAX, Hyper, TableSpec, Text
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy, UnitTaken
 from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision, QuorumReport
+from treefold.wire.probes import Probe, ProbeSeen
 from treefold.wire.words import (
     FOLDER_LENGTH_MAX,
     FRAME_BYTES_MAX,
@@ -29,6 +30,7 @@ from treefold.wire.words import (
     Active,
     Address,
     Code,
+    Facts,
     Frame,
     Leases,
     Marks,
@@ -109,6 +111,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     and the scheduler has not said that it knows. ``staleness`` is, of shard 0 of asynchronous
     tables, how many contributions of each worker were how stale. ``spare`` are leased slots of an
     asynchronous pass that are not begun; ``is_idle``: nothing is left. ``metrics``: where they are.
+    ``facts``: of the host, now and then.
     """
 
     incarnation: Count
@@ -128,6 +131,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     spare: Slots = msgspec.field(default_factory=list)
     is_idle: bool = False
     metrics: Address = ""
+    facts: Facts | None = None
 
 
 class HeartbeatSeen(Message, tag=5, frozen=True):
@@ -226,9 +230,10 @@ class Flush(Message, tag=14, frozen=True):
 
 
 class StatusRequest(Message, tag=17, frozen=True):
-    """Anyone to the scheduler: asks what is going on."""
+    """Anyone to the scheduler: asks what is going on. Who is watching is to hear of the end too."""
 
     call: Count
+    is_watching: bool = False
 
 
 class StatusReply(Message, tag=18, frozen=True):
@@ -494,4 +499,5 @@ AnyMessage = (
     | Pull | Pulled | Published | RoundStatus | SegmentOffer | SegmentAnswer | ChainSynced
     | ChainDiffers | LeaveAsked | DrainRequest | ChainRound | ChainAsk | ChainApplied
     | UnitCopy | UnitTaken | ShardSaved | SavedSeen | QuorumReport | QuorumDecision
+    | Probe | ProbeSeen
 )  # fmt: skip

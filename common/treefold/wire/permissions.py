@@ -45,6 +45,7 @@ from treefold.wire.messages import (
     Stop,
     View,
 )
+from treefold.wire.probes import Probe, ProbeSeen
 from treefold.wire.words import Role
 
 
@@ -89,6 +90,8 @@ SENDERS: dict[type[AnyMessage], frozenset[KeyRole]] = {
     QuorumDecision: _SCHEDULER,
     StatusRequest: frozenset(CURIOUS),
     StatusReply: _SCHEDULER,
+    Probe: frozenset(CURIOUS),
+    ProbeSeen: _LISTENER,
     Stop: _SCHEDULER,
     Fenced: _SCHEDULER,
     ChainSynced: _SERVER,

@@ -20,6 +20,7 @@ PROGRESS_BYTES_MAX = 32 * SLOTS_MAX  # beside them, what is in a version, and wh
 FRAME_BYTES_MAX = 4 << 20  # one payload frame
 VERSIONS_KEPT_MAX = 2  # of one shard, for pulls
 REPLICAS_MAX = 16  # servers in one chain
+PROBE_BYTES_MAX = 128 << 10  # of one probe or its answer: so long it is in the way of others
 UNIT_HEADER_BYTES_MAX = 1 << 21  # description of one unit's optimizer state
 RUN_BYTES_MAX = 1 << 30  # payload of one message, all frames together
 RUN_PARTS_MAX = 1_024  # parts in one message; so many full ones are RUN_BYTES_MAX of float32
@@ -138,6 +139,20 @@ class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
     address: Address
     host: Annotated[str, Meta(max_length=256)]
     pid: Count
+
+
+class Facts(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where a member runs: versions, how many files may be open, memory that is left, its clock.
+
+    ``clock_ns`` is nanoseconds since 1970 when this was sent. Nothing is decided by any of it.
+    """
+
+    package: Annotated[str, Meta(max_length=64)]
+    python: Annotated[str, Meta(max_length=64)]
+    torch: Annotated[str, Meta(max_length=64)]
+    files_max: Count
+    memory_free_bytes: Count
+    clock_ns: Count
 
 
 class ShardPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -10,41 +10,30 @@ import resource
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from treefold.cli.checks import Check, CheckError
 from treefold.common.errors import TreefoldError
 
-DESCRIPTION = "Check the installation, and try a push and pull round trip; says what to change."
+if TYPE_CHECKING:
+    from treefold.common.config import Settings
+
+DESCRIPTION = (
+    "Check this machine, and try a push and pull round trip; with --scheduler, look at a running "
+    "cluster from here instead. Says what to change."
+)
 NEEDED = ("torch", "numpy", "pyzmq", "msgspec", "psutil", "rich", "safetensors", "fsspec")
 SUBPACKAGES = (
     "checkpoint", "cli", "common", "launch", "scheduler", "server", "torch", "transport", "wire",
     "worker",
 )  # fmt: skip
+MACHINE = {"clock": "check_clock", "processes": "check_processes", "shared memory": "check_memory"}
 PYTHON_MIN = (3, 11)
 FILES_MIN = 1_024  # enough for some hundred workers: a process has a handful per peer
-
-
-class CheckError(Exception):
-    """Something is not as it must be.
-
-    Parameters
-    ----------
-    found : str
-        What is wrong.
-    advice : str
-        What to do about it.
-    """
-
-    def __init__(self, found: str, advice: str) -> None:
-        self.found = found
-        self.advice = advice
-        super().__init__(f"{found}: {advice}")
-
-
-Check = Callable[[], str]
 
 
 def main(words: list[str]) -> int:
@@ -60,8 +49,7 @@ def main(words: list[str]) -> int:
     int
         0 if all is well, 1 if something has to be changed.
     """
-    parser = argparse.ArgumentParser(prog="treefold doctor", description=DESCRIPTION)
-    parser.parse_args(words)
+    scheduler, settings = _read(words)
     checks: dict[str, Check] = {
         "python": check_python,
         "packages": check_packages,
@@ -70,13 +58,50 @@ def main(words: list[str]) -> int:
         "open files": check_files,
         "temporary folder": check_folder,
         "loopback": check_loopback,
-        "one process": lambda: check_trial("embedded"),
-        "real processes": lambda: check_trial("processes"),
+        **{name: _of_machine(function) for name, function in MACHINE.items()},
     }
+    if settings is not None and scheduler:
+        from treefold.cli.checkup import cluster_checks  # noqa: PLC0415 # may lack its packages
+
+        checks |= cluster_checks(settings, scheduler)
+    else:
+        checks |= {
+            "port": _of_machine("check_port"),
+            "one process": lambda: check_trial("embedded"),
+            "real processes": lambda: check_trial("processes"),
+        }
     failed = examine(checks)
     if failed:
         sys.stdout.write(f"\n{failed} of {len(checks)} checks failed\n")
     return 1 if failed else 0
+
+
+def _read(words: list[str]) -> "tuple[str, Settings | None]":
+    """The address of a cluster to look at, if there is one, and the settings.
+
+    Where packages are missing that settings need, there are none; a check says what is missing.
+    """
+    try:
+        from treefold.cli.flags import Parser  # noqa: PLC0415 # as above
+    except ImportError:
+        argparse.ArgumentParser(prog="treefold doctor", description=DESCRIPTION).parse_args(words)
+        return "", None
+    _, loaded = Parser("doctor", DESCRIPTION, ["scheduler", "keys"]).read(words)
+    return loaded.settings.scheduler, loaded.settings
+
+
+def _of_machine(name: str) -> Check:
+    """A check of `treefold.cli.machine`, which is imported when it is made."""
+
+    def check() -> str:
+        try:
+            module = import_module("treefold.cli.machine")
+        except ImportError as error:
+            raise CheckError(f"not looked at: {error}", "install what is missing first") from error
+        found: Check = getattr(module, name)
+        return found()
+
+    return check
 
 
 def examine(checks: dict[str, Check]) -> int:

@@ -14,6 +14,17 @@ from treefold.wire.messages import StatusReply, StatusRequest
 REPEAT_MS = 500  # a question without an answer is asked again after so long
 
 
+class FactsStatus(msgspec.Struct, frozen=True):
+    """Where a member runs; ``clock_ahead_s`` is its clock against the scheduler's."""
+
+    package: str
+    python: str
+    torch: str
+    files_max: int
+    memory_free_bytes: int
+    clock_ahead_s: float
+
+
 class MemberStatus(msgspec.Struct, frozen=True):
     """One member, live or not, as the scheduler knows it; ``docs/cli.md`` describes the fields."""
 
@@ -36,6 +47,8 @@ class MemberStatus(msgspec.Struct, frozen=True):
     cpu_percent: float
     is_draining: bool = False
     metrics: str = ""
+    spent_s: dict[str, float] = {}
+    facts: FactsStatus | None = None
 
     @property
     def is_live(self) -> bool:
@@ -117,6 +130,14 @@ class CheckpointStatus(msgspec.Struct, frozen=True):
     source: SourceStatus | None
 
 
+class EventStatus(msgspec.Struct, frozen=True):
+    """Something that happened to the cluster: its number, when (seconds since 1970), in words."""
+
+    number: int
+    at: float
+    text: str
+
+
 class Status(msgspec.Struct, frozen=True):
     """The whole document; ``docs/cli.md`` describes the fields."""
 
@@ -133,6 +154,9 @@ class Status(msgspec.Struct, frozen=True):
     ending: Ending | None
     checkpoint: CheckpointStatus | None = None
     metrics: str = ""
+    events: list[EventStatus] = []
+    protocol: int = 0
+    facts: dict[str, str | int] = {}
 
     def live(self, role: str) -> list[MemberStatus]:
         """Live members of a role, by rank."""
@@ -162,11 +186,19 @@ class StatusLink:
         self._call = 0
         self._asked_ns = 0
 
-    def ask(self, now_ns: int) -> None:
-        """Ask; answers to earlier questions do not count any more."""
+    def ask(self, now_ns: int, *, is_watching: bool = False) -> None:
+        """Ask; answers to earlier questions do not count any more.
+
+        Parameters
+        ----------
+        now_ns : int
+            When.
+        is_watching : bool
+            Whether this is done again and again, until the job has ended.
+        """
         self._call += 1
         self._asked_ns = now_ns
-        self._requester.send(encode(StatusRequest(self._call)))
+        self._requester.send(encode(StatusRequest(self._call, is_watching)))
 
     def body(self, timeout_ms: int = 0) -> tuple[int, bytes] | None:
         """When the last question was asked, and the answer to it if it has come.

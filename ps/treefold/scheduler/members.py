@@ -1,12 +1,15 @@
 """What the scheduler knows of each member, and the life of a member as a table."""
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from treefold.common.errors import InvariantError
 from treefold.wire.exchange import Peer
 from treefold.wire.messages import Heartbeat
-from treefold.wire.words import Member, Outcome, Role
+from treefold.wire.words import Facts, Member, Outcome, Role
+
+LEADS_MAX = 4
 
 
 class Life(Enum):
@@ -56,6 +59,11 @@ class MemberState:
         For how long its heartbeats have named that round.
     lag_ns : int
         How long it has been in one round while others went on without it.
+    facts : Facts or None
+        What it last said of where it runs.
+    clock_leads_ns : deque of int
+        What its clock showed more than this scheduler's monotonic one, lately; less by as much as
+        the message was on its way.
     """
 
     member: Member
@@ -73,6 +81,8 @@ class MemberState:
     lag_ns: int = 0
     view_sent_ns: int = 0
     tables: int = 0
+    facts: Facts | None = None
+    clock_leads_ns: deque[int] = field(default_factory=lambda: deque(maxlen=LEADS_MAX))
 
     @property
     def is_live(self) -> bool:
@@ -88,6 +98,9 @@ class MemberState:
         """Take in a heartbeat."""
         if self.beat is None or beat.round != self.beat.round:
             self.moved_ns, self.lag_ns = now_ns, 0
+        if beat.facts is not None:
+            self.facts = beat.facts
+            self.clock_leads_ns.append(beat.facts.clock_ns - now_ns)
         self.still_ns = now_ns - self.moved_ns
         is_news = self.beat is None or beat.slot_time_ns != self.beat.slot_time_ns
         self.beat = beat
@@ -162,6 +175,11 @@ class Roster:
         """A member that is gone for long is not told of any more."""
         del self.by_incarnation[incarnation]
         self._live.clear()
+
+    def name_of(self, incarnation: int) -> str:
+        """Name of a member, its number if it is gone for long."""
+        state = self.by_incarnation.get(incarnation)
+        return f"incarnation {incarnation}" if state is None else state.name
 
     def by_nonce(self, nonce: int) -> MemberState | None:
         """The member that registered with this nonce, the last if it had to be enrolled again."""

@@ -1,6 +1,8 @@
 """The scheduler process: one socket around `treefold.scheduler.core`. Decides nothing."""
 
+import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -14,7 +16,9 @@ from treefold.common.audit import Audit
 from treefold.common.background import Background
 from treefold.common.config import Settings
 from treefold.common.errors import ConfigError
+from treefold.common.facts import HostFacts
 from treefold.common.failpoints import arm, failpoint
+from treefold.common.host import host_facts, wall_lead_ns
 from treefold.common.log import logger
 from treefold.common.process import random_number
 from treefold.scheduler import jobs, memory, records
@@ -86,6 +90,7 @@ class SchedulerShell:
             self._begin(settings)
         self._loop: Loop[Event, Effect] = Loop(self._hub, self._outbox, self._core, self._perform)
         self._loop.points = POINTS
+        self._core.facts = _told_of(host_facts())
         tally = SchedulerTally(self._core, self._hub.traffic)
         self._loop.watch = watch_for(settings, Role.SCHEDULER, tally, self._hub.bell.ring)
         self._halt: Halt | None = None
@@ -98,8 +103,10 @@ class SchedulerShell:
 
     def run(self) -> int:
         """Serve until the job has ended; returns the exit status."""
+        self._core.events.wall_s = wall_lead_ns() / 1e9
         self._loop.feed(PeerLost(None))  # starts the core's clock
         while self._halt is None:
+            self._core.events.wall_s = wall_lead_ns() / 1e9
             self._loop.turn()
             if self._stop is not None:
                 stop, self._stop = self._stop, None
@@ -129,8 +136,6 @@ class SchedulerShell:
             found = [record for one in journal.payloads for record in records.decode(one)]
             memory.take_up(self._core, found)
             failpoint("scheduler.journal_read")
-            view = self._core.view.number
-            self._log.info("goes on with view %d, from %s", view, journal.path)
 
     def _perform(self, effect: Effect) -> list[Event]:
         match effect:
@@ -150,7 +155,7 @@ class SchedulerShell:
                 self._background.do(lambda: self._write(manifest))
             case ChooseCheckpoint():
                 self._background.do(self._choose)
-            case Note(level, text):
+            case Note(level, text, _):
                 self._log.log(level, text)
                 self._note(text if level >= Level.INFO else "")
             case Halt():
@@ -182,7 +187,6 @@ class SchedulerShell:
                 raise ConfigError(f"{msg}: pass --{key} {value}")
         self._prepare(settings.resume, manifest)
         self._core.begin_from(settings.resume, manifest)
-        self._log.info("goes on from version %d in %s", manifest.version, settings.resume)
 
     def _prepare(self, folder: str, manifest: Manifest) -> None:
         """What lies beyond the version that the job goes on from is made anew."""
@@ -222,6 +226,12 @@ class SchedulerShell:
                 self._prepare(folder, manifest)
                 return CheckpointChosen(folder, manifest)
         return CheckpointChosen("", None)
+
+
+def _told_of(facts: HostFacts) -> dict[str, object]:
+    """What a status says of where the scheduler runs."""
+    known = {key: getattr(facts, key) for key in ("package", "python", "torch", "files_max")}
+    return {**known, "host": socket.gethostname(), "pid": os.getpid()}
 
 
 def limits_of(settings: Settings) -> SchedulerLimits:

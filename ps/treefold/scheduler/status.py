@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from treefold.common.spec import ConsistencyKind
-from treefold.wire.words import Role
+from treefold.wire.words import PROTOCOL_VERSION, Role
 
 if TYPE_CHECKING:
     from treefold.common.spec import Consistency
@@ -23,6 +23,8 @@ def status_of(core: SchedulerCore, now_ns: int) -> bytes:
         "view": core.view.number,
         "job": core.limits.job,
         "metrics": core.metrics,
+        "protocol": PROTOCOL_VERSION,
+        "facts": core.facts,
         "expected": {"servers": core.limits.servers, "workers": core.limits.workers},
         "round": _round(core),
         "rounds_per_second": round(core.balance.round_rate, 3),
@@ -31,6 +33,7 @@ def status_of(core: SchedulerCore, now_ns: int) -> bytes:
         "members": [_member(core, state, now_ns) for state in states],
         "tables": [_table(core, number) for number in range(len(core.tables))],
         "checkpoint": _checkpoint(core),
+        "events": core.events.document(),
         "ending": None
         if core.ending is None
         else {"outcome": core.ending.outcome.name.lower(), "text": core.ending.text},
@@ -96,7 +99,24 @@ def _member(core: SchedulerCore, state: MemberState, now_ns: int) -> dict[str, o
         "waiting": beat.waiting if beat else "",
         "rss_bytes": beat.rss_bytes if beat else 0,
         "cpu_percent": beat.cpu_percent if beat else 0.0,
+        "facts": _facts(core, state),
         "spent_s": {k: round(ns / 1e9, 6) for k, ns in beat.spent_ns.items()} if beat else {},
+    }
+
+
+def _facts(core: SchedulerCore, state: MemberState) -> dict[str, object] | None:
+    """Where a member runs; its clock against this scheduler's, which wrote down its own."""
+    facts = state.facts
+    if facts is None:
+        return None
+    ahead_s = max(state.clock_leads_ns) / 1e9 - core.events.wall_s
+    return {
+        "package": facts.package,
+        "python": facts.python,
+        "torch": facts.torch,
+        "files_max": facts.files_max,
+        "memory_free_bytes": facts.memory_free_bytes,
+        "clock_ahead_s": round(ahead_s, 4),
     }
 
 

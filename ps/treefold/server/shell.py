@@ -168,6 +168,7 @@ class ServerShell:
             if self._figures.sample(time.monotonic_ns()):
                 vitals.rss_bytes = self._figures.rss_bytes
                 vitals.cpu_percent = self._figures.cpu_percent
+                vitals.host = self._figures.host
                 vitals.spent_ns = self._spent.ns
                 self._carrier.lanes.sweep()
             for done in self._files.done():

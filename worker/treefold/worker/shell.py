@@ -225,6 +225,7 @@ class WorkerShell:
                     vitals = self.core.membership.vitals
                     vitals.rss_bytes = self._figures.rss_bytes
                     vitals.cpu_percent = self._figures.cpu_percent
+                    vitals.host = self._figures.host
                     vitals.spent_ns = self.spent.ns
                     self._carrier.lanes.sweep()
                     self.flats.sweep()
