@@ -74,6 +74,7 @@ EXAMPLES: list[m.AnyMessage] = [
         2,
         [(0, 6, [5, 0, 3])],
         metrics="10.0.0.2:9100",
+        logged=[("accuracy", 16, 0.5)],
     ),
     m.HeartbeatSeen(6, 3, 3),
     m.DeclareTable(6, 1, TABLE, b"record"),

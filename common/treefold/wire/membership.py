@@ -4,6 +4,7 @@ Servers and workers hold one of these inside their core. It is as pure as a core
 an argument, messages to send go out as a list.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -96,6 +97,15 @@ class Vitals:
     spare: list[int] = field(default_factory=list)
     is_idle: bool = False
     metrics: str = ""
+    logged: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def report(
+        self, samples: int, loss: float | None, logged: Sequence[tuple[str, int, float]]
+    ) -> None:
+        """Take in what the script of a worker has done and said."""
+        self.samples, self.loss = samples, loss
+        for name, number, value in logged:
+            self.logged[name] = number, value
 
 
 @dataclass(slots=True)
@@ -246,6 +256,7 @@ class Membership:
             v.spare,
             v.is_idle,
             v.metrics,
+            [(name, *point) for name, point in v.logged.items()],
         )
 
     def _register(self) -> Register:

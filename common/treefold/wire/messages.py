@@ -31,6 +31,7 @@ from treefold.wire.words import (
     Code,
     Frame,
     Leases,
+    Logged,
     Marks,
     Member,
     Message,
@@ -109,6 +110,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     and the scheduler has not said that it knows. ``staleness`` is, of shard 0 of asynchronous
     tables, how many contributions of each worker were how stale. ``spare`` are leased slots of an
     asynchronous pass that are not begun; ``is_idle``: nothing is left. ``metrics``: where they are.
+    ``logged``: of each name that the script gave a value, the newest one and its round.
     """
 
     incarnation: Count
@@ -128,6 +130,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     spare: Slots = msgspec.field(default_factory=list)
     is_idle: bool = False
     metrics: Address = ""
+    logged: Logged = msgspec.field(default_factory=list)
 
 
 class HeartbeatSeen(Message, tag=5, frozen=True):

@@ -37,6 +37,12 @@ SlotCount = Annotated[int, Meta(ge=0, le=SLOTS_MAX)]
 Address = Annotated[str, Meta(max_length=1_024)]
 Spent = Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)]
 Norms = Annotated[list[tuple[TableNumber, Round, float]], Meta(max_length=TABLES_MAX)]
+LOGGED_MAX, LOGGED_NAME_MAX = 32, 64
+Logged = Annotated[
+    list[tuple[Annotated[str, Meta(max_length=LOGGED_NAME_MAX)], Round, float]],
+    Meta(max_length=LOGGED_MAX),
+]
+"""Name, round and value of what a script has said."""
 STALE_CLASSES = 33  # of staleness: 0, 1, 2 to 3, 4 to 7 and so on
 StaleCounts = Annotated[
     list[tuple[TableNumber, Count, Annotated[list[Count], Meta(max_length=STALE_CLASSES)]]],

@@ -33,6 +33,7 @@ from treefold.scheduler.effects import (
 )
 from treefold.scheduler.figures import SchedulerTally
 from treefold.scheduler.journal import Journal
+from treefold.scheduler.live import PEER, live_for
 from treefold.scheduler.points import POINTS
 from treefold.transport.access import access_of
 from treefold.transport.hosts import listening, told
@@ -40,9 +41,9 @@ from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
 from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context, Hub
 from treefold.transport.watch import watch_for
-from treefold.wire.exchange import Halt, Level, Note, PeerLost, Send
+from treefold.wire.exchange import Halt, Level, Note, Peer, PeerLost, Received, Send
 from treefold.wire.membership import MS
-from treefold.wire.messages import Registered
+from treefold.wire.messages import Accepted, AnyMessage, DrainRequest, Refused, Registered
 from treefold.wire.permissions import KeyRole
 from treefold.wire.words import Outcome, Role
 
@@ -88,8 +89,16 @@ class SchedulerShell:
         self._loop.points = POINTS
         tally = SchedulerTally(self._core, self._hub.traffic)
         self._loop.watch = watch_for(settings, Role.SCHEDULER, tally, self._hub.bell.ring)
+        self._answer: Accepted | Refused | None = None
+        ring = self._hub.bell.ring
+        self._live = live_for(settings, self._core, ring, self._drain, self._audit)
         self._halt: Halt | None = None
         self._stop: SchedulerStopAsked | None = None
+
+    @property
+    def link(self) -> str:
+        """Opens the live page in a browser; empty if there is none."""
+        return "" if self._live is None else self._live.link
 
     @property
     def ending(self) -> str:
@@ -106,7 +115,11 @@ class SchedulerShell:
                 self._loop.feed(stop)
             for event in self._background.events():
                 self._loop.feed(event)
+            if self._live is not None:
+                self._live.turn()
         self._loop.flush()
+        if self._live is not None:
+            self._live.close()
         self._background.close(CLOSING_MAX_S)
         self._loop.end_watch()
         self._hub.close()
@@ -120,6 +133,12 @@ class SchedulerShell:
         """Ask the scheduler to end the job; may be called from a signal handler or a thread."""
         self._stop = SchedulerStopAsked(outcome, text)
         self._hub.bell.ring()
+
+    def _drain(self, member: str) -> str:
+        """Ask for a member to be drained as `treefold drain` does; why not, or nothing."""
+        self._loop.feed(Received(PEER, DrainRequest(1, member)))
+        answer, self._answer = self._answer, None
+        return answer.text if isinstance(answer, Refused) else ""
 
     def _take_up(self, journal: Journal) -> None:
         """Go on where another scheduler stopped, if it wrote anything down."""
@@ -135,10 +154,7 @@ class SchedulerShell:
     def _perform(self, effect: Effect) -> list[Event]:
         match effect:
             case Send(peer, message, _):
-                if isinstance(message, Registered):
-                    self._loop.gate.grant(message)
-                if isinstance(peer, bytes):
-                    self._outbox.send(LISTENER, peer, message)
+                self._send(peer, message)
             case Persist(found):
                 if self._journal is not None:
                     self._journal.append(records.encode(found))
@@ -156,6 +172,14 @@ class SchedulerShell:
             case Halt():
                 self._halt = self._halt or effect  # what came in the same batch changes nothing
         return []
+
+    def _send(self, peer: Peer, message: AnyMessage) -> None:
+        if isinstance(message, Registered):
+            self._loop.gate.grant(message)
+        if isinstance(peer, bytes):
+            self._outbox.send(LISTENER, peer, message)
+        elif peer == PEER and isinstance(message, Accepted | Refused):
+            self._answer = message
 
     def _note(self, text: str, what: str = "cluster") -> None:
         """What happened to members and to the job belongs into the audit log as well."""
@@ -245,7 +269,7 @@ def limits_of(settings: Settings) -> SchedulerLimits:
     )
 
 
-def main(settings: Settings, announce: Callable[[str], None]) -> int:
+def main(settings: Settings, announce: Callable[[str, str], None]) -> int:
     """Run the scheduler in this process until the job has ended.
 
     Parameters
@@ -253,7 +277,8 @@ def main(settings: Settings, announce: Callable[[str], None]) -> int:
     settings : Settings
         Where to listen, and how many of each role form the cluster.
     announce : callable
-        Told the bound address before anything else happens.
+        Told the bound address, and the link to the live page if there is one, before anything else
+        happens.
 
     Returns
     -------
@@ -264,7 +289,7 @@ def main(settings: Settings, announce: Callable[[str], None]) -> int:
     shell = SchedulerShell(jobs.chosen(settings))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop_once(shell))
-    announce(shell.address)
+    announce(shell.address, shell.link)
     status = shell.run()
     if status:
         logger("scheduler").error(shell.ending)
