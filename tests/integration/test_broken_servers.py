@@ -167,7 +167,7 @@ def test_a_server_without_a_fence_is_found_out(
         name, _ = pair(status(job))
         primary = server_of(job, name)
         cuts = [case.begin("cut", process) for process in (primary, left)]
-        job.scheduler.line(f"{name} has been silent")
+        job.scheduler.line(rf"{name} died( in round \d+)?: it has been silent")
         # The other server leads by now; a faster worker takes it ahead of the two that are cut off.
         faster = job.worker(*case.command(ONE_SHARD, 20))
         faster.line("^body 40")

@@ -102,7 +102,7 @@ def test_a_worker_that_is_stopped_for_a_while_comes_back(
         begin_round(stopped, 10)
         stopped.signal(signal.SIGSTOP)
         begun = len(stopped.lines)
-        name = job.scheduler.line(r"(worker-\d) has been silent for .* and is given up")[1]
+        name = job.scheduler.line(r"(worker-\d) died in round \d+: it has been silent for")[1]
         for worker in quick:
             worker.line("^at the gate")
         known = len(job.scheduler.lines)

@@ -15,8 +15,9 @@ from treefold.cli.display import PLAIN_NS, Display, Meter, PlainView, Progress, 
 from treefold.cli.doctor import CheckError
 from treefold.cli.live import LiveView
 from treefold.cli.status import say_who_is_here
-from treefold.cli.tables import print_status, spans
+from treefold.cli.tables import print_status
 from treefold.common.errors import RemoteProtocolError
+from treefold.common.spans import spans
 from treefold.launch.link import Status, parse
 from treefold.launch.processes import Line
 

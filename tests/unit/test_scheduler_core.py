@@ -278,7 +278,8 @@ def test_more_workers_than_slots_stand_by_and_the_operator_is_told() -> None:
     effects = driver.say(WORKERS[0], DeclarePlan(2, 2, plan(slots=2)))
     assert driver.leases.workers == [2, 3]
     assert [n.text for n in effects if isinstance(n, Note)] == [
-        "3 workers for 2 slots: 1 stand by and take backup tasks"
+        "3 workers for 2 slots: 1 stand by and take backup tasks",
+        "slot 0 given to worker-0, slot 1 given to worker-1",
     ]
 
 

@@ -55,10 +55,11 @@ class Send(msgspec.Struct, frozen=True, gc=False):
 
 
 class Note(msgspec.Struct, frozen=True, gc=False):
-    """Tell the operator."""
+    """Tell the operator. Of notes about one matter there may be a bound; "" is none by name."""
 
     level: Level
     text: str
+    about: str = ""
 
 
 class Halt(msgspec.Struct, frozen=True, gc=False):

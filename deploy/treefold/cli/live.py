@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from treefold.cli.display import Progress
-from treefold.cli.tables import spans
+from treefold.common.spans import spans
 
 
 class LiveView:

@@ -4,26 +4,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from treefold.common.spans import spans
 from treefold.launch.link import MemberStatus, ShardStatus, Status, TableStatus
 
 MIB = 1 << 20
-
-
-def spans(numbers: list[int]) -> str:
-    """Numbers in few words: ``0-3 6``.
-
-    Parameters
-    ----------
-    numbers : list of int
-        In ascending order.
-    """
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1] = (runs[-1][0], number)
-        else:
-            runs.append((number, number))
-    return " ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def print_status(status: Status, console: Console) -> None:

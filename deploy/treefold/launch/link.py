@@ -36,6 +36,7 @@ class MemberStatus(msgspec.Struct, frozen=True):
     cpu_percent: float
     is_draining: bool = False
     metrics: str = ""
+    spent_s: dict[str, float] = {}
 
     @property
     def is_live(self) -> bool:
@@ -117,6 +118,14 @@ class CheckpointStatus(msgspec.Struct, frozen=True):
     source: SourceStatus | None
 
 
+class EventStatus(msgspec.Struct, frozen=True):
+    """Something that happened to the cluster: its number, when (seconds since 1970), in words."""
+
+    number: int
+    at: float
+    text: str
+
+
 class Status(msgspec.Struct, frozen=True):
     """The whole document; ``docs/cli.md`` describes the fields."""
 
@@ -133,6 +142,7 @@ class Status(msgspec.Struct, frozen=True):
     ending: Ending | None
     checkpoint: CheckpointStatus | None = None
     metrics: str = ""
+    events: list[EventStatus] = []
 
     def live(self, role: str) -> list[MemberStatus]:
         """Live members of a role, by rank."""

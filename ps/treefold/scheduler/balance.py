@@ -62,15 +62,15 @@ class Balance:
         workers = [before if before in live else after for before, after in pairs]
         return Leases(previous.from_round, workers)
 
-    def check(self, now_ns: int, current: list[int]) -> tuple[list[int], int] | None:
-        """Better leases and the round that they begin with, None to leave them as they are."""
+    def check(self, now_ns: int, current: list[int]) -> Leases | None:
+        """Better leases, from the first round on that they can be in time for, or None."""
         self._measure_rate(now_ns)
         self._measure_lags()
         if self._declared.is_loader or not self._workers():
             return None
         if self._declared.policy is not Policy.PREDICTIVE:
             wanted = self._evenly(current)
-            return None if wanted == current else (wanted, self._soonest_round())
+            return None if wanted == current else Leases(self._soonest_round(), wanted)
         idle = [s for s in self._workers() if s.member.incarnation not in current]
         for state in idle:
             state.slot_time_ns = int(state.slot_time_ns * UNMEASURED_DECAY)
@@ -79,7 +79,7 @@ class Balance:
         is_untimed = len(current) >= len(speeds) and any(s.slot_time_ns == 0 for s in idle)
         if wanted == current or not (is_untimed or leases.is_worth_it(current, wanted, speeds)):
             return None
-        return wanted, self._soonest_round()
+        return Leases(self._soonest_round(), wanted)
 
     def _soonest_round(self) -> int:
         """The first round that new leases can be in time for."""

@@ -14,6 +14,7 @@ from treefold.common.spec import Rule, TableSpec
 from treefold.scheduler.admission import SchedulerLimits
 from treefold.scheduler.declared import Declared
 from treefold.scheduler.effects import Effect, WriteManifest
+from treefold.scheduler.eventlog import CHECKPOINT
 from treefold.wire.exchange import Level, Note
 from treefold.wire.messages import ShardSaved
 from treefold.wire.words import Source
@@ -108,7 +109,7 @@ class Checkpoints:
         self.changes += 1
         for key in [key for key in self.saved if self._is_done(key)]:
             del self.saved[key]
-        return [Note(Level.INFO, f"checkpoint of version {version} is written")]
+        return [Note(Level.INFO, f"checkpoint of version {version} is written", CHECKPOINT)]
 
     def begin_at(self, source: Source | None) -> None:
         """The job begins, or goes on, from here: what was saved before counts no more."""

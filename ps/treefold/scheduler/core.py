@@ -14,6 +14,7 @@ from treefold.scheduler import draining, formation
 from treefold.scheduler.admission import SchedulerLimits, refusal_of, registered
 from treefold.scheduler.balance import Balance
 from treefold.scheduler.chains import Chains
+from treefold.scheduler.changes import changes
 from treefold.scheduler.checkpoints import Checkpoints
 from treefold.scheduler.declared import Declared, TableState
 from treefold.scheduler.effects import (
@@ -27,6 +28,7 @@ from treefold.scheduler.effects import (
     SchedulerStopAsked,
 )
 from treefold.scheduler.endings import Endings
+from treefold.scheduler.eventlog import EventLog, beginning
 from treefold.scheduler.farewell import Farewell, Solitude
 from treefold.scheduler.members import Happening, MemberState, Roster
 from treefold.scheduler.memory import RECORDS_MAX, Memory
@@ -79,6 +81,7 @@ class SchedulerCore:
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
         self.story, self.metrics = Story(), ""
+        self.events = EventLog()
         self.roster = Roster()
         self.declared = Declared()
         self.balance = Balance(self.roster, self.declared)
@@ -133,11 +136,12 @@ class SchedulerCore:
             case PeerLost() | Tick():
                 pass
         self._on_time(now_ns)
-        return [*self._written(), *self.out]
+        return [*self._written(), *self.events.take(now_ns, self.out)]
 
     def _begin(self, now_ns: int) -> None:
         """The clock starts. Whoever was a member before this scheduler did is to be heard first."""
         self._started_ns = self.forming_ns = now_ns
+        self.out.append(beginning(self))
         self.farewell.begin(now_ns)
         for state in self.roster.live():
             state.seen_ns = now_ns + self._patience_ns(state)
@@ -200,7 +204,7 @@ class SchedulerCore:
             case StatusRequest(call):
                 self.out.append(Send(peer, StatusReply(call, status_of(self, now_ns))))
             case DrainRequest():
-                self.out.append(Send(peer, draining.begin(self.roster, self.chains, message)))
+                self.out += draining.begin(self.roster, self.chains, peer, message)
                 self._mend(now_ns)
             case (
                 Heartbeat()
@@ -288,7 +292,6 @@ class SchedulerCore:
         for old in self.roster.live(message.role):
             if message.role is Role.SERVER and old.member.address == message.address:
                 self.roster.part(old, Happening.SILENCE, None)
-                self.note(now_ns, f"{old.name} is gone: another process has its address now")
                 self.endings.on_gone(now_ns, old, None, "was replaced")
 
     def _on_joined(self, now_ns: int, state: MemberState) -> None:
@@ -310,7 +313,8 @@ class SchedulerCore:
         if self.phase is Phase.FORMING and not is_waiting:
             self.phase = Phase.RUNNING
             counts = f"{wanted[Role.SERVER]} servers and {wanted[Role.WORKER]} workers"
-            self.note(now_ns, f"{counts} are there")
+            how = "goes on" if self.rollback.count or self.view.tables else "begins"
+            self.note(now_ns, f"the job {how}: {counts} are there")
             self.place_tables(now_ns)  # those that were declared while it formed
 
     def _on_heartbeat(self, now_ns: int, state: MemberState, beat: Heartbeat) -> None:
@@ -383,23 +387,23 @@ class SchedulerCore:
 
     # ---- views and leases ---------------------------------------------------------------------
 
-    def new_view(self, now_ns: int, wanted: list[int] | None = None, from_round: int = 0) -> None:
-        """Make the next view and tell everybody; without ``wanted``, only mend the leases."""
+    def new_view(self, now_ns: int, better: Leases | None = None, why: str = "") -> None:
+        """Make the next view and tell everybody; without ``better`` leases, only mend them."""
         workers = self.roster.live(Role.WORKER)
         current = self.view.leases
-        if wanted is None:
-            wanted = self.balance.mended(current.workers)
-        previous = self.view.previous
-        leased = current
+        found = better or Leases(0, self.balance.mended(current.workers))
+        wanted, from_round = found.workers, found.from_round
+        previous, leased = self.view.previous, current
         if wanted != current.workers:
             previous = current if from_round else Leases(0, wanted)
-            leased = Leases(from_round, wanted)
+            leased = found
         previous = self.balance.repaired(previous, wanted)
         chief = self._chief(workers)
         places = self.declared.places
         members = [state.member for state in self.roster.live()]
-        number, era = self.view.number + 1, self.view.era
+        old, number, era = self.view, self.view.number + 1, self.view.era
         self.view = View(number, self.phase, chief, members, places, leased, previous, era)
+        self.out += changes(old, self.view, self.roster.name_of, self.chains.moving, why)
         self.story.add(now_ns, f"view {self.view.number}: leases {wanted} from round {from_round}")
         for state in self.roster.live():
             self._send_view(now_ns, state)
@@ -416,7 +420,7 @@ class SchedulerCore:
         better = self.balance.check(now_ns, self.view.leases.workers)
         is_moving = self.moves.begin(now_ns, self.view.number + 1)
         if better is not None or is_moving:
-            self.new_view(now_ns, *(better or ()))
+            self.new_view(now_ns, better)
 
     def _send_view(self, now_ns: int, state: MemberState) -> None:
         state.view_sent_ns = now_ns
@@ -463,13 +467,9 @@ class SchedulerCore:
             self._on_ended(now_ns)
             return
         for state in self.roster.live():
-            silent_ns = now_ns - state.seen_ns
-            if not state.is_live:
-                continue  # somebody else's end was that of all
-            if silent_ns >= self._patience_ns(state) and self.ending is None:
+            is_silent = now_ns - state.seen_ns >= self._patience_ns(state)
+            if is_silent and state.is_live and self.ending is None:  # else its end was that of all
                 self.roster.part(state, Happening.SILENCE, None)
-                text = f"{state.name} has been silent for {silent_ns / 1e9:.1f} s"
-                self.note(now_ns, f"{text} and is given up")
                 self.endings.on_gone(now_ns, state, None, "")
         waited_ns = now_ns - self.forming_ns
         if self.phase is Phase.FORMING and waited_ns >= self.limits.form_timeout_ns:

@@ -5,12 +5,22 @@ Part of `treefold.scheduler.core` in a file of its own; just as pure.
 
 from treefold.scheduler.chains import Chains
 from treefold.scheduler.members import MemberState, Roster
+from treefold.wire.exchange import Level, Note, Peer, Send
 from treefold.wire.messages import Accepted, DrainRequest, LeaveAsked, Refused, Stop
 from treefold.wire.words import Code, Outcome, Role
 
 
-def begin(roster: Roster, chains: Chains, message: DrainRequest) -> Accepted | Refused:
+def begin(roster: Roster, chains: Chains, peer: Peer, message: DrainRequest) -> list[Send | Note]:
     """Somebody asks for a member, by its name, to be drained."""
+    before = dict(chains.draining)
+    answer = _answer(roster, chains, message)
+    found: list[Send | Note] = [Send(peer, answer)]
+    if isinstance(answer, Accepted) and answer.number not in before:
+        found.append(Note(Level.INFO, f"{message.member} is to be drained, and leaves then"))
+    return found
+
+
+def _answer(roster: Roster, chains: Chains, message: DrainRequest) -> Accepted | Refused:
     live = roster.live()
     found = [state for state in live if state.name == message.member]
     if not found:

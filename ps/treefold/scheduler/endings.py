@@ -36,8 +36,6 @@ class Endings:
         was_live = state.is_live
         core.roster.part(state, Happening.FAREWELL, message.outcome)
         if was_live:
-            text = f"{state.name} left: {message.outcome.name.lower()} {message.text}"
-            core.note(now_ns, text.rstrip())
             self.on_gone(now_ns, state, message.outcome, message.text)
         elif message.outcome is Outcome.DONE and not core.roster.live(Role.WORKER):
             self.end(now_ns, Outcome.DONE, "the job is done")
@@ -46,23 +44,32 @@ class Endings:
     def on_gone(self, now_ns: int, state: MemberState, outcome: Outcome | None, text: str) -> None:
         """A member is gone: it said farewell with ``outcome``, or fell silent (None)."""
         core = self._core
+        why = gone_text(now_ns, state, outcome, text)
         if core.phase is Phase.ENDED:
+            core.note(now_ns, why)
             return
         if state.member.role is Role.SERVER:
             how = (text or "fell silent") if outcome is None else f"left ({text})"
             held = core.chains.holds(state.member.incarnation)
-            core.note(now_ns, f"{state.name} {how} and {held} shards lack one of their servers")
+            lacking = f"; {held} shards lack one of their servers" if held else ""
+            core.note(now_ns, why + lacking)
             core.chains.mend(core.view.number + 1)
             if core.chains.lost:
                 lost = core.chains.lost_text()
                 self.on_lost(now_ns, f"{state.name} {how} and its {held} shards with it: {lost}")
                 return
         elif not core.roster.live(Role.WORKER):
+            core.note(now_ns, why)
             self._on_last_worker(now_ns, state, outcome, text)
             return
         elif core.declared.is_loader and outcome is not Outcome.DONE:
+            core.note(now_ns, why)
             who = f"{state.name}, one slot with its own loader,"
             self.end(now_ns, Outcome.FAILED, f"{who} is gone: {text or 'fell silent'}")
+            return
+        else:
+            core.new_view(now_ns, why=why)
+            core.place_tables(now_ns)
             return
         core.place_tables(now_ns)
         core.new_view(now_ns)
@@ -122,3 +129,14 @@ class Endings:
         core.new_view(now_ns)
         for state in core.roster.live():
             core.out.append(Send(state.peer, core.ending))
+
+
+def gone_text(now_ns: int, state: MemberState, outcome: Outcome | None, text: str) -> str:
+    """How a member went, in words: with ``outcome``, or without a farewell (None)."""
+    if outcome is not None:
+        return f"{state.name} left: {outcome.name.lower()} {text}".rstrip()
+    if text:
+        return f"{state.name} {text}: another process has its address now"
+    where = "" if state.beat is None else f" in round {state.beat.round}"
+    silent_s = (now_ns - state.seen_ns) / 1e9
+    return f"{state.name} died{where}: it has been silent for {silent_s:.1f} s"

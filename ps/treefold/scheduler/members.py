@@ -163,6 +163,11 @@ class Roster:
         del self.by_incarnation[incarnation]
         self._live.clear()
 
+    def name_of(self, incarnation: int) -> str:
+        """Name of a member, its number if it is gone for long."""
+        state = self.by_incarnation.get(incarnation)
+        return f"incarnation {incarnation}" if state is None else state.name
+
     def by_nonce(self, nonce: int) -> MemberState | None:
         """The member that registered with this nonce, the last if it had to be enrolled again."""
         states = reversed(self.by_incarnation.values())

@@ -7,9 +7,10 @@ another scheduler decides nothing else.
 
 from treefold.common.spec import Consistency
 from treefold.scheduler.declared import Declared
+from treefold.scheduler.eventlog import QUORUM
 from treefold.scheduler.members import MemberState, Roster
 from treefold.wire.decisions import QuorumDecision, QuorumReport
-from treefold.wire.exchange import Send
+from treefold.wire.exchange import Level, Note, Send
 from treefold.wire.membership import MS
 from treefold.wire.words import Role
 
@@ -56,7 +57,7 @@ class Quorums:
         self.missed = self.planned = 0
         self._reports.clear()
 
-    def on_report(self, now_ns: int, state: MemberState, report: QuorumReport) -> list[Send]:
+    def on_report(self, now_ns: int, state: MemberState, report: QuorumReport) -> list[Send | Note]:
         """A shard says which slots of a round it has; who should know a decision is told it."""
         decided = self.decided
         if decided is not None and report.round <= decided.round:
@@ -73,7 +74,7 @@ class Quorums:
             self._closing = now_ns + self._grace_ns(now_ns), report.round
         return self.on_time(now_ns)
 
-    def on_time(self, now_ns: int) -> list[Send]:
+    def on_time(self, now_ns: int) -> list[Send | Note]:
         """Close the round, if its time of grace is over."""
         if self._closing is None or now_ns < self._closing[0]:
             return []
@@ -119,11 +120,16 @@ class Quorums:
             self.usual_ns = (3 * self.usual_ns + took_ns) // 4 if self.usual_ns else took_ns
         return max(GRACE_MIN_NS, int(self._rule().grace * (self.usual_ns or FIRST_MS * MS)))
 
-    def _decide(self, now_ns: int, round_: int, slots: list[int], due: int) -> list[Send]:
+    def _decide(self, now_ns: int, round_: int, slots: list[int], due: int) -> list[Send | Note]:
         if self._closing is None:  # all came before anybody had to be waited for
             self._grace_ns(now_ns)
         self.decided = QuorumDecision(round_, slots)
         self._decided_ns, self._closing = now_ns, None
         self.missed += due - len(slots)
         self._reports.clear()
-        return [Send(state.peer, self.decided) for state in self._roster.live(Role.SERVER)]
+        servers = self._roster.live(Role.SERVER)
+        found: list[Send | Note] = [Send(state.peer, self.decided) for state in servers]
+        if len(slots) < due:
+            text = f"round {round_} went on without {due - len(slots)} of its {due} slots"
+            found.append(Note(Level.INFO, text, QUORUM))
+        return found

@@ -148,8 +148,6 @@ class SchedulerShell:
             found = [record for one in journal.payloads for record in records.decode(one)]
             memory.take_up(self._core, found)
             failpoint("scheduler.journal_read")
-            view = self._core.view.number
-            self._log.info("goes on with view %d, from %s", view, journal.path)
 
     def _perform(self, effect: Effect) -> list[Event]:
         match effect:
@@ -166,9 +164,11 @@ class SchedulerShell:
                 self._background.do(lambda: self._write(manifest))
             case ChooseCheckpoint():
                 self._background.do(self._choose)
-            case Note(level, text):
+            case Note(level, text, _):
                 self._log.log(level, text)
                 self._note(text if level >= Level.INFO else "")
+                wall_s = time.clock_gettime(time.CLOCK_REALTIME)
+                self._core.events.wall_s = wall_s - time.monotonic()
             case Halt():
                 self._halt = self._halt or effect  # what came in the same batch changes nothing
         return []
@@ -206,7 +206,6 @@ class SchedulerShell:
                 raise ConfigError(f"{msg}: pass --{key} {value}")
         self._prepare(settings.resume, manifest)
         self._core.begin_from(settings.resume, manifest)
-        self._log.info("goes on from version %d in %s", manifest.version, settings.resume)
 
     def _prepare(self, folder: str, manifest: Manifest) -> None:
         """What lies beyond the version that the job goes on from is made anew."""

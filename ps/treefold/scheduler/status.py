@@ -31,6 +31,7 @@ def status_of(core: SchedulerCore, now_ns: int) -> bytes:
         "members": [_member(core, state, now_ns) for state in states],
         "tables": [_table(core, number) for number in range(len(core.tables))],
         "checkpoint": _checkpoint(core),
+        "events": core.events.document(),
         "ending": None
         if core.ending is None
         else {"outcome": core.ending.outcome.name.lower(), "text": core.ending.text},
