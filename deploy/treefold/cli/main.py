@@ -31,6 +31,7 @@ COMMANDS = {
     "worker": "start one worker: run a command with the cluster's settings",
     "status": "say who is there, what is where, and what is waited for",
     "drain": "let others take over a member's work, and the member leave",
+    "report": "save what the live page of a job shows, as one file",
     "keys": "make, list, add, remove or change keys",
     "checkpoint": "list, inspect, verify or export checkpoints",
     "replay": "step again what a job recorded, and compare",

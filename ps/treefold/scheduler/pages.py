@@ -27,7 +27,8 @@ from treefold.transport.web import PATIENCE_S, WebServer
 ASKERS_MAX = VIEWERS_MAX + 16  # a browser asks for the files of a page all at once
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "txt": "text/plain"}
 SCRIPTS = (
-    "uplot.js", "feed.js", "model.js", "curves.js", "lanes.js", "cluster.js", "tables.js", "main.js",
+    "uplot.js", "feed.js", "model.js", "curves.js", "lanes.js", "cluster.js", "tables.js",
+    "main.js",
 )  # fmt: skip
 """In the order in which they are loaded, and put into a report."""
 STYLES = ("uplot.css", "page.css")

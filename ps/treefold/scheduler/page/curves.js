@@ -4,7 +4,7 @@
 Treefold.curves = (() => {
   const HEIGHT = 130;
   const FIRST = ["loss", "samples/s", "rounds/s"];
-  const { element, number, setText } = Treefold.words;
+  const { element, number, clock, setText } = Treefold.words;
   const plots = new Map();
   let home;
 
@@ -30,7 +30,7 @@ Treefold.curves = (() => {
       cursor: { y: false, points: { size: 5 } },
       legend: { show: false },
       axes: [
-        { ...axis, size: 24 },
+        { ...axis, size: 24, space: 70, values: (_, ticks) => ticks.map(clock) },
         { ...axis, size: 52, values: (_, ticks) => ticks.map(number) },
       ],
       series: [

@@ -33,14 +33,16 @@ Treefold.lanes = (() => {
 
   function legend() {
     const home = document.getElementById("legend");
-    const names = [...new Set(Object.values(Treefold.model.activities).flat()), "idle"];
-    home.replaceChildren(
-      ...names.map((name) => {
-        const swatch = element("i");
-        swatch.style.background = COLOURS[name] || IDLE;
-        return element("span", [swatch, name]);
-      }),
-    );
+    const shown = (name) => {
+      const swatch = element("i");
+      swatch.style.background = COLOURS[name] || IDLE;
+      return element("span", [swatch, name]);
+    };
+    home.replaceChildren();
+    for (const [role, names] of Object.entries(Treefold.model.activities)) {
+      home.append(element("b", `${role}s:`), ...names.map(shown));
+    }
+    home.append(shown("idle"));
   }
 
   function span() {
@@ -52,6 +54,12 @@ Treefold.lanes = (() => {
     return { from, to: Math.max(last, from + 1) };
   }
 
+  // Thin lanes have no room for words beside them: there the tip says who waits for whom.
+  function areaOf(width) {
+    const words = height < 11 ? 12 : WAITS_PX;
+    return { left: NAMES_PX, width: Math.max(50, width - NAMES_PX - words), ...span() };
+  }
+
   // Which lanes there are, workers first, by rank.
   function order() {
     const { lanes } = Treefold.model;
@@ -61,6 +69,7 @@ Treefold.lanes = (() => {
   }
 
   function draw() {
+    if (!Treefold.model.status) return;
     rows = order();
     height = rowHeight(rows.length);
     const total = rows.length * height + AXIS_PX;
@@ -76,12 +85,12 @@ Treefold.lanes = (() => {
     const pen = canvas.getContext("2d");
     pen.setTransform(scale, 0, 0, scale, 0, 0);
     pen.clearRect(0, 0, width, visible);
-    const area = { left: NAMES_PX, width: Math.max(50, width - NAMES_PX - WAITS_PX), ...span() };
+    const area = areaOf(width);
     pen.fillStyle = IDLE;
     pen.fillRect(area.left, 0, area.width, visible - AXIS_PX);
     const top = box.scrollTop;
     const begun = Math.floor(top / height);
-    const ended = Math.min(rows.length, Math.ceil((top + visible) / height));
+    const ended = Math.min(rows.length, Math.ceil((top + visible - AXIS_PX) / height));
     const style = getComputedStyle(document.documentElement);
     const ink = { text: style.getPropertyValue("--ink"), faint: style.getPropertyValue("--faint") };
     const waits = waiting();
@@ -122,7 +131,7 @@ Treefold.lanes = (() => {
   function drawWords(pen, name, row, y, area, ink, waits) {
     const every = Math.ceil(11 / height); // thin lanes have a name now and then
     if (row % every) return;
-    const middle = y + height / 2;
+    const middle = Math.max(6, y + height / 2);
     pen.font = "11px system-ui";
     pen.textBaseline = "middle";
     pen.fillStyle = ink.text;
@@ -142,6 +151,7 @@ Treefold.lanes = (() => {
   }
 
   function drawAxis(pen, area, visible, ink) {
+    pen.clearRect(0, visible - AXIS_PX, box.clientWidth, AXIS_PX);
     pen.font = "11px system-ui";
     pen.fillStyle = ink.faint;
     pen.textBaseline = "bottom";
@@ -166,7 +176,7 @@ Treefold.lanes = (() => {
 
   function point(event) {
     const { columns, lanes, activities } = Treefold.model;
-    const area = { left: NAMES_PX, width: Math.max(50, box.clientWidth - NAMES_PX - WAITS_PX), ...span() };
+    const area = areaOf(box.clientWidth);
     const name = rows[Math.floor((event.offsetY + box.scrollTop) / height)];
     const at = area.from + ((event.offsetX - area.left) / area.width) * (area.to - area.from);
     const index = columns.findIndex((end) => end >= at);
