@@ -14,7 +14,7 @@ from tests.support.processes import Cluster, Starter
 SERVERS, WORKERS = 3, 2
 SHOWN_S_MAX = 2.0
 MEMBER = "Treefold.model.status.members.find((one) => one.name === 'worker-1')"
-EVENT = "Treefold.model.status.events.find((one) => /^worker-1.*given up/.test(one.text))"
+EVENT = "Treefold.model.status.events.find((one) => /^worker-1 died/.test(one.text))"
 COLOURS = """
 const canvas = document.querySelector("#lanes canvas");
 const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);

@@ -13,10 +13,11 @@ Treefold.cluster = (() => {
     for (const role of ["server", "worker"]) {
       const home = document.getElementById(`${role}s`);
       const members = Treefold.model.members(role);
-      home.classList.toggle("many", members.length > MANY);
+      const isMany = members.length > MANY;
+      home.classList.toggle("many", isMany);
       for (const member of members) {
         const tile = tileOf(home, member);
-        const lines = role === "server" ? serverLines(member, held) : workerLines(member);
+        const lines = role === "server" ? serverLines(member, held) : workerLines(member, isMany);
         lines.forEach((line, i) => setText(tile.lines[i], line));
         const isDraining = member.is_draining && member.state === "live";
         tile.root.className = `tile ${isDraining ? "draining" : member.state}`;
@@ -81,11 +82,12 @@ Treefold.cluster = (() => {
     ];
   }
 
-  function workerLines(member) {
+  function workerLines(member, isMany) {
     const slots = member.slots.length;
+    const held = isMany ? `${slots} ·` : `${slots} ${slots === 1 ? "slot" : "slots"},`;
     return [
       member.name + standing(member),
-      `${slots} ${slots === 1 ? "slot" : "slots"}, ${number(Treefold.model.speeds[member.name] || 0)}/s`,
+      `${held} ${number(Treefold.model.speeds[member.name] || 0)}/s`,
       `round ${member.round}${member.loss === null ? "" : `, loss ${number(member.loss)}`}`,
       member.waiting ? `waits: ${member.waiting}` : "",
     ];
