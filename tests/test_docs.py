@@ -27,7 +27,7 @@ ENUMS = (
 )  # fmt: skip
 STRUCTS = (
     words.Frame, words.Member, words.ShardPlace, words.TablePlace, words.Source,
-    words.Leases, words.Need, spec.Consistency,
+    words.Leases, words.Need, words.Figure, spec.Consistency,
     chain.KeptVersion, messages.PartMissing, spec.TensorSpec, spec.OptimizerSpec, spec.TableSpec,
     plan.LoopPlan,
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """A made-up cluster for the live page: as many workers and servers as one likes, second by second.
 
-    python -m tests.support.synthetic [WORKERS [SERVERS]]
+    python -m tests.support.synthetic [WORKERS SERVERS]
 
 serves it until it is stopped, and prints the link.
 """
@@ -85,6 +85,7 @@ class Synthetic:
             columns=[BEGIN + second + 1 for second in range(self._seconds)],
             lanes=self._lanes(self._seconds),
             is_live=is_live,
+            tensors=[self._tensor(n) for n in range(12)],
         )
 
     def news(self) -> bytes:
@@ -126,6 +127,13 @@ class Synthetic:
             for n in range(self._workers if is_worker else self._servers)
         ]  # fmt: skip
 
+    def _tensor(self, number: int) -> dict[str, object]:
+        sums = {"count": 4_096, "mean": 0.01, "std": 0.3, "min": -1.2, "max": 1.3, "norm": 20.0}
+        name = f"layers.{number}.weight"
+        lost = sums | {"mean": None, "norm": None}
+        kinds = {"weights": sums, "gradient": lost if number == 5 else sums}
+        return {"table": "model", "name": name, "shape": [64, 64], **kinds}
+
     def _table(self) -> dict[str, object]:
         server = "server-{}".format
         shards = [
@@ -162,8 +170,8 @@ def served(job: Synthetic, drained: list[str] | None = None) -> Iterator[tuple[s
 
 def main() -> None:
     """Serve one until somebody stops it."""
-    sizes = [int(word) for word in sys.argv[1:]] or [200, 20]
-    job = Synthetic(*sizes)
+    workers, servers = [int(word) for word in sys.argv[1:]] or [200, 20]
+    job = Synthetic(workers, servers)
     with served(job) as (link, feed):
         sys.stdout.write(f"{link}\n")
         sys.stdout.flush()

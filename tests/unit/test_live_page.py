@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import threading
 import urllib.error
 import urllib.request
@@ -17,15 +18,30 @@ from tests.support.synthetic import LOOKING, TOKEN, Synthetic, served
 from tests.unit.scheduler_driver import WORKERS, Driver
 from treefold.common.config import Settings
 from treefold.common.errors import CapacityError, ConfigError, DataError
+from treefold.common.layout import Layout, ShardSpan
+from treefold.common.spec import (
+    Dtype,
+    Hyper,
+    OptimizerSpec,
+    Placement,
+    Rule,
+    TableSpec,
+    TensorSpec,
+)
 from treefold.scheduler import feed as feeds
 from treefold.scheduler import live
 from treefold.scheduler.feed import Feed
 from treefold.scheduler.history import LOSS, POINTS_MAX, ROUNDS, SAMPLES, History, Series
 from treefold.scheduler.lanes import FILLED_MAX, OLDER_MAX, RECENT, Lanes
 from treefold.scheduler.pages import FILES, file
+from treefold.scheduler.tensors import tensors_of
+from treefold.server.digest import checksum
+from treefold.server.shard import FoldedPart, ShardState
+from treefold.server.statistics import EVERY_NS, PATIENCE_NS, Statistics, joined, sums_of
 from treefold.torch.progress import Progress, as_number
-from treefold.wire.messages import Heartbeat
-from treefold.wire.words import LOGGED_MAX, LOGGED_NAME_MAX, Role
+from treefold.wire.membership import Identity, Membership, Standing
+from treefold.wire.messages import DeclareTable, Heartbeat, HeartbeatSeen
+from treefold.wire.words import LOGGED_MAX, LOGGED_NAME_MAX, Figure, Member, Role
 
 S = 1_000_000_000
 UNIX = 1_790_000_000.0
@@ -95,10 +111,9 @@ def test_a_second_without_a_member_has_no_cell_and_its_successor_goes_on_with_th
 
 def test_older_columns_are_merged_and_their_number_is_bounded() -> None:
     lane = Lane()
+    found, known = lane.lanes, lane.lanes.by_name["worker-0"]
     for number in range(5 * (RECENT + OLDER_MAX)):
         lane.second(is_waiting=False, compute=(number % 2) * 0.8)
-        found = lane.lanes
-        known = found.by_name["worker-0"]
         assert len(known.older) == len(found.older_at) <= OLDER_MAX + 1
         assert len(known.recent) == len(found.recent_at) <= RECENT
     assert found.older_at == sorted(found.older_at)
@@ -290,3 +305,125 @@ def test_what_is_no_number_is_refused(value: object) -> None:
 @pytest.mark.parametrize("value", [2, 2.0, torch.tensor([2.0]), torch.tensor(2.0).numpy()[()]])
 def test_numbers_of_all_kinds_can_be_said(value: object) -> None:
     assert as_number("x", value) == 2.0
+
+
+# ---- statistics of tensors -----------------------------------------------------------------------
+
+
+SHAPES = {"big": [300, 1_000], "small": [5], "mean": [7]}  # the first one lies in two parts
+
+
+class Server:
+    """What a server's statistics see: one shard, a clock and a heartbeat."""
+
+    def __init__(self) -> None:
+        tensors = [
+            TensorSpec(name, shape, Dtype.FLOAT32, -1 if name == "mean" else 0)
+            for name, shape in SHAPES.items()
+        ]
+        groups: list[Hyper] = [{"lr": 0.5}]
+        sgd = OptimizerSpec("SGD", groups)
+        spec = TableSpec("t", Rule.OPTIMIZER, Placement.ELEMENTWISE, tensors, sgd)
+        self.state = ShardState(spec, ShardSpan(0, Layout(spec).blocks))
+        self.values = torch.randn(Layout(spec).elements, generator=torch.Generator().manual_seed(3))
+        for part, (start, stop) in enumerate(self.state.parts):
+            self.state.initialize(part, self.values[start:stop])
+        identity = Identity(Role.SERVER, 1, "", "", 1, "0")
+        self.membership = Membership(identity, standing=Standing.MEMBER, incarnation=1)
+        self.rings: list[int] = []
+        ring = lambda: self.rings.append(1)  # noqa: E731 # counts
+        self.statistics = Statistics({(0, 0): self.state}, self.membership, ring)
+
+    def watch(self, *, is_watched: bool) -> None:
+        """The scheduler says whether anybody looks."""
+        self.membership.on_heartbeat_seen(0, HeartbeatSeen(1, 1, 1, is_watched))
+
+    def turn(self, now_ns: int, times: int = 10) -> list[Figure]:
+        """Some turns; what the next heartbeat takes along."""
+        for _ in range(times):
+            self.statistics.turn(now_ns)
+        return self.membership.heartbeat().figures
+
+    def see(self, gradient: torch.Tensor, absent: bytes = b"") -> None:
+        """A round's gradient is folded."""
+        parts = enumerate(self.state.parts)
+        folded = [FoldedPart(n, gradient[start:stop], absent) for n, (start, stop) in parts]
+        self.statistics.see((0, 0), folded)
+
+
+def test_weights_and_gradients_have_the_statistics_that_torch_says_they_have() -> None:
+    server = Server()
+    server.watch(is_watched=True)
+    assert server.turn(0, times=1) == []
+    gradient = server.values * 3 - 1
+    server.see(gradient)
+    server.see(gradient * 100)  # only the next one counts
+    core = Driver().core
+    core.declared.table("worker-0", DeclareTable(2, 1, server.state.spec))
+    core.declared.place(1, [1], [2], 1)
+    core.roster.enroll(Member(Role.SERVER, 0, 0, "a", "h", 1), b"s", 1, 0).figures = server.turn(1)
+    rows = {str(row["name"]): row for row in tensors_of(core)}
+    assert list(rows) == list(SHAPES)
+    for kind, flat in (("weights", server.values), ("gradient", gradient)):
+        for name, one in zip(SHAPES, flat.double().split([300_000, 5, 7]), strict=True):
+            if (kind, name) == ("gradient", "mean"):
+                assert kind not in rows[name]  # a buffer has none
+                continue
+            wanted = {
+                "count": one.numel(), "mean": one.mean().item(), "min": one.min().item(),
+                "std": one.std(correction=0).item(), "max": one.max().item(),
+                "norm": one.norm().item(),
+            }  # fmt: skip
+            assert rows[name][kind] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_nothing_is_computed_while_nobody_looks_and_it_is_sent_once() -> None:
+    server = Server()
+    assert server.turn(0) == []
+    assert server.rings == []
+    server.watch(is_watched=True)
+    server.turn(0, times=1)
+    server.see(server.values)
+    assert len(server.turn(1)) == 5  # three have weights, two of them a gradient
+    assert len(server.rings) == len(server.state.parts)
+    assert server.turn(2) == []
+    server.watch(is_watched=False)
+    assert server.turn(1 << 60) == []
+
+
+def test_statistics_rest_between_passes_and_do_not_wait_for_gradients_for_ever() -> None:
+    server = Server()
+    server.watch(is_watched=True)
+    assert server.turn(0) == []  # gradients are waited for
+    assert [figure.kind for figure in server.turn(PATIENCE_NS)] == [0] * 3
+    assert server.turn(PATIENCE_NS + EVERY_NS - 1) == []
+    later = PATIENCE_NS + 1_000 * EVERY_NS
+    server.turn(later)
+    assert len(server.turn(later + PATIENCE_NS)) == 3
+
+
+def test_a_tensor_without_a_gradient_has_none_and_what_is_not_finite_is_told_as_such() -> None:
+    server = Server()
+    server.watch(is_watched=True)
+    server.turn(0, times=1)
+    gradient = server.values.clone()
+    gradient[7] = float("nan")
+    server.see(gradient, absent=b"\x02")  # the second piece of a part: small
+    kinds = [(one.tensor, one.kind) for one in server.turn(1)]
+    assert (1, 1) not in kinds
+    assert (0, 1) in kinds
+    assert sums_of(gradient)[0] == gradient.numel()
+    for one in joined(sums_of(gradient[:100]), sums_of(gradient[100:]))[1:]:
+        assert math.isnan(one)
+
+
+def test_nothing_that_is_looked_at_changes() -> None:
+    server = Server()
+    before = checksum(server.state)
+    server.watch(is_watched=True)
+    server.turn(0)
+    gradient = server.values.clone()
+    server.see(gradient)
+    assert server.turn(1)
+    assert checksum(server.state) == before
+    assert torch.equal(gradient, server.values)

@@ -18,7 +18,7 @@ from treefold.wire.messages import (
     Registered,
     Stop,
 )
-from treefold.wire.words import PROTOCOL_VERSION, Outcome, Role
+from treefold.wire.words import PROTOCOL_VERSION, Figure, Outcome, Role
 
 MS = 1_000_000
 REGISTER_RETRY_MS = 500
@@ -98,6 +98,7 @@ class Vitals:
     is_idle: bool = False
     metrics: str = ""
     logged: dict[str, tuple[int, float]] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
 
     def report(
         self, samples: int, loss: float | None, logged: Sequence[tuple[str, int, float]]
@@ -123,6 +124,8 @@ class Membership:
         this one, so that they go together even if it had to register again in between.
     heard_ns : int
         When the scheduler last answered anything.
+    is_watched : bool
+        Whether somebody looks at what this member can tell of tensors.
     """
 
     identity: Identity
@@ -139,6 +142,7 @@ class Membership:
     heartbeat_ns: int = 500 * MS
     heard_ns: int = 0
     registrations: int = 0
+    is_watched: bool = False
     _next_ns: int = 0
     _leave: Leave | None = None
     _leave_tries: int = 0
@@ -201,6 +205,7 @@ class Membership:
         """Note that the scheduler is there."""
         if message.incarnation == self.incarnation:
             self.heard_ns = now_ns
+            self.is_watched = message.is_watched
 
     def on_fenced(self, now_ns: int, message: Fenced) -> bool:
         """We were given up: start anew under a fresh nonce. True if it was us."""
@@ -236,8 +241,9 @@ class Membership:
         self._move(Step.GIVEN_UP)
 
     def heartbeat(self) -> Heartbeat:
-        """The heartbeat as of now."""
+        """The heartbeat as of now; what it takes along once is gone from the vitals."""
         v = self.vitals
+        figures, v.figures = v.figures, []
         return Heartbeat(
             self.incarnation,
             v.view,
@@ -257,6 +263,7 @@ class Membership:
             v.is_idle,
             v.metrics,
             [(name, *point) for name, point in v.logged.items()],
+            figures,
         )
 
     def _register(self) -> Register:

@@ -29,6 +29,7 @@ from treefold.wire.words import (
     Active,
     Address,
     Code,
+    Figures,
     Frame,
     Leases,
     Logged,
@@ -111,6 +112,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     tables, how many contributions of each worker were how stale. ``spare`` are leased slots of an
     asynchronous pass that are not begun; ``is_idle``: nothing is left. ``metrics``: where they are.
     ``logged``: of each name that the script gave a value, the newest one and its round.
+    ``figures``: of the tensors that a server holds, while somebody looks.
     """
 
     incarnation: Count
@@ -131,6 +133,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     is_idle: bool = False
     metrics: Address = ""
     logged: Logged = msgspec.field(default_factory=list)
+    figures: Figures = msgspec.field(default_factory=list)
 
 
 class HeartbeatSeen(Message, tag=5, frozen=True):
@@ -143,6 +146,7 @@ class HeartbeatSeen(Message, tag=5, frozen=True):
     incarnation: Count
     view: Count
     confirmed: Count = 0
+    is_watched: bool = False
 
 
 class DeclareTable(Message, tag=6, frozen=True):

@@ -43,6 +43,8 @@ Logged = Annotated[
     Meta(max_length=LOGGED_MAX),
 ]
 """Name, round and value of what a script has said."""
+FIGURES_MAX = 8_192
+FIGURES_TENSORS_MAX = 500  # of a table, from its first one on
 STALE_CLASSES = 33  # of staleness: 0, 1, 2 to 3, 4 to 7 and so on
 StaleCounts = Annotated[
     list[tuple[TableNumber, Count, Annotated[list[Count], Meta(max_length=STALE_CLASSES)]]],
@@ -144,6 +146,23 @@ class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
     address: Address
     host: Annotated[str, Meta(max_length=256)]
     pid: Count
+
+
+class Figure(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is known of the values of one tensor in one shard: ``kind`` is 0 weights, 1 gradient."""
+
+    table: TableNumber
+    shard: ShardNumber
+    tensor: Count
+    kind: Annotated[int, Meta(ge=0, le=1)]
+    count: Count
+    sum: float
+    squares: float
+    least: float
+    greatest: float
+
+
+Figures = Annotated[list[Figure], Meta(max_length=FIGURES_MAX)]
 
 
 class ShardPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -80,7 +80,7 @@ class SchedulerCore:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self.story, self.metrics = Story(), ""
+        self.story, self.metrics, self.is_watched = Story(), "", False
         self.events = EventLog()
         self.roster = Roster()
         self.declared = Declared()
@@ -322,7 +322,7 @@ class SchedulerCore:
         confirmed = beat.view if beat.view == self.view.number else 0
         if confirmed and self.chains.confirm(beat.incarnation, beat.view):
             self._mend(now_ns)
-        seen = HeartbeatSeen(beat.incarnation, self.view.number, confirmed)
+        seen = HeartbeatSeen(beat.incarnation, self.view.number, confirmed, self.is_watched)
         self.out.append(Send(state.peer, seen))
         farewell = draining.farewell(state, self.chains)
         if farewell is not None:

@@ -6,6 +6,7 @@ The thread that owns the sockets publishes; threads of the HTTP server wait here
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 VIEWERS_MAX = 16  # pages that are open at a time
 
@@ -56,13 +57,14 @@ class Feed:
         number = self._number
         while True:
             with self._news:
-                is_new = self._news.wait_for(
-                    lambda known=number: self._number > known or self._is_over, patience_s
-                )
+                is_new = self._news.wait_for(partial(self._has_more, number), patience_s)
                 if self._number == number and self._is_over:
                     return
                 body, number = (self._body, self._number) if is_new else (b"", number)
             yield body
+
+    def _has_more(self, number: int) -> bool:
+        return self._number > number or self._is_over
 
     def end(self, patience_s: float) -> None:
         """Nothing comes any more; give everybody so long to take what is there."""

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from treefold.scheduler.lanes import ACTIVITIES, FILLED_MAX, Lanes
+from treefold.scheduler.tensors import tensors_of
 from treefold.wire.words import Role
 
 if TYPE_CHECKING:
     from treefold.scheduler.core import SchedulerCore
     from treefold.scheduler.members import MemberState
+    from treefold.wire.words import Figure
 
 POINTS_MAX = 1_200  # of a curve; when there are more, every other one is left out
 SERIES_MAX = 64
@@ -53,6 +55,8 @@ class History:
         What time went into.
     newest : dict of str to Point
         What the last sample brought.
+    tensors : list of dict
+        Statistics, the newest.
     """
 
     def __init__(self) -> None:
@@ -61,6 +65,9 @@ class History:
         self.newest: dict[str, Point] = {}
         self._samples: dict[int, int] = {}
         self._sampled_ns: int | None = None
+        self.tensors: list[dict[str, object]] = []
+        self._figures: list[list[Figure]] = []
+        self._is_told = False
         self._logged: dict[str, tuple[int, float]] = {}
 
     def sample(self, now_ns: int, at: float, core: SchedulerCore) -> None:
@@ -90,6 +97,7 @@ class History:
         if losses is not None:
             self._add(LOSS, (at, newest, losses))
         self._take_logged(at, workers)
+        self._take_figures(core)
         self.lanes.begin(at)
         for state in states:
             lane = self.lanes.see(state.name, state.member.role, state.member.incarnation)
@@ -100,6 +108,7 @@ class History:
         """Everything, for a page that begins."""
         lanes = self.lanes
         return {
+            "tensors": self.tensors,
             "series": {name: one.points for name, one in self.series.items()},
             "columns": [*lanes.older_at, *lanes.recent_at],
             "activities": {role.name.lower(): list(names) for role, names in ACTIVITIES.items()},
@@ -112,7 +121,8 @@ class History:
     def news(self) -> dict[str, object]:
         """What the last sample brought, for a page that has everything before it."""
         lanes = self.lanes
-        return {
+        tensors = {"tensors": self.tensors} if self._is_told else {}
+        return tensors | {
             "points": self.newest,
             "columns": lanes.recent_at[-FILLED_MAX:],
             "lanes": {
@@ -128,6 +138,16 @@ class History:
             self.series[name] = Series()
         self.series[name].add(point)
         self.newest[name] = point
+
+    def _take_figures(self, core: SchedulerCore) -> None:
+        """Put statistics of tensors together when a server has told of new ones."""
+        newest = [state.figures for state in core.roster.live(Role.SERVER) if state.figures]
+        known = self._figures
+        self._is_told = len(newest) != len(known) or any(
+            one is not other for one, other in zip(newest, known, strict=True)
+        )
+        if self._is_told and newest:
+            self._figures, self.tensors = newest, tensors_of(core)
 
     def _new_samples(self, workers: list[MemberState]) -> int:
         """Samples since the last time, of those who were there then."""

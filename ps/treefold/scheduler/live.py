@@ -108,6 +108,7 @@ class Live:
 
     def _tick(self) -> None:
         now_ns, at = time.monotonic_ns(), _unix_s()
+        self._core.is_watched = self._feed.is_watched or bool(self._file)
         self._history.sample(now_ns, at, self._core)
         if self._feed.is_watched:
             self._feed.publish(_joined(at, self._history.news(), status_of(self._core, now_ns)))

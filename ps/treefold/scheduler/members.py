@@ -1,12 +1,12 @@
 """What the scheduler knows of each member, and the life of a member as a table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from treefold.common.errors import InvariantError
 from treefold.wire.exchange import Peer
 from treefold.wire.messages import Heartbeat
-from treefold.wire.words import Member, Outcome, Role
+from treefold.wire.words import Figure, Member, Outcome, Role
 
 
 class Life(Enum):
@@ -56,6 +56,8 @@ class MemberState:
         For how long its heartbeats have named that round.
     lag_ns : int
         How long it has been in one round while others went on without it.
+    figures : list of Figure
+        The newest statistics of tensors that it told of.
     """
 
     member: Member
@@ -71,6 +73,7 @@ class MemberState:
     moved_ns: int = 0
     still_ns: int = 0
     lag_ns: int = 0
+    figures: list[Figure] = field(default_factory=list)
     view_sent_ns: int = 0
     tables: int = 0
 
@@ -91,6 +94,7 @@ class MemberState:
         self.still_ns = now_ns - self.moved_ns
         is_news = self.beat is None or beat.slot_time_ns != self.beat.slot_time_ns
         self.beat = beat
+        self.figures = beat.figures or self.figures
         if beat.slot_time_ns and is_news:  # else what is thought of who has no slots stays
             self.slot_time_ns = beat.slot_time_ns
             self.least_ns = min(self.least_ns or beat.slot_time_ns, beat.slot_time_ns)

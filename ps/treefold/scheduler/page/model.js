@@ -14,6 +14,7 @@ Treefold.model = (() => {
     lanes: {}, // name: { role, cells: one per column, null where nobody was there }
     activities: {}, // role: names
     speeds: {}, // name: samples/s
+    tensors: [], // statistics, as servers have last told of them
     isLive: false,
     mayDrain: false,
     isOver: false,
@@ -26,6 +27,7 @@ Treefold.model = (() => {
     model.lanes = document_.lanes;
     model.activities = document_.activities;
     model.isLive = document_.is_live;
+    model.tensors = document_.tensors;
     seen = [];
     takeStatus(document_);
   }
@@ -36,6 +38,7 @@ Treefold.model = (() => {
       points.push(point);
       if (points.length > POINTS_MAX) points.splice(0, POINTS_MAX / 4);
     }
+    if (document_.tensors) model.tensors = document_.tensors;
     takeColumns(document_.columns, document_.lanes);
     takeStatus(document_);
   }

@@ -4,7 +4,7 @@
 Treefold.tables = (() => {
   const EVENTS_MAX = 500;
   const { element, clock, number } = Treefold.words;
-  let newest = -1;
+  let newest = -1, shown = null;
 
   function fill(id, heads, rows, empty) {
     const home = document.getElementById(id);
@@ -49,6 +49,21 @@ Treefold.tables = (() => {
     fill("staleness", ["rounds behind the first", "workers"], told, "no worker yet");
   }
 
+  // Weights and gradients; what is not finite has a word, as it is what one looks for.
+  function drawTensors() {
+    const { tensors } = Treefold.model;
+    document.getElementById("tensors-section").hidden = !tensors.length;
+    if (tensors === shown) return;
+    shown = tensors;
+    const names = ["mean", "std", "min", "max", "norm"];
+    const told = (sums) => names.map((name) => (!sums ? "" : sums[name] === null ? "not finite" : number(sums[name])));
+    const rows = tensors.map((one) => [
+      `${one.table}: ${one.name}`, one.shape.join("×") || "1", ...told(one.weights), ...told(one.gradient),
+    ]);
+    const heads = [...names.map((name) => `weights ${name}`), ...names.map((name) => `gradient ${name}`)];
+    fill("tensors", ["tensor", "shape", ...heads], rows, "");
+  }
+
   function drawEvents() {
     const home = document.getElementById("events");
     const events = Treefold.model.status.events || [];
@@ -69,6 +84,7 @@ Treefold.tables = (() => {
     drawChains();
     drawStaleness();
     drawEvents();
+    drawTensors();
   }
 
   return { draw, forget };
