@@ -62,6 +62,10 @@ def test_the_page_shows_a_job_a_kill_and_a_drain_and_is_saved_as_a_report(
         for name in ("worker-0", "worker-1", "server-0", "server-1", "server-2"):
             browser.until(f"document.querySelector('.tile.live[data-member={name}]')")
         browser.until(shows("#chains", "server-0 → server-1"))
+        # Weights are sums of whole gradients; of 280,000 elements in shards on three servers.
+        browser.until("Treefold.model.tensors.some((one) => one.weights.count === 280000)")
+        browser.until("Treefold.model.tensors.some((one) => one.gradient && one.gradient.norm > 0)")
+        browser.until(shows("#tensors", "model: weight"))
         assert {COMPUTE, WAIT, IDLE} <= set(browser.run(COLOURS))
         assert len(set(browser.screenshot())) == 256
 

@@ -365,7 +365,7 @@ def test_weights_and_gradients_have_the_statistics_that_torch_says_they_have() -
     rows = {str(row["name"]): row for row in tensors_of(core)}
     assert list(rows) == list(SHAPES)
     for kind, flat in (("weights", server.values), ("gradient", gradient)):
-        for name, one in zip(SHAPES, flat.double().split([300_000, 5, 7]), strict=True):
+        for name, one in zip(SHAPES, torch.split(flat.double(), [300_000, 5, 7]), strict=True):
             if (kind, name) == ("gradient", "mean"):
                 assert kind not in rows[name]  # a buffer has none
                 continue

@@ -65,7 +65,8 @@ class Statistics:
                 self._add(key, state, part, state.values(part))
             self._ring()
         elif not self._unseen or now_ns >= self._ends_ns:
-            figures = [Figure(*which, *sums) for which, sums in self._found.items()]
+            found = self._found.items()
+            figures = [Figure(one, shard, n, kind, *sums) for (one, shard, n, kind), sums in found]
             self._membership.vitals.figures = figures[:FIGURES_MAX]
             self._found, self._unseen = None, {}
             self._next_ns = now_ns + max(EVERY_NS, REST_PER_WORK * self._took_ns)
