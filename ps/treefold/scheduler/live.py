@@ -28,8 +28,6 @@ from treefold.transport.web import is_loopback, read_token, told
 
 EVERY_S = 1.0
 CLOSING_S = 1.0  # for pages to take the last document
-PEER = "the live page"
-"""In whose name the core is asked to drain a member."""
 TOKEN_BYTES = 18
 
 
@@ -169,19 +167,6 @@ def token_of(settings: Settings) -> str:
         )
         raise ConfigError(msg)
     return secrets.token_urlsafe(TOKEN_BYTES)
-
-
-def live_for(
-    settings: Settings,
-    core: SchedulerCore,
-    ring: Callable[[], None],
-    drain: Callable[[str], str],
-    audit: Audit | None,
-) -> Live | None:
-    """A live page or a report, if the settings ask for any."""
-    if settings.page_port < 0 and not settings.report:
-        return None
-    return Live(settings, core, ring, drain, audit)
 
 
 def _unix_s() -> float:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -33,7 +34,6 @@ from treefold.scheduler.effects import (
 )
 from treefold.scheduler.figures import SchedulerTally
 from treefold.scheduler.journal import Journal
-from treefold.scheduler.live import PEER, live_for
 from treefold.scheduler.points import POINTS
 from treefold.transport.access import access_of
 from treefold.transport.hosts import listening, told
@@ -47,7 +47,11 @@ from treefold.wire.messages import Accepted, AnyMessage, DrainRequest, Refused, 
 from treefold.wire.permissions import KeyRole
 from treefold.wire.words import Outcome, Role
 
+if TYPE_CHECKING:
+    from treefold.scheduler.live import Live
+
 LISTENER = "listener"
+PAGE = "the live page"  # in whose name the core is asked to drain a member
 CLOSING_MAX_S = 10.0  # for old checkpoints to be removed
 
 
@@ -90,8 +94,7 @@ class SchedulerShell:
         tally = SchedulerTally(self._core, self._hub.traffic)
         self._loop.watch = watch_for(settings, Role.SCHEDULER, tally, self._hub.bell.ring)
         self._answer: Accepted | Refused | None = None
-        ring = self._hub.bell.ring
-        self._live = live_for(settings, self._core, ring, self._drain, self._audit)
+        self._live = self._show(settings)
         self._halt: Halt | None = None
         self._stop: SchedulerStopAsked | None = None
 
@@ -134,9 +137,17 @@ class SchedulerShell:
         self._stop = SchedulerStopAsked(outcome, text)
         self._hub.bell.ring()
 
+    def _show(self, settings: Settings) -> "Live | None":
+        """A live page or a report, if the settings ask for any."""
+        if settings.page_port < 0 and not settings.report:
+            return None
+        from treefold.scheduler.live import Live  # noqa: PLC0415 # who shows nothing need not wait
+
+        return Live(settings, self._core, self._hub.bell.ring, self._drain, self._audit)
+
     def _drain(self, member: str) -> str:
         """Ask for a member to be drained as `treefold drain` does; why not, or nothing."""
-        self._loop.feed(Received(PEER, DrainRequest(1, member)))
+        self._loop.feed(Received(PAGE, DrainRequest(1, member)))
         answer, self._answer = self._answer, None
         return answer.text if isinstance(answer, Refused) else ""
 
@@ -178,7 +189,7 @@ class SchedulerShell:
             self._loop.gate.grant(message)
         if isinstance(peer, bytes):
             self._outbox.send(LISTENER, peer, message)
-        elif peer == PEER and isinstance(message, Accepted | Refused):
+        elif peer == PAGE and isinstance(message, Accepted | Refused):
             self._answer = message
 
     def _note(self, text: str, what: str = "cluster") -> None:

@@ -10,6 +10,7 @@ Treefold.lanes = (() => {
   };
   const IDLE = "#ffffff";
   const RECENT_S = 120;
+  const LEAST_S = 20; // a job that has just begun
   const NAMES_PX = 84;
   const WAITS_PX = 230;
   const AXIS_PX = 18;
@@ -50,7 +51,7 @@ Treefold.lanes = (() => {
     const last = columns.length ? columns[columns.length - 1] : 1;
     const isWhole = document.getElementById("whole").checked;
     const first = columns.length ? columns[0] : 0;
-    const from = isWhole ? first - 1 : last - RECENT_S;
+    const from = isWhole ? first - 1 : Math.max(last - RECENT_S, Math.min(first - 1, last - LEAST_S));
     return { from, to: Math.max(last, from + 1) };
   }
 
