@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.integration.jobs.whole_numbers import SLOTS
+from tests.integration.test_cli import JOB, QUICK, Shell, shell
+from tests.integration.test_survival import found
 from tests.support.browser import Browser, needs_browser
-from tests.support.processes import Cluster, Starter
+from tests.support.processes import Cluster, Gate, Starter
+
+__all__ = ["shell"]
+
+GATED = JOB.replace('print("fin', 'open(sys.argv[1]).close()\nprint("fin').replace("0.02", "0.1")
 
 SERVERS, WORKERS = 3, 2
 SHOWN_S_MAX = 2.0
@@ -110,3 +116,31 @@ def test_the_page_shows_a_job_a_kill_and_a_drain_and_is_saved_as_a_report(
         assert COMPUTE in browser.run(COLOURS)
         assert browser.run("return performance.getEntriesByType('resource').length") == 0
         assert browser.console() == []
+
+
+@needs_browser
+def test_a_page_of_a_launch_goes_on_when_the_scheduler_is_started_again_and_is_saved(
+    shell: Shell,
+) -> None:
+    with Gate(shell.folder / "gate") as gate, Browser() as browser:
+        now, end = shell.folder / "now.html", shell.folder / "end.html"
+        sizes = ("--servers", "2", "--workers", "1", "--replicas", "2", "--report", str(end))
+        run = shell.start("run", *sizes, *QUICK, shell.script(GATED), str(gate.path))
+        link = run.line(r"^treefold \| live page (http://127\.0\.0\.1:\d+/#\S+)$")[1]
+        browser.open(link)
+        browser.until("Treefold.model.status.round > 2 && Treefold.model.columns.length > 2")
+        first = browser.run("return Treefold.model.columns[0]")
+        found(shell, "scheduler").send_signal(signal.SIGKILL)
+        browser.until("Treefold.model.status.events.some((one) => /began anew/.test(one.text))")
+        browser.until(shows("#connection", "live"))
+        assert browser.run("return Treefold.model.columns[0]") == first
+        assert "the scheduler began, and" in browser.run("return document.body.textContent")
+
+        saved = shell.run("report", str(now))
+        assert (saved.returncode, saved.stderr) == (0, "")
+        assert '"is_live":false' in now.read_text(encoding="utf-8")
+        wrong = shell.run("report", str(now), link.partition("#")[0] + "#wrong-wrong-wrong-wrong")
+        assert wrong.returncode == 3
+        gate.open()
+        assert run.end() == 0
+        assert '"outcome":"done"' in end.read_text(encoding="utf-8")

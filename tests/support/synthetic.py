@@ -144,7 +144,8 @@ class Synthetic:
             }
             for n in range(SHARDS_PER_SERVER * self._servers)
         ]  # fmt: skip
-        return {"name": "model", "consistency": "sync", "staleness": {}, "shards": shards}
+        counts = {"worker-3": {"contributions": 4_000, "median": 1, "p99": 7}}
+        return {"name": "model", "consistency": "async", "staleness": counts, "shards": shards}
 
 
 @contextmanager

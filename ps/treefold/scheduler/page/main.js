@@ -74,7 +74,6 @@
   }
 
   function begin(document_) {
-    tables.forget();
     model.begin(document_);
     lanes.legend();
     drawSoon();

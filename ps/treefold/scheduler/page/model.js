@@ -21,15 +21,32 @@ Treefold.model = (() => {
   };
   let seen = []; // { at, samples: { incarnation: samples } }, the newest last
 
+  // A page that was there before keeps what a scheduler that was started again does not know.
   function begin(document_) {
-    model.series = document_.series;
-    model.columns = document_.columns;
-    model.lanes = document_.lanes;
+    for (const [name, points] of Object.entries(document_.series)) {
+      model.series[name] = [...before(model.series[name] || [], points, (one) => one[0]), ...points];
+    }
+    const columns = before(model.columns, document_.columns, (at) => at);
+    const lanes = {};
+    for (const name of [...Object.keys(model.lanes), ...Object.keys(document_.lanes)]) {
+      const [known, fresh] = [model.lanes[name], document_.lanes[name]];
+      const old = columns.map((_, i) => (known ? known.cells[i] : null));
+      const cells = fresh ? fresh.cells : document_.columns.map(() => null);
+      lanes[name] = { role: (fresh || known).role, cells: [...old, ...cells] };
+    }
+    model.columns = [...columns, ...document_.columns];
+    model.lanes = lanes;
     model.activities = document_.activities;
     model.isLive = document_.is_live;
     model.tensors = document_.tensors;
     seen = [];
     takeStatus(document_);
+  }
+
+  // What is known from before a list begins.
+  function before(known, fresh, timeOf) {
+    const first = fresh.length ? timeOf(fresh[0]) : Infinity;
+    return known.filter((one) => timeOf(one) < first);
   }
 
   function news(document_) {

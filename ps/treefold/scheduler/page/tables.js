@@ -4,7 +4,7 @@
 Treefold.tables = (() => {
   const EVENTS_MAX = 500;
   const { element, clock, number } = Treefold.words;
-  let newest = -1, shown = null;
+  let newest = { at: 0, number: 0 }, shown = null;
 
   function fill(id, heads, rows, empty) {
     const home = document.getElementById(id);
@@ -68,16 +68,12 @@ Treefold.tables = (() => {
     const home = document.getElementById("events");
     const events = Treefold.model.status.events || [];
     for (const event of events) {
-      if (event.number <= newest) continue;
-      newest = event.number;
+      // A scheduler that was started again counts anew: what is later is new.
+      if (event.at < newest.at || (event.at === newest.at && event.number <= newest.number)) continue;
+      newest = event;
       home.prepend(element("li", [element("time", clock(event.at)), element("span", event.text)]));
     }
     while (home.children.length > EVENTS_MAX) home.lastElementChild.remove();
-  }
-
-  function forget() {
-    newest = -1;
-    document.getElementById("events").replaceChildren();
   }
 
   function draw() {
@@ -87,5 +83,5 @@ Treefold.tables = (() => {
     drawTensors();
   }
 
-  return { draw, forget };
+  return { draw };
 })();
