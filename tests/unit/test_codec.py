@@ -91,7 +91,7 @@ EXAMPLES: list[m.AnyMessage] = [
     m.Flush(17),
     NormReport(5, 0, 1, 17, [0.5, 1e300, 0.0]),
     NormDecision(0, 17, 1.5),
-    m.StatusRequest(7),
+    m.StatusRequest(7, True),
     m.StatusReply(7, b'{"round":17}'),
     m.Stop(words.Outcome.DONE, ""),
     m.Fenced(6),

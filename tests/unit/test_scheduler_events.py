@@ -131,6 +131,16 @@ def test_a_worker_that_dies_is_told_of_with_its_round_and_who_has_its_slots() ->
     assert [one.text for one in effects if isinstance(one, Note)] == [text], "the log says the same"
 
 
+@pytest.mark.parametrize("rounds", [[], [-1]])
+def test_a_member_that_dies_before_its_first_round_has_none(rounds: list[int]) -> None:
+    driver = Driver()
+    driver.train()
+    for round_ in rounds:
+        driver.beat(3, round_)
+    driver.pass_time(2.5, 1, 2)
+    assert texts(driver)[-1].startswith("worker-1 died: it has been silent for 2.0 s, slots 2-3 ")
+
+
 def test_slots_that_go_to_a_faster_worker_are_told_of_with_the_round() -> None:
     driver = Driver()
     driver.train()

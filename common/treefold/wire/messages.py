@@ -233,9 +233,13 @@ class Flush(Message, tag=14, frozen=True):
 
 
 class StatusRequest(Message, tag=17, frozen=True):
-    """Anyone to the scheduler: asks what is going on."""
+    """Anyone to the scheduler: asks what is going on.
+
+    Who is watching asks again and again, and is to hear how the job ends before the scheduler goes.
+    """
 
     call: Count
+    is_watching: bool = False
 
 
 class StatusReply(Message, tag=18, frozen=True):

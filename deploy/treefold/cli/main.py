@@ -30,6 +30,7 @@ COMMANDS = {
     "server": "start one server",
     "worker": "start one worker: run a command with the cluster's settings",
     "status": "say who is there, what is where, and what is waited for",
+    "top": "show live what goes on in a cluster, and where the time goes",
     "drain": "let others take over a member's work, and the member leave",
     "report": "save what the live page of a job shows, as one file",
     "keys": "make, list, add, remove or change keys",

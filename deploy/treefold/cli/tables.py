@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from treefold.common.spans import spans
-from treefold.launch.link import MemberStatus, ShardStatus, Status, TableStatus
+from treefold.launch.link import CheckpointStatus, MemberStatus, ShardStatus, Status, TableStatus
 
 MIB = 1 << 20
 
@@ -32,8 +32,14 @@ def print_status(status: Status, console: Console) -> None:
     console.print(Group(*parts))
 
 
-def _checkpoints(status: Status) -> list[str]:
-    known = status.checkpoint
+def checkpoint_words(known: CheckpointStatus | None) -> list[str]:
+    """What there is to say of the checkpoints of a job.
+
+    Parameters
+    ----------
+    known : CheckpointStatus or None
+        What the scheduler says of them.
+    """
     if known is None:
         return []
     words = [f"checkpoint of version {known.newest} in {known.folder}"]
@@ -50,7 +56,7 @@ def _summary(status: Status) -> str:
         words[0] += f" of {status.plan.end_round} (epoch {status.plan.epoch})"
     if status.slots:
         words.append(f"{status.slots} slots, {status.rounds_per_second:.1f} rounds/s")
-    words += _checkpoints(status)
+    words += checkpoint_words(status.checkpoint)
     if status.ending is not None:
         words.append(f"{status.ending.outcome}: {status.ending.text}")
     return "; ".join(words)

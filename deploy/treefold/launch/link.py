@@ -172,11 +172,19 @@ class StatusLink:
         self._call = 0
         self._asked_ns = 0
 
-    def ask(self, now_ns: int) -> None:
-        """Ask; answers to earlier questions do not count any more."""
+    def ask(self, now_ns: int, *, is_watching: bool = False) -> None:
+        """Ask; answers to earlier questions do not count any more.
+
+        Parameters
+        ----------
+        now_ns : int
+            When.
+        is_watching : bool
+            Whether this is done again and again, until the job has ended.
+        """
         self._call += 1
         self._asked_ns = now_ns
-        self._requester.send(encode(StatusRequest(self._call)))
+        self._requester.send(encode(StatusRequest(self._call, is_watching)))
 
     def body(self, timeout_ms: int = 0) -> tuple[int, bytes] | None:
         """When the last question was asked, and the answer to it if it has come.

@@ -201,8 +201,9 @@ class SchedulerCore:
         match message:
             case Register():
                 self._on_register(now_ns, peer, message)
-            case StatusRequest(call):
-                self.out.append(Send(peer, StatusReply(call, status_of(self, now_ns))))
+            case StatusRequest():
+                self.farewell.watch(now_ns, peer, message, is_over=self.ending is not None)
+                self.out.append(Send(peer, StatusReply(message.call, status_of(self, now_ns))))
             case DrainRequest():
                 self.out += draining.begin(self.roster, self.chains, peer, message)
                 self._mend(now_ns)
@@ -418,8 +419,7 @@ class SchedulerCore:
     def _check_leases(self, now_ns: int) -> None:
         self._lease_check_ns = now_ns + LEASE_CHECK_MS * MS
         better = self.balance.check(now_ns, self.view.leases.workers)
-        is_moving = self.moves.begin(now_ns, self.view.number + 1)
-        if better is not None or is_moving:
+        if self.moves.begin(now_ns, self.view.number + 1) or better is not None:
             self.new_view(now_ns, better)
 
     def _send_view(self, now_ns: int, state: MemberState) -> None:
@@ -485,8 +485,8 @@ class SchedulerCore:
         self.out += self.quorums.on_time(now_ns)
 
     def _on_ended(self, now_ns: int) -> None:
-        is_busy = bool(self.roster.live()) or self.checkpoints.is_writing
         if self.ending is not None:
+            is_busy = bool(self.roster.live()) or self.checkpoints.is_writing
             self.out += self.farewell.end(now_ns, self.ending, is_busy=is_busy)
 
     def _wanted(self) -> dict[Role, int]:

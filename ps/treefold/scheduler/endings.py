@@ -137,6 +137,7 @@ def gone_text(now_ns: int, state: MemberState, outcome: Outcome | None, text: st
         return f"{state.name} left: {outcome.name.lower()} {text}".rstrip()
     if text:
         return f"{state.name} {text}: another process has its address now"
-    where = "" if state.beat is None else f" in round {state.beat.round}"
+    round_ = -1 if state.beat is None else state.beat.round  # -1 before the first one
+    where = f" in round {round_}" if round_ >= 0 else ""
     silent_s = (now_ns - state.seen_ns) / 1e9
     return f"{state.name} died{where}: it has been silent for {silent_s:.1f} s"

@@ -4,12 +4,13 @@ Part of `treefold.scheduler.core` in a file of its own; just as pure.
 """
 
 from treefold.scheduler.admission import SchedulerLimits
-from treefold.wire.exchange import Halt
+from treefold.wire.exchange import Halt, Peer
 from treefold.wire.membership import MS
-from treefold.wire.messages import Heartbeat, Stop
+from treefold.wire.messages import Heartbeat, StatusRequest, Stop
 from treefold.wire.words import Outcome
 
 FAREWELL_MS = 3_000  # after the end, how long members are answered before the scheduler goes
+WATCHERS_MAX = 64  # who are known; others may hear of the end or not
 SAVING_MAX_MS = 600_000  # the same, while servers still write to a checkpoint
 
 
@@ -61,6 +62,7 @@ class Farewell:
         self._is_over = False
         self._ended_ns = 0
         self._until_ns = 0
+        self._watchers: dict[Peer, int] = {}
 
     def begin(self, now_ns: int) -> None:
         """The job has ended."""
@@ -71,6 +73,17 @@ class Farewell:
         """A member is still there."""
         if isinstance(message, Heartbeat) and message.saving:
             self.stay(now_ns)
+
+    def watch(self, now_ns: int, peer: Peer, request: StatusRequest, *, is_over: bool) -> None:
+        """Somebody asks for the status, and hears with it how the job ended if it is over."""
+        known = self._watchers.items()
+        self._watchers = {who: at for who, at in known if who != peer and _is_recent(now_ns, at)}
+        if request.is_watching and not is_over and len(self._watchers) < WATCHERS_MAX:
+            self._watchers[peer] = now_ns
+
+    def is_watched(self, now_ns: int) -> bool:
+        """Whether somebody asked a moment ago, and has not heard of the end."""
+        return any(_is_recent(now_ns, at_ns) for at_ns in self._watchers.values())
 
     def stay(self, now_ns: int) -> None:
         """Somebody still writes to a checkpoint."""
@@ -83,8 +96,13 @@ class Farewell:
 
     def end(self, now_ns: int, ending: Stop, *, is_busy: bool) -> list[Halt]:
         """The end of the scheduler, once nobody is left who would hear it."""
+        is_busy = is_busy or self.is_watched(now_ns)
         if self._is_over or self._is_lingering or (is_busy and now_ns < self._until_ns):
             return []
         self._is_over = True
         status = {Outcome.FAILED: 1, Outcome.NOT_FORMED: 3}.get(ending.outcome, 0)
         return [Halt(status, ending.text)]
+
+
+def _is_recent(now_ns: int, at_ns: int) -> bool:
+    return now_ns - at_ns < FAREWELL_MS * MS
