@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -38,10 +39,11 @@ from treefold.scheduler.tensors import tensors_of
 from treefold.server.digest import checksum
 from treefold.server.shard import FoldedPart, ShardState
 from treefold.server.statistics import EVERY_NS, PATIENCE_NS, Statistics, joined, sums_of
+from treefold.torch.embedded import connect_embedded
 from treefold.torch.progress import Progress, as_number
 from treefold.wire.membership import Identity, Membership, Standing
 from treefold.wire.messages import DeclareTable, Heartbeat, HeartbeatSeen
-from treefold.wire.words import LOGGED_MAX, LOGGED_NAME_MAX, Figure, Member, Role
+from treefold.wire.words import LOGGED_MAX, LOGGED_NAME_MAX, Figure, Member, Outcome, Role
 
 S = 1_000_000_000
 UNIX = 1_790_000_000.0
@@ -270,6 +272,23 @@ def test_a_page_that_other_machines_can_reach_needs_a_token_file(tmp_path: Path)
     file_.write_text("short")
     with pytest.raises(ConfigError, match="16 are the least"):
         live.token_of(everywhere)
+
+
+def test_a_script_that_is_alone_says_where_its_page_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.html"
+    client = connect_embedded(Settings(page_port=0, report=str(report)))
+    client.join()
+    [link] = re.findall(
+        r"treefold: live page (http://127\.0\.0\.1:\d+/#\S+)", capsys.readouterr().err
+    )
+    status, page = ask(link, "/report", link.partition("#")[2])
+    assert (status, '"phase":"running"' in page) == (200, True)
+    client.leave(Outcome.DONE, "")
+    assert '"outcome":"done"' in report.read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="no folder for the report"):
+        live.Live(Settings(report=str(tmp_path / "no" / "x.html")), Driver().core, list, str)
 
 
 # ---- what scripts say ----------------------------------------------------------------------------
