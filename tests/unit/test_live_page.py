@@ -258,6 +258,10 @@ def test_one_encoding_reaches_every_page_and_who_is_slow_gets_the_newest() -> No
     assert next(Feed().documents(0.0)) == b""
 
 
+def no_bell() -> None:
+    """Nobody is woken."""
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 
@@ -288,7 +292,7 @@ def test_a_script_that_is_alone_says_where_its_page_is(
     client.leave(Outcome.DONE, "")
     assert '"outcome":"done"' in report.read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match="no folder for the report"):
-        live.Live(Settings(report=str(tmp_path / "no" / "x.html")), Driver().core, list, str)
+        live.Live(Settings(report=str(tmp_path / "no" / "x.html")), Driver().core, no_bell, str)
 
 
 # ---- what scripts say ----------------------------------------------------------------------------

@@ -1,12 +1,10 @@
 """Every message of the protocol.
 
-Structs are positional on the wire: append fields with defaults, never reorder, remove or reuse; a
-tag is never used twice. Each struct, its page in ``docs/wire.md`` and its golden bytes change in
-one commit.
+Structs are positional on the wire: append fields with defaults, never reorder, remove or reuse; no
+tag twice. Each struct, its page in ``docs/wire.md`` and its golden bytes change in one commit.
 
 A message with tensor data covers a *run* of adjacent parts of a shard and carries a `Frame` that
-describes it. The bytes follow as one frame per part, or lie in a segment that sender and receiver
-share.
+describes it. The bytes follow as one frame per part, or lie in a segment that both sides share.
 """
 
 from typing import Annotated
@@ -111,8 +109,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     and the scheduler has not said that it knows. ``staleness`` is, of shard 0 of asynchronous
     tables, how many contributions of each worker were how stale. ``spare`` are leased slots of an
     asynchronous pass that are not begun; ``is_idle``: nothing is left. ``metrics``: where they are.
-    ``logged``: of each name that the script gave a value, the newest one and its round.
-    ``figures``: of the tensors that a server holds, while somebody looks.
+    ``logged``: what a script said last, by name. ``figures``: of tensors, while somebody looks.
     """
 
     incarnation: Count
