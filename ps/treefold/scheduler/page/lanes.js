@@ -55,10 +55,11 @@ Treefold.lanes = (() => {
     return { from, to: Math.max(last, from + 1) };
   }
 
-  // Thin lanes have no room for words beside them: there the tip says who waits for whom.
+  // Thin and short lanes have no room for words beside them: there the tip says who waits for whom.
   function areaOf(width) {
-    const words = height < 11 ? 12 : WAITS_PX;
-    return { left: NAMES_PX, width: Math.max(50, width - NAMES_PX - words), ...span() };
+    const hasWords = height >= 11 && width >= 3 * WAITS_PX;
+    const right = hasWords ? WAITS_PX : 12;
+    return { left: NAMES_PX, width: Math.max(50, width - NAMES_PX - right), hasWords, ...span() };
   }
 
   // Which lanes there are, workers first, by rank.
@@ -137,7 +138,7 @@ Treefold.lanes = (() => {
     pen.textBaseline = "middle";
     pen.fillStyle = ink.text;
     pen.fillText(name, 0, middle, NAMES_PX - 6);
-    const text = every === 1 ? waits[name] : "";
+    const text = area.hasWords ? waits[name] : "";
     if (text) {
       pen.fillStyle = ink.faint;
       pen.fillText(clip(pen, `waits: ${text}`, WAITS_PX - 10), area.left + area.width + 8, middle);
@@ -156,7 +157,7 @@ Treefold.lanes = (() => {
     pen.font = "11px system-ui";
     pen.fillStyle = ink.faint;
     pen.textBaseline = "bottom";
-    const steps = Math.max(2, Math.floor(area.width / 140));
+    const steps = Math.max(1, Math.floor(area.width / 140));
     for (let step = 0; step <= steps; step += 1) {
       const at = area.from + ((area.to - area.from) * step) / steps;
       const text = clock(at);
