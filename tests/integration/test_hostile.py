@@ -24,14 +24,8 @@ from tests.integration.test_bad_input import STRANGER, addresses, garbage, statu
 from tests.integration.test_trouble import begin_round
 from tests.support.processes import Bits, Cluster, Gate
 from treefold.wire import codec
-from treefold.wire.messages import (
-    Heartbeat,
-    Pull,
-    SegmentAnswer,
-    SegmentOffer,
-    StatusReply,
-    StatusRequest,
-)
+from treefold.wire.messages import Heartbeat, Pull, StatusReply, StatusRequest
+from treefold.wire.segments import SegmentAnswer, SegmentOffer
 
 JOB = "three_tables.py"
 CONNECTIONS, MESSAGES = 10_000, 100_000

@@ -20,7 +20,7 @@ from treefold.common.process import Spent
 from treefold.common.spec import BUFFER_GROUP, Hyper, Rule, TableSpec
 from treefold.transport.lanes import Lanes, LaneSettings
 from treefold.wire.words import Outcome
-from treefold.worker.effects import SlotMeta
+from treefold.worker.effects import Said, SlotMeta
 from treefold.worker.flats import Flats
 from treefold.worker.handed import LoopEnd, PartRun, Snapshot, Task
 from treefold.worker.pulls import PartRange
@@ -220,6 +220,7 @@ class ReferenceClient:
         self.flats = PoisonedFlats()
         self.left: tuple[Outcome, str] | None = None
         self.reports: list[tuple[int, float | None]] = []
+        self.logged: list[Said] = []
         self.early: list[tuple[int, int]] = []
         self._held: dict[int, int] = {}
         self._declared = 0
@@ -358,9 +359,10 @@ class ReferenceClient:
         if task.slot not in self.job.finished:
             self.job.samples.setdefault(task.round, []).extend(samples)
 
-    def report(self, samples: int, loss: float | None) -> None:
+    def report(self, samples: int, loss: float | None, logged: list[Said]) -> None:
         """Note what would be shown."""
         self.reports.append((samples, loss))
+        self.logged += logged
 
     def leave(self, outcome: Outcome, text: str) -> None:
         """Note how the script ended."""

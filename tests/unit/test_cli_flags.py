@@ -102,6 +102,12 @@ def test_a_job_whose_killed_workers_are_started_again_waits_for_them() -> None:
     assert run.settings_of(load(sizes | {"rejoin_grace_s": 1.0})).rejoin_grace_s == 1.0
 
 
+def test_a_launch_has_a_live_page_unless_told_otherwise() -> None:
+    assert run.settings_of(load({})).page_port == 0
+    assert run.settings_of(load({"page_port": -1})).page_port == -1
+    assert run.settings_of(load({"page_port": 8080})).page_port == 8080
+
+
 def test_roles_take_only_settings_that_exist() -> None:
     flags = [*scheduler.FLAGS, *server.FLAGS, *worker.FLAGS, *run.CHOSEN_HERE]
     assert [flag for flag in flags if flag not in KEYS] == []

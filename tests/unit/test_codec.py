@@ -33,6 +33,7 @@ from treefold.wire.codec import (
 )
 from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision, QuorumReport
 from treefold.wire.probes import Probe, ProbeSeen
+from treefold.wire.segments import SegmentAnswer, SegmentOffer
 
 GOLDEN: dict[str, str] = json.loads(
     (Path(__file__).parent / "golden" / "messages.json").read_text(encoding="utf-8")
@@ -76,8 +77,10 @@ EXAMPLES: list[m.AnyMessage] = [
         [(0, 6, [5, 0, 3])],
         metrics="10.0.0.2:9100",
         facts=words.Facts("0.1.0", "3.11.2", "2.13.0", 1024, 1 << 33, 1_700_000_000_000_000_000),
+        logged=[("accuracy", 16, 0.5)],
+        figures=[words.Figure(0, 1, 2, 1, 65_536, 0.5, 2.0, -1.0, 1.0)],
     ),
-    m.HeartbeatSeen(6, 3, 3),
+    m.HeartbeatSeen(6, 3, 3, True),
     m.DeclareTable(6, 1, TABLE, b"record"),
     m.DeclarePlan(6, 2, PLAN),
     m.Accepted(1, 0),
@@ -148,8 +151,8 @@ EXAMPLES: list[m.AnyMessage] = [
         words.Frame(Dtype.FLOAT32, 262_144),
     ),
     chain.UnitTaken(99, 7, 4, 0, 1, 2, 3, 18),
-    m.SegmentOffer(1 << 61, 4711, 12, 1 << 20, b"sixteen bytes..."),
-    m.SegmentAnswer(1 << 61, is_mapped=False, text="not on this host"),
+    SegmentOffer(1 << 61, 4711, 12, 1 << 20, b"sixteen bytes..."),
+    SegmentAnswer(1 << 61, is_mapped=False, text="not on this host"),
     m.ShardSaved(
         5, 0, 1, 200, "00000200/t0.model-1-63-5.safetensors", 4096, b"d" * 32, b"", math.inf
     ),

@@ -25,7 +25,8 @@ from treefold.transport.outbox import Outbox
 from treefold.transport.sockets import Arrival, Hub
 from treefold.transport.traffic import Traffic, Way
 from treefold.wire.codec import decode
-from treefold.wire.messages import Pulled, SegmentAnswer, SegmentOffer
+from treefold.wire.messages import Pulled
+from treefold.wire.segments import SegmentAnswer, SegmentOffer
 from treefold.wire.words import Frame
 
 ELEMENTS = 5_000

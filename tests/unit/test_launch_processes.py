@@ -177,6 +177,28 @@ def test_every_process_gets_its_own_address_and_all_other_settings(
     assert load({}).settings == expected
 
 
+def test_all_schedulers_of_a_launch_have_one_port_and_one_token_and_nobody_else_has(
+    tmp_path: Path,
+) -> None:
+    plan = LaunchPlan(Settings(page_port=0), ["true"])
+    first, again = (Attempt(plan, str(tmp_path / name)) for name in "12")
+    begun = first.environment("scheduler")
+    token = Path(begun["TREEFOLD_PAGE_TOKEN_FILE"])
+    assert begun["TREEFOLD_PAGE_PORT"] == "0"
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert len(token.read_text()) >= 16
+    again.link = "http://127.0.0.1:4321/#secret"
+    later = again.environment("scheduler")
+    assert later["TREEFOLD_PAGE_PORT"] == "4321"
+    assert later["TREEFOLD_PAGE_TOKEN_FILE"] == str(token)
+    for other in ("server-0", "worker-0"):
+        found = first.environment(other)
+        assert (found["TREEFOLD_PAGE_PORT"], found["TREEFOLD_PAGE_TOKEN_FILE"]) == ("-1", "")
+    own = LaunchPlan(Settings(page_port=0, page_token_file="/mine"), ["true"])  # noqa: S106 # a path
+    given = Attempt(own, "/tmp/x/1").environment("scheduler")  # noqa: S108 # only a name
+    assert Path(given["TREEFOLD_PAGE_TOKEN_FILE"]) == Path("/mine")
+
+
 def test_one_thread_computes_unless_the_user_said_otherwise() -> None:
     assert prepared({})["OMP_NUM_THREADS"] == "1"
     assert prepared({"OMP_NUM_THREADS": "4"})["OMP_NUM_THREADS"] == "4"

@@ -25,10 +25,11 @@ from treefold.common.metrics import (
     Reading,
     staleness,
 )
-from treefold.transport import watch as watching
-from treefold.transport.endpoint import Endpoint, exposition, is_loopback
+from treefold.transport import questions
+from treefold.transport.endpoint import Endpoint, exposition
 from treefold.transport.tally import Tally, op_of
 from treefold.transport.watch import Watch, watch_for
+from treefold.transport.web import is_loopback
 from treefold.wire.exchange import Received, Send
 from treefold.wire.messages import Push, Refused, RoundMeta, StatusRequest
 from treefold.wire.words import Code, Role
@@ -270,7 +271,7 @@ def test_a_question_is_answered_by_the_thread_that_owns_the_sockets() -> None:
 
 
 def test_a_process_that_is_busy_for_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "ANSWER_MAX_S", 0.01)
+    monkeypatch.setattr(questions, "ANSWER_MAX_S", 0.01)
     with pytest.raises(UnavailableError, match="busy"):
         Watch(Role.SERVER, Tally({}), no_bell).ask()
 

@@ -296,6 +296,25 @@ def test_a_loop_needs_an_optimizer() -> None:
         ps.batches(Numbers(), BATCH)
 
 
+def test_what_a_script_says_is_told_with_its_round_and_between_loops_at_once() -> None:
+    with joined(ReferenceJob(slots=2)) as client:
+        model = bare()
+        optimizer = ps.DistributedOptimizer(sgd(parameters_of(model)), model)
+        for number, batch in enumerate(ps.batches(dataset(), BATCH)):
+            assert len(client.logged) == number  # with the slot that is over
+            optimizer.zero_grad()
+            backward(loss_of(model, batch))
+            ps.log("number", -1)  # the newest one counts
+            ps.log("number", torch.tensor(number))
+            optimizer.step()
+        slots = len(client.logged)
+        assert client.logged == [("number", number // 2, number) for number in range(slots)]
+        ps.log("after", 0.5)
+        assert client.logged[slots:] == [("after", ps.round(), 0.5)]
+    with pytest.raises(LocalProtocolError, match=r"ps\.init"):
+        ps.log("later", 1.0)
+
+
 def test_samples_and_the_last_loss_are_reported() -> None:
     with joined(ReferenceJob(slots=2)) as client:
         model = bare()

@@ -134,6 +134,17 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics_token_file : str
         File with the bearer token that whoever asks for metrics has to have; needed if
         ``metrics_bind`` can be reached from other machines.
+    page_port : int
+        Port of the scheduler's live page; 0 takes a free one, -1: there is none. ``treefold run``
+        has one unless it is told otherwise.
+    page_bind : str
+        Host that the live page is offered on.
+    page_token_file : str
+        File with the token that the link to the live page bears; empty: one is made up, which is
+        enough for a page that only this machine can reach. Whoever has it may drain members, and
+        whoever has that of ``metrics_token_file`` may look.
+    report : str
+        File in which the scheduler saves the live page when the job is over; empty: none.
     timeline : str
         Name of the files in which processes write what took how long, for Chrome's trace viewer;
         ``treefold run`` puts them together in the file of that name. Empty: none.
@@ -186,6 +197,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics_port: Annotated[int, Meta(ge=-1, le=65_535)] = -1
     metrics_bind: str = "127.0.0.1"
     metrics_token_file: str = ""
+    page_port: Annotated[int, Meta(ge=-1, le=65_535)] = -1
+    page_bind: str = "127.0.0.1"
+    page_token_file: str = ""
+    report: str = ""
     timeline: str = ""
     log_level: str = "info"
 

@@ -21,7 +21,8 @@ from treefold.transport.segments import Segment
 from treefold.transport.sockets import Arrival
 from treefold.wire.chain import UnitCopy
 from treefold.wire.codec import encode
-from treefold.wire.messages import Pulled, Push, SegmentAnswer, SegmentOffer
+from treefold.wire.messages import Pulled, Push
+from treefold.wire.segments import SegmentAnswer, SegmentOffer
 from treefold.wire.words import Frame
 
 TensorMessage = Push | Pulled | UnitCopy

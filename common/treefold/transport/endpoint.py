@@ -4,18 +4,11 @@ Threads of its own; it knows nothing of the process but two questions that it ma
 process that offers metrics imports this module.
 """
 
-import contextlib
 import hmac
-import ipaddress
 import json
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
-from socketserver import ThreadingMixIn
-from urllib.parse import urlsplit
+from http.server import BaseHTTPRequestHandler
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -31,10 +24,9 @@ from treefold.common.config import Settings
 from treefold.common.errors import ConfigError, UnavailableError
 from treefold.common.log import logger
 from treefold.common.metrics import BY_NAME, METRICS, PREFIX, Counts, Kind, Reading
+from treefold.transport.web import PATIENCE_S, WebServer, is_loopback, read_token, told
 
 ASKERS_MAX = 8  # connections at a time; more are closed at once
-PATIENCE_S = 5.0  # for each piece of a request
-TOKEN_LETTERS_MIN = 16
 PROMETHEUS_OPEN_BOUND = "+Inf"
 Ask = Callable[[], list[Reading]]
 AskTargets = Callable[[], list[tuple[str, str]]]
@@ -66,7 +58,7 @@ class Endpoint:
     """
 
     def __init__(self, settings: Settings, ask: Ask, ask_targets: AskTargets) -> None:
-        self._host = host = settings.metrics_bind
+        host = settings.metrics_bind
         token = token_of(settings)
         try:
             self._server = _Server(host, settings.metrics_port, token)
@@ -78,24 +70,12 @@ class Endpoint:
             "/metrics": lambda accept: exposition(ask(), accept),
             "/targets": lambda _: (targets(ask_targets()), "application/json"),
         }
-        self._port = int(self._server.server_address[1])
-        self.address = f"{_told(settings)}:{self._port}"
-        self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="treefold-metrics", daemon=True)
-        self._thread.start()
+        self.address = f"{told(host, settings.advertise)}:{self._server.port}"
+        self._server.start("treefold-metrics")
 
     def close(self) -> None:
         """Stop listening; requests that are being answered end by themselves."""
-        self._is_closing = True
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)  # noqa: S104 # compared
-        with contextlib.suppress(OSError):  # a thread that waits for somebody sees that it is over
-            socket.create_connection((host, self._port), PATIENCE_S).close()
-        self._thread.join()
-        self._server.server_close()
-
-    def _run(self) -> None:
-        while not self._is_closing:
-            self._server.handle_request()
+        self._server.stop()
 
 
 def token_of(settings: Settings) -> str:
@@ -116,24 +96,7 @@ def token_of(settings: Settings) -> str:
             )
             raise ConfigError(msg)
         return ""
-    try:
-        token = Path(file).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the token for metrics cannot be read: {error}") from error
-    if len(token) < TOKEN_LETTERS_MIN:
-        msg = f"the token in {file} has {len(token)} characters; {TOKEN_LETTERS_MIN} are the least"
-        raise ConfigError(msg)
-    return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to a host."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return read_token(file, "metrics")
 
 
 def exposition(readings: list[Reading], accept: str) -> tuple[bytes, str]:
@@ -202,56 +165,13 @@ def _cumulated(value: Counts) -> list[tuple[str, float]]:
     return buckets
 
 
-def _told(settings: Settings) -> str:
-    """The host that others are told."""
-    host = settings.metrics_bind
-    if host in ("0.0.0.0", "::"):  # noqa: S104 # compared, not bound
-        host = urlsplit(settings.advertise).hostname or socket.gethostname()
-    return f"[{host}]" if ":" in host else host
-
-
-class _Server(ThreadingMixIn, HTTPServer):
-    """Listens, and answers a bounded number of requests at a time."""
-
-    daemon_threads = True
-    block_on_close = False
+class _Server(WebServer):
+    """Has pages."""
 
     def __init__(self, host: str, port: int, token: str) -> None:
         self.pages: dict[str, Page] = {}
         self.token = token
-        self._free = threading.Semaphore(ASKERS_MAX)
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), _Handler)
-
-    def server_bind(self) -> None:
-        """Bind, without looking up what the host is called, which may take long."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = "treefold", self.server_address[1]
-
-    def process_request(
-        self, request: socket.socket | tuple[bytes, socket.socket], client_address: object
-    ) -> None:
-        """Answer in a thread, if there is one left."""
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(
-        self, request: socket.socket | tuple[bytes, socket.socket], client_address: object
-    ) -> None:
-        """Answer."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away in the middle is nothing to print a trace for."""
-        del request
-        logger("metrics").debug("a request of %s failed", client_address, exc_info=True)
+        super().__init__(host, port, _Handler, ASKERS_MAX)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -19,7 +19,7 @@ from treefold.common.fold import TORCH_DTYPES
 from treefold.common.log import logger
 from treefold.transport import segments
 from treefold.transport.segments import Offer, Segment
-from treefold.wire.messages import SegmentAnswer, SegmentOffer
+from treefold.wire.segments import SegmentAnswer, SegmentOffer
 from treefold.wire.words import Frame
 
 PEER_BYTES_MAX = 1 << 40  # of one peer's segment; what is mapped costs nothing until it is read

@@ -22,8 +22,9 @@ from treefold.transport.watch import Watch
 from treefold.wire import codec
 from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import Peer, PeerLost, Received, Tick
-from treefold.wire.messages import AnyMessage, Pulled, Push, Refused, SegmentAnswer, SegmentOffer
+from treefold.wire.messages import AnyMessage, Pulled, Push, Refused
 from treefold.wire.probes import Probe, ProbeSeen
+from treefold.wire.segments import SegmentAnswer, SegmentOffer
 from treefold.wire.words import Code
 
 BATCH_MAX = 64  # messages taken from one socket before the clock is looked at

@@ -2,23 +2,21 @@
 
 A `Loop` has a watch only if metrics or a timeline are wanted; without one it pays for a comparison.
 The thread that owns the sockets does all of the work here. Those who ask, on threads of the HTTP
-endpoint, leave a question and ring the bell; they are answered between two events, so that nothing
-is ever read while it changes, and no lock is taken in the exchange.
+endpoint, leave a `Questions` that it answers between two events.
 """
 
 import os
-import queue
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from treefold.common.config import Settings
-from treefold.common.errors import ConfigError, UnavailableError
+from treefold.common.errors import ConfigError
 from treefold.common.log import logger
 from treefold.common.metrics import Reading
 from treefold.common.timeline import Timeline, part_of
+from treefold.transport.questions import Questions
 from treefold.transport.sockets import Arrival
 from treefold.transport.tally import Tally
 from treefold.wire.exchange import Received
@@ -27,37 +25,8 @@ from treefold.wire.words import Role
 if TYPE_CHECKING:
     from treefold.transport.endpoint import Endpoint
 
-ANSWER_MAX_S = 5.0  # how long somebody who asks waits for a process that is busy
 WAIT_LEAST_NS = 5_000  # shorter waits are left out of a timeline
-ANSWERED_MAX = 4  # questions that are answered between two events
 SHOWN = ("table", "shard", "round", "slot", "version", "part", "count")
-AnswerT = TypeVar("AnswerT")
-
-
-class _Question(Generic[AnswerT]):
-    """Something that only the thread that owns the sockets can say."""
-
-    def __init__(self, what: Callable[[], AnswerT]) -> None:
-        self._what = what
-        self._answers: queue.SimpleQueue[AnswerT | Exception] = queue.SimpleQueue()
-
-    def answer(self) -> None:
-        """Say it."""
-        try:
-            self._answers.put(self._what())
-        except Exception as error:  # whoever asks hears of it; training goes on
-            self._answers.put(error)
-
-    def wait(self) -> AnswerT:
-        """Wait for the answer."""
-        try:
-            found = self._answers.get(timeout=ANSWER_MAX_S)
-        except queue.Empty:
-            text = f"this process is busy: it did not answer within {ANSWER_MAX_S:.0f} s"
-            raise UnavailableError(text) from None
-        if isinstance(found, Exception):
-            raise found
-        return found
 
 
 class Watch:
@@ -86,8 +55,7 @@ class Watch:
         self.timeline: Timeline | None = None
         self._role, self._number = role.name.lower(), int(role)
         self._rank = -1
-        self._ring = ring
-        self._questions: deque[_Question[list[Reading]] | _Question[list[Target]]] = deque()
+        self._questions = Questions(ring)
         self._endpoint: Endpoint | None = None
         self._is_begun = False
         self._shown: dict[type, list[str]] = {}
@@ -134,16 +102,11 @@ class Watch:
         UnavailableError
             The process is too busy to answer.
         """
-        return self._ask(_Question(self._readings))
+        return self._questions.ask(self._readings)
 
     def ask_targets(self) -> list["Target"]:
         """Where metrics of the whole cluster are."""
-        return self._ask(_Question(self._targets))
-
-    def _ask(self, question: _Question[AnswerT]) -> AnswerT:
-        self._questions.append(question)  # type: ignore[arg-type] # one of the two kinds
-        self._ring()
-        return question.wait()
+        return self._questions.ask(self._targets)
 
     def _readings(self) -> list[Reading]:
         labels = (metadata.version("treefold"), self._role, str(self.tally.rank()))
@@ -156,8 +119,7 @@ class Watch:
 
     def turn(self) -> None:
         """Answer questions, and write what there is to write."""
-        for _ in range(min(len(self._questions), ANSWERED_MAX)):
-            self._questions.popleft().answer()
+        self._questions.answer()
         if self.timeline is not None:
             self._write(self.timeline)
 

@@ -4,6 +4,7 @@ Servers and workers hold one of these inside their core. It is as pure as a core
 an argument, messages to send go out as a list.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -20,7 +21,7 @@ from treefold.wire.messages import (
     Registered,
     Stop,
 )
-from treefold.wire.words import PROTOCOL_VERSION, Facts, Outcome, Role
+from treefold.wire.words import PROTOCOL_VERSION, Facts, Figure, Outcome, Role
 
 MS = 1_000_000
 REGISTER_RETRY_MS = 500
@@ -101,6 +102,16 @@ class Vitals:
     is_idle: bool = False
     metrics: str = ""
     host: HostFacts | None = None
+    logged: dict[str, tuple[int, float]] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
+
+    def report(
+        self, samples: int, loss: float | None, logged: Sequence[tuple[str, int, float]]
+    ) -> None:
+        """Take in what the script of a worker has done and said."""
+        self.samples, self.loss = samples, loss
+        for name, number, value in logged:
+            self.logged[name] = number, value
 
 
 @dataclass(slots=True)
@@ -118,6 +129,8 @@ class Membership:
         this one, so that they go together even if it had to register again in between.
     heard_ns : int
         When the scheduler last answered anything.
+    is_watched : bool
+        Whether somebody looks at what this member can tell of tensors.
     """
 
     identity: Identity
@@ -134,6 +147,7 @@ class Membership:
     heartbeat_ns: int = 500 * MS
     heard_ns: int = 0
     registrations: int = 0
+    is_watched: bool = False
     _next_ns: int = 0
     _beats_left: int = 0
     _leave: Leave | None = None
@@ -201,6 +215,7 @@ class Membership:
         """Note that the scheduler is there."""
         if message.incarnation == self.incarnation:
             self.heard_ns = now_ns
+            self.is_watched = message.is_watched
 
     def on_fenced(self, now_ns: int, message: Fenced) -> bool:
         """We were given up: start anew under a fresh nonce. True if it was us."""
@@ -236,8 +251,9 @@ class Membership:
         self._move(Step.GIVEN_UP)
 
     def heartbeat(self) -> Heartbeat:
-        """The heartbeat as of now."""
+        """The heartbeat as of now; what it takes along once is gone from the vitals."""
         v = self.vitals
+        figures, v.figures = v.figures, []
         return Heartbeat(
             self.incarnation,
             v.view,
@@ -256,6 +272,9 @@ class Membership:
             v.spare,
             v.is_idle,
             v.metrics,
+            None,  # facts, which go with few beats
+            [(name, *point) for name, point in v.logged.items()],
+            figures,
         )
 
     def _facts(self, now_ns: int) -> Facts | None:

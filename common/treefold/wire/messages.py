@@ -1,12 +1,10 @@
 """Every message of the protocol.
 
-Structs are positional on the wire: append fields with defaults, never reorder, remove or reuse; a
-tag is never used twice. Each struct, its page in ``docs/wire.md`` and its golden bytes change in
-one commit.
+Structs are positional on the wire: append fields with defaults, never reorder, remove or reuse; no
+tag twice. Each struct, its page in ``docs/wire.md`` and its golden bytes change in one commit.
 
 A message with tensor data covers a *run* of adjacent parts of a shard and carries a `Frame` that
-describes it. The bytes follow as one frame per part, or lie in a segment that sender and receiver
-share.
+describes it. The bytes follow as one frame per part, or lie in a segment that both sides share.
 """
 
 from typing import Annotated
@@ -20,6 +18,7 @@ from treefold.common.spec import GROUPS_MAX, Hyper, TableSpec, Text
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy, UnitTaken
 from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision, QuorumReport
 from treefold.wire.probes import Probe, ProbeSeen
+from treefold.wire.segments import SegmentAnswer, SegmentOffer
 from treefold.wire.words import (
     FOLDER_LENGTH_MAX,
     FRAME_BYTES_MAX,
@@ -31,8 +30,10 @@ from treefold.wire.words import (
     Address,
     Code,
     Facts,
+    Figures,
     Frame,
     Leases,
+    Logged,
     Marks,
     Member,
     Message,
@@ -112,6 +113,7 @@ class Heartbeat(Message, tag=4, frozen=True):
     tables, how many contributions of each worker were how stale. ``spare`` are leased slots of an
     asynchronous pass that are not begun; ``is_idle``: nothing is left. ``metrics``: where they are.
     ``facts``: of the host, now and then.
+    ``logged``: what a script said last, by name. ``figures``: of tensors, while somebody looks.
     """
 
     incarnation: Count
@@ -132,6 +134,8 @@ class Heartbeat(Message, tag=4, frozen=True):
     is_idle: bool = False
     metrics: Address = ""
     facts: Facts | None = None
+    logged: Logged = msgspec.field(default_factory=list)
+    figures: Figures = msgspec.field(default_factory=list)
 
 
 class HeartbeatSeen(Message, tag=5, frozen=True):
@@ -144,6 +148,7 @@ class HeartbeatSeen(Message, tag=5, frozen=True):
     incarnation: Count
     view: Count
     confirmed: Count = 0
+    is_watched: bool = False
 
 
 class DeclareTable(Message, tag=6, frozen=True):
@@ -465,31 +470,6 @@ class RoundStatus(Message, tag=36, frozen=True):
     missing: Annotated[list[PartMissing], Meta(max_length=PARTS_MAX)]
     is_meta_missing: bool
     is_stale: bool = False
-
-
-# ---- members on one host ---------------------------------------------------------------------
-
-
-class SegmentOffer(Message, tag=48, frozen=True):
-    """A process offers a segment of its memory to a peer that may be on the same host.
-
-    It is file descriptor ``descriptor`` of process ``pid``, has ``nbytes`` bytes and begins with
-    ``token``. The peer reads from it; only the owner writes.
-    """
-
-    segment: Annotated[int, Meta(ge=1, lt=1 << 62)]
-    pid: Count
-    descriptor: Count
-    nbytes: Count
-    token: Annotated[bytes, Meta(min_length=16, max_length=16)]
-
-
-class SegmentAnswer(Message, tag=49, frozen=True):
-    """Whether the peer has mapped a segment, and if not, why."""
-
-    segment: Annotated[int, Meta(ge=1, lt=1 << 62)]
-    is_mapped: bool
-    text: Text
 
 
 AnyMessage = (

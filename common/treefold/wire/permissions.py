@@ -37,8 +37,6 @@ from treefold.wire.messages import (
     RoundMeta,
     RoundStatus,
     SavedSeen,
-    SegmentAnswer,
-    SegmentOffer,
     ShardSaved,
     StatusReply,
     StatusRequest,
@@ -46,6 +44,7 @@ from treefold.wire.messages import (
     View,
 )
 from treefold.wire.probes import Probe, ProbeSeen
+from treefold.wire.segments import SegmentAnswer, SegmentOffer
 from treefold.wire.words import Role
 
 

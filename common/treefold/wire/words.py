@@ -38,6 +38,14 @@ SlotCount = Annotated[int, Meta(ge=0, le=SLOTS_MAX)]
 Address = Annotated[str, Meta(max_length=1_024)]
 Spent = Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)]
 Norms = Annotated[list[tuple[TableNumber, Round, float]], Meta(max_length=TABLES_MAX)]
+LOGGED_MAX, LOGGED_NAME_MAX = 32, 64
+Logged = Annotated[
+    list[tuple[Annotated[str, Meta(max_length=LOGGED_NAME_MAX)], Round, float]],
+    Meta(max_length=LOGGED_MAX),
+]
+"""Name, round and value of what a script has said."""
+FIGURES_MAX = 8_192
+FIGURES_TENSORS_MAX = 500  # of a table, from its first one on
 STALE_CLASSES = 33  # of staleness: 0, 1, 2 to 3, 4 to 7 and so on
 StaleCounts = Annotated[
     list[tuple[TableNumber, Count, Annotated[list[Count], Meta(max_length=STALE_CLASSES)]]],
@@ -153,6 +161,23 @@ class Facts(msgspec.Struct, frozen=True, array_like=True, gc=False):
     files_max: Count
     memory_free_bytes: Count
     clock_ns: Count
+
+
+class Figure(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is known of the values of one tensor in one shard: ``kind`` is 0 weights, 1 gradient."""
+
+    table: TableNumber
+    shard: ShardNumber
+    tensor: Count
+    kind: Annotated[int, Meta(ge=0, le=1)]
+    count: Count
+    sum: float
+    squares: float
+    least: float
+    greatest: float
+
+
+Figures = Annotated[list[Figure], Meta(max_length=FIGURES_MAX)]
 
 
 class ShardPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):

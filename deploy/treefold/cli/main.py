@@ -32,6 +32,7 @@ COMMANDS = {
     "status": "say who is there, what is where, and what is waited for",
     "top": "show live what goes on in a cluster, and where the time goes",
     "drain": "let others take over a member's work, and the member leave",
+    "report": "save what the live page of a job shows, as one file",
     "keys": "make, list, add, remove or change keys",
     "checkpoint": "list, inspect, verify or export checkpoints",
     "replay": "step again what a job recorded, and compare",

@@ -119,12 +119,13 @@ def settings_of(loaded: Loaded) -> Settings:
     settings = _resumed(loaded)
     check_is_new(settings.tape)
     waits = ["connect_timeout_s"] + (["rejoin_grace_s"] if settings.is_recoverable else [])
+    page = {"page_port": 0} if loaded.origins["page_port"] == "default" else {}
     longer = {
         key: max(getattr(settings, key), settings.form_timeout_s)
         for key in waits
         if loaded.origins[key] == "default"
     }
-    return msgspec.structs.replace(settings, **longer)
+    return msgspec.structs.replace(settings, **longer, **page)
 
 
 def _resumed(loaded: Loaded) -> Settings:

@@ -24,6 +24,7 @@ FLAGS = (
     "server_dead_after_ms", "form_timeout_s", "rejoin_grace_s", "max_restarts", "linger",
     "log_level",
     "metrics_port", "metrics_bind", "metrics_token_file", "timeline",
+    "page_port", "page_bind", "page_token_file", "report",
 )  # fmt: skip
 
 
@@ -56,11 +57,12 @@ def serve(settings: Settings) -> int:
 
     with ExitStack() as stack:
 
-        def announce(address: str) -> None:
+        def announce(address: str, link: str) -> None:
             sys.stdout.write(f"scheduler {address}\n")
+            sys.stdout.write(f"page {link}\n" if link else "")
             sys.stdout.flush()
             try:
-                stack.enter_context(noted(address))
+                stack.enter_context(noted(address, link))
             except (ConfigError, OSError) as error:
                 logger("scheduler").warning("treefold status needs --scheduler: %s", error)
 

@@ -1,11 +1,13 @@
 """Which command and which environment each process of a launch gets."""
 
 import os
+import secrets
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -14,6 +16,7 @@ from treefold.common.config import KEYS, PREFIX, Settings, environment_of, metri
 from treefold.common.engines import NONE
 from treefold.common.errors import ConfigError
 from treefold.launch.core import SCHEDULER
+from treefold.transport.web import is_loopback
 
 IPC_PATH_MAX = 103  # bytes of a socket's path that Linux and macOS both take
 AGAIN_S = 15.0  # for a worker that is started again to find the scheduler, which was there before
@@ -22,6 +25,7 @@ TRANSPORTS = ("ipc", "tcp")
 CHILD = str(Path(__file__).with_name("child.py"))
 GUARD = str(Path(__file__).with_name("guard.py"))
 BARE_PYTHON = [sys.executable, "-I", "-S"]  # starts in milliseconds and sees nothing of the user's
+TOKEN_BYTES = 18
 THREADS = "OMP_NUM_THREADS"
 
 
@@ -59,6 +63,11 @@ class Attempt:
     is_again : bool
         Whether there was one before, whose checkpoints it goes on from.
 
+    Attributes
+    ----------
+    link : str
+        Opens the live page, as a scheduler of this launch has said; empty if none has.
+
     Raises
     ------
     ConfigError
@@ -70,6 +79,8 @@ class Attempt:
         self._folder = folder
         self.scheduler = ""
         self._begun: dict[str, None] = {}
+        self.link = ""
+        self._page_token = page_token(plan.settings, folder)
         made = plan.settings.checkpoint
         is_made = is_again and bool(made) and bool(Store(made).versions())
         self._resume = made if is_made else plan.settings.resume
@@ -108,10 +119,18 @@ class Attempt:
             resume=self._resume if name == SCHEDULER else "",
             rank=int(number or -1),
             metrics_port=port,
+            page_port=self._page_port() if name == SCHEDULER else -1,
+            page_token_file=self._page_token if name == SCHEDULER else "",
+            report=self._plan.settings.report if name == SCHEDULER else "",
             connect_timeout_s=patience_s,
         )
         values = environment_of(msgspec.to_builtins(of_member))
         return prepared(self._plan.environment) | values | {PREFIX + "CONFIG": os.devnull}
+
+    def _page_port(self) -> int:
+        """The port of the page; a scheduler that is started again has that of the one before."""
+        known = urlsplit(self.link).port
+        return self._plan.settings.page_port if known is None else known
 
     def _known(self, name: str) -> str:
         """Where a scheduler that is started again is expected, empty before it was anywhere."""
@@ -120,6 +139,20 @@ class Attempt:
     def _bind(self, name: str) -> str:
         is_ipc = self._plan.transport == "ipc" and not name.startswith("worker")
         return f"ipc://{self._folder}/{name}" if is_ipc else LOOPBACK
+
+
+def page_token(settings: Settings, folder: str) -> str:
+    """The file with the token of the live page, one for all schedulers of a launch.
+
+    So that a page that is open goes on with a scheduler that was started again.
+    """
+    if settings.page_port < 0 or settings.page_token_file or not is_loopback(settings.page_bind):
+        return settings.page_token_file
+    file = Path(folder).with_name("page-token")  # in the launch's own folder, as the attempt's is
+    if not file.exists():
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+            opened.write(secrets.token_urlsafe(TOKEN_BYTES))
+    return str(file)
 
 
 def prepared(environment: Mapping[str, str]) -> dict[str, str]:

@@ -22,7 +22,8 @@ REPLICAS = 2
 CHOSEN_HERE = (
     "scheduler", "bind", "advertise", "engine", "insecure", "rank", "journal", "checkpoint",
     "resume", "state", "keys", "audit", "max_restarts", "linger", "ledger", "tape", "timeline",
-    "metrics_port", "metrics_bind", "metrics_token_file",
+    "metrics_port", "metrics_bind", "metrics_token_file", "page_port", "page_bind",
+    "page_token_file", "report",
 )  # fmt: skip
 """Settings that the file chooses by itself."""
 SECRET = ("keys", "metrics_token_file")

@@ -21,11 +21,15 @@ STARTED_TOLERANCE_S = 1.0  # the system rounds when a process began; a reused nu
 
 
 class Running(msgspec.Struct, frozen=True):
-    """A scheduler that runs: its address, its process id, and when that process began (Unix s)."""
+    """A scheduler that runs: its address, its process id, and when that process began (Unix s).
+
+    ``link`` opens its live page; it has a secret in it, which this user may know.
+    """
 
     address: str
     pid: int
     started: float
+    link: str = ""
 
 
 def folder() -> Path:
@@ -46,11 +50,11 @@ def folder() -> Path:
 
 
 @contextmanager
-def noted(address: str) -> Iterator[None]:
+def noted(address: str, link: str = "") -> Iterator[None]:
     """Leave the address of this process's scheduler, for as long as the context lasts."""
     process = psutil.Process()
     file = folder() / f"{process.pid}.json"
-    note = Running(address, process.pid, process.create_time())
+    note = Running(address, process.pid, process.create_time(), link)
     draft = file.with_suffix(".draft")
     draft.write_bytes(msgspec.json.encode(note))
     draft.rename(file)

@@ -43,6 +43,7 @@ from treefold.wire.permissions import CURIOUS
 STATUS_NS = 250_000_000  # between two looks at the progress
 STATUS_LOST_NS = 2_000_000_000  # an answer that took longer is not waited for
 TURN_MAX_S = 0.25
+PAGE = "page "  # begins the scheduler's line with the link to the live page
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -99,6 +100,7 @@ class Launcher:
         self._asked_ns = 0
         self._is_answered = True
         self._is_announced = False
+        self._page = ""
         self._code: int | None = None
 
     def run(self) -> int:
@@ -172,6 +174,7 @@ class Launcher:
         folder = Path(self._folder) / str(self._attempts)
         folder.mkdir()
         self._attempt = Attempt(self._plan, str(folder), is_again=self._attempts > 1)
+        self._attempt.link = self._page
         self._is_announced = False
 
     def _start(self, name: str) -> None:
@@ -199,14 +202,24 @@ class Launcher:
             self._selector.unregister(stream.pipe)
 
     def _take_line(self, line: Line) -> None:
-        """Pass a line on; the scheduler's first one is its address."""
+        """Pass a line on; the scheduler's first ones are its address and the link to its page."""
         attempt = self._attempt
         is_first = line.text.startswith(f"{SCHEDULER} ") and not line.is_error
+        is_link = line.process == SCHEDULER and line.text.startswith(PAGE) and not line.is_error
+        if is_link and attempt is not None:
+            self._take_link(attempt, line.text.removeprefix(PAGE))
+            return
         if attempt is None or line.process != SCHEDULER or not is_first:
             self._reporter.line(line)
         elif not self._is_announced:
             attempt.scheduler = line.text.partition(" ")[2]
             self._announce(attempt.scheduler)
+
+    def _take_link(self, attempt: Attempt, link: str) -> None:
+        """A scheduler that was started again usually has the page where it was."""
+        if link != self._page:
+            self._page = attempt.link = link
+            self._reporter.event(f"live page {link}")
 
     def _reap(self) -> None:
         """Take note of the processes that have ended."""

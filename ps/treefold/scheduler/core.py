@@ -80,10 +80,10 @@ class SchedulerCore:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self.story, self.metrics, self.facts = Story(), "", dict[str, object]()
+        self.story, self.metrics, self.is_watched = Story(), "", False
+        self.facts: dict[str, object] = {}
         self.events = EventLog()
-        self.roster = Roster()
-        self.declared = Declared()
+        self.roster, self.declared = Roster(), Declared()
         self.balance = Balance(self.roster, self.declared)
         self.chains = Chains(self.roster, self.declared, limits.replicas)
         self.moves = Moves(self.roster, self.chains)
@@ -323,7 +323,7 @@ class SchedulerCore:
         confirmed = beat.view if beat.view == self.view.number else 0
         if confirmed and self.chains.confirm(beat.incarnation, beat.view):
             self._mend(now_ns)
-        seen = HeartbeatSeen(beat.incarnation, self.view.number, confirmed)
+        seen = HeartbeatSeen(beat.incarnation, self.view.number, confirmed, self.is_watched)
         self.out.append(Send(state.peer, seen))
         farewell = draining.farewell(state, self.chains)
         if farewell is not None:

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from treefold.common.errors import InvariantError
 from treefold.wire.exchange import Peer
 from treefold.wire.messages import Heartbeat
-from treefold.wire.words import Facts, Member, Outcome, Role
+from treefold.wire.words import Facts, Figure, Member, Outcome, Role
 
 LEADS_MAX = 4
 
@@ -64,6 +64,8 @@ class MemberState:
     clock_leads_ns : deque of int
         What its clock showed more than this scheduler's monotonic one, lately; less by as much as
         the message was on its way.
+    figures : list of Figure
+        The newest statistics of tensors that it told of.
     """
 
     member: Member
@@ -79,6 +81,7 @@ class MemberState:
     moved_ns: int = 0
     still_ns: int = 0
     lag_ns: int = 0
+    figures: list[Figure] = field(default_factory=list)
     view_sent_ns: int = 0
     tables: int = 0
     facts: Facts | None = None
@@ -104,6 +107,7 @@ class MemberState:
         self.still_ns = now_ns - self.moved_ns
         is_news = self.beat is None or beat.slot_time_ns != self.beat.slot_time_ns
         self.beat = beat
+        self.figures = beat.figures or self.figures
         if beat.slot_time_ns and is_news:  # else what is thought of who has no slots stays
             self.slot_time_ns = beat.slot_time_ns
             self.least_ns = min(self.least_ns or beat.slot_time_ns, beat.slot_time_ns)

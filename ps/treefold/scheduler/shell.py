@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -44,13 +45,17 @@ from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
 from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context, Hub
 from treefold.transport.watch import watch_for
-from treefold.wire.exchange import Halt, Level, Note, PeerLost, Send
+from treefold.wire.exchange import Halt, Level, Note, Peer, PeerLost, Received, Send
 from treefold.wire.membership import MS
-from treefold.wire.messages import Registered
+from treefold.wire.messages import Accepted, AnyMessage, DrainRequest, Refused, Registered
 from treefold.wire.permissions import KeyRole
 from treefold.wire.words import Outcome, Role
 
+if TYPE_CHECKING:
+    from treefold.scheduler.live import Live
+
 LISTENER = "listener"
+PAGE = "the live page"  # in whose name the core is asked to drain a member
 CLOSING_MAX_S = 10.0  # for old checkpoints to be removed
 
 
@@ -93,8 +98,15 @@ class SchedulerShell:
         self._core.facts = _told_of(host_facts())
         tally = SchedulerTally(self._core, self._hub.traffic)
         self._loop.watch = watch_for(settings, Role.SCHEDULER, tally, self._hub.bell.ring)
+        self._answer: Accepted | Refused | None = None
+        self._live = self._show(settings)
         self._halt: Halt | None = None
         self._stop: SchedulerStopAsked | None = None
+
+    @property
+    def link(self) -> str:
+        """Opens the live page in a browser; empty if there is none."""
+        return "" if self._live is None else self._live.link
 
     @property
     def ending(self) -> str:
@@ -113,7 +125,11 @@ class SchedulerShell:
                 self._loop.feed(stop)
             for event in self._background.events():
                 self._loop.feed(event)
+            if self._live is not None:
+                self._live.turn()
         self._loop.flush()
+        if self._live is not None:
+            self._live.close()
         self._background.close(CLOSING_MAX_S)
         self._loop.end_watch()
         self._hub.close()
@@ -128,6 +144,20 @@ class SchedulerShell:
         self._stop = SchedulerStopAsked(outcome, text)
         self._hub.bell.ring()
 
+    def _show(self, settings: Settings) -> "Live | None":
+        """A live page or a report, if the settings ask for any."""
+        if settings.page_port < 0 and not settings.report:
+            return None
+        from treefold.scheduler.live import Live  # noqa: PLC0415 # who shows nothing need not wait
+
+        return Live(settings, self._core, self._hub.bell.ring, self._drain, self._audit)
+
+    def _drain(self, member: str) -> str:
+        """Ask for a member to be drained as `treefold drain` does; why not, or nothing."""
+        self._loop.feed(Received(PAGE, DrainRequest(1, member)))
+        answer, self._answer = self._answer, None
+        return answer.text if isinstance(answer, Refused) else ""
+
     def _take_up(self, journal: Journal) -> None:
         """Go on where another scheduler stopped, if it wrote anything down."""
         if journal.torn:
@@ -140,10 +170,7 @@ class SchedulerShell:
     def _perform(self, effect: Effect) -> list[Event]:
         match effect:
             case Send(peer, message, _):
-                if isinstance(message, Registered):
-                    self._loop.gate.grant(message)
-                if isinstance(peer, bytes):
-                    self._outbox.send(LISTENER, peer, message)
+                self._send(peer, message)
             case Persist(found):
                 if self._journal is not None:
                     self._journal.append(records.encode(found))
@@ -161,6 +188,14 @@ class SchedulerShell:
             case Halt():
                 self._halt = self._halt or effect  # what came in the same batch changes nothing
         return []
+
+    def _send(self, peer: Peer, message: AnyMessage) -> None:
+        if isinstance(message, Registered):
+            self._loop.gate.grant(message)
+        if isinstance(peer, bytes):
+            self._outbox.send(LISTENER, peer, message)
+        elif peer == PAGE and isinstance(message, Accepted | Refused):
+            self._answer = message
 
     def _note(self, text: str, what: str = "cluster") -> None:
         """What happened to members and to the job belongs into the audit log as well."""
@@ -255,7 +290,7 @@ def limits_of(settings: Settings) -> SchedulerLimits:
     )
 
 
-def main(settings: Settings, announce: Callable[[str], None]) -> int:
+def main(settings: Settings, announce: Callable[[str, str], None]) -> int:
     """Run the scheduler in this process until the job has ended.
 
     Parameters
@@ -263,7 +298,8 @@ def main(settings: Settings, announce: Callable[[str], None]) -> int:
     settings : Settings
         Where to listen, and how many of each role form the cluster.
     announce : callable
-        Told the bound address before anything else happens.
+        Told the bound address, and the link to the live page if there is one, before anything else
+        happens.
 
     Returns
     -------
@@ -274,7 +310,7 @@ def main(settings: Settings, announce: Callable[[str], None]) -> int:
     shell = SchedulerShell(jobs.chosen(settings))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop_once(shell))
-    announce(shell.address)
+    announce(shell.address, shell.link)
     status = shell.run()
     if status:
         logger("scheduler").error(shell.ending)

@@ -68,6 +68,7 @@ from treefold.server.published import Published
 from treefold.server.recording import Recording
 from treefold.server.saving import Restored, ShardFiles
 from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
+from treefold.server.statistics import Statistics
 from treefold.transport.access import access_of
 from treefold.transport.body import Body
 from treefold.transport.carrier import Carrier, Destination, Held
@@ -137,6 +138,7 @@ class ServerShell:
         self._states: dict[tuple[int, int], ShardState] = {}
         self._delays: dict[tuple[int, int], Delays] = {}
         self._files = ShardFiles(self._hub.bell.ring)
+        self._statistics = Statistics(self._states, self._core.membership, self._hub.bell.ring)
         self._published: dict[tuple[int, int], Published] = {}
         self._halt: Halt | None = None
         self._figures = ProcessFigures()
@@ -171,6 +173,7 @@ class ServerShell:
                 vitals.host = self._figures.host
                 vitals.spent_ns = self._spent.ns
                 self._carrier.lanes.sweep()
+            self._statistics.turn(time.monotonic_ns())
             for done in self._files.done():
                 self._on_file(done)
             if self._is_drain_asked:
@@ -387,6 +390,7 @@ class ServerShell:
                 limit = effect.norm_max
                 coefficient = clip_coefficient(limit, effect.norm) if limit > 0 else 1.0
                 self._recording.step(effect, folded, coefficient)
+                self._statistics.see(key, folded)
                 state.step(folded, effect.groups, coefficient)
         with self._spent.on("publish"):
             for ready in effect.parts:

@@ -42,6 +42,7 @@ def main() -> None:
             sys.stdout.write(f"round {ps.round()}\n")
             if chosen.slow.exists():
                 time.sleep(0.01)
+            ps.log("passes", passes)
             optimizer.zero_grad()
             torch.autograd.backward((weights.weight[0] * gradients[kind[0]]).sum())
             optimizer.step()

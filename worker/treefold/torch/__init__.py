@@ -20,7 +20,7 @@ from treefold.torch.loop import Batches, batches
 from treefold.torch.optimizer import DistributedOptimizer, clip_grad_norm
 from treefold.torch.options import DCASGD, SSP, Async, Quorum
 from treefold.torch.saving import save, state_dict
-from treefold.torch.session import init, is_chief, rank, shutdown, size
+from treefold.torch.session import init, is_chief, log, rank, shutdown, size
 from treefold.torch.session import round_number as round  # noqa: A004 # ps.round() reads as it is
 from treefold.torch.shards import DataShard, DataShards, data_shards
 
@@ -38,6 +38,7 @@ __all__ = [
     "data_shards",
     "init",
     "is_chief",
+    "log",
     "rank",
     "round",
     "save",

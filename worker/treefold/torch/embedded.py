@@ -1,5 +1,6 @@
 """A whole cluster in this process, for a script that was started alone: same code, same bits."""
 
+import sys
 import threading
 
 import msgspec
@@ -44,6 +45,8 @@ def connect_embedded(settings: Settings) -> Client:
         max_restarts=0,
     )
     scheduler = SchedulerShell(msgspec.structs.replace(alone, bind=f"{name}-scheduler"), context)
+    if scheduler.link:
+        sys.stderr.write(f"treefold: live page {scheduler.link}\n")  # a script's logging is its own
     inside = msgspec.structs.replace(
         alone,
         scheduler=scheduler.address,

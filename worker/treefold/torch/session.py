@@ -5,7 +5,6 @@ decided what the script may call when; tensors and sockets are for others.
 """
 
 import sys
-from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import torch
@@ -27,7 +26,7 @@ from treefold.common.optim import spare_compiler
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.spec import Consistency, ConsistencyKind
 from treefold.torch.leaving import ExitWatch, end_with
-from treefold.torch.progress import LossWatch
+from treefold.torch.progress import Progress, as_number
 from treefold.torch.pushing import Overlap
 from treefold.torch.randomness import seed_all, seed_between_loops
 from treefold.torch.streams import PINS
@@ -45,14 +44,6 @@ class Mode(Enum):
     UNDECIDED = auto()
     SLOTS = auto()  # `batches`
     LOADER = auto()  # its own loader: every step is a round, every worker one slot
-
-
-@dataclass(slots=True)
-class Progress:
-    """What is shown of this worker."""
-
-    watch: LossWatch = field(default_factory=LossWatch)
-    samples: int = 0
 
 
 class Session:
@@ -202,7 +193,17 @@ class Session:
         if is_void:
             return
         self.progress.samples += samples
-        self.client.report(self.progress.samples, self.progress.watch.read())
+        self._report()
+
+    def log(self, name: str, value: float) -> None:
+        """Keep a value until the slot is over; between slots, tell it at once."""
+        self.progress.log(name, self.round, value)
+        if self.task is None:
+            self._report()
+
+    def _report(self) -> None:
+        progress = self.progress
+        self.client.report(progress.samples, progress.watch.read(), progress.take_logged())
 
     def _load(self, reply: Task | LoopEnd) -> bool:
         """Load new versions; False if the servers overwrote one while it was read."""
@@ -414,6 +415,32 @@ def is_chief() -> bool:
 def round_number() -> int:
     """The current round: in a loop body that of its slot, between loops the one that comes next."""
     return current().round
+
+
+def log(name: str, value: float | Tensor) -> None:
+    """Show a number of the script's own on the live page, as a curve by its name.
+
+    The page has about one value per second: what is logged more often is shown as it was last. If
+    several workers log the same name, it shows the mean of those that are furthest. A value that is
+    not finite is left out. Training is not changed by it.
+
+    Parameters
+    ----------
+    name : str
+        Such as ``accuracy``, at most 64 characters; 32 names at most.
+    value : float or Tensor
+        The number, or a tensor with one element (reading one from a GPU waits for it).
+
+    Raises
+    ------
+    LocalProtocolError
+        `init` was not called.
+    DataError
+        The value is no number.
+    CapacityError
+        There are too many names, or this one is too long or empty.
+    """
+    current().log(name, as_number(name, value))
 
 
 def _connect(settings: Settings) -> Client:

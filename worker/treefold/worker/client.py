@@ -332,10 +332,10 @@ class Client:
             self._ledger = Writer(self._settings.ledger, f"worker-{who}")
         self._ledger.add(SamplesRecord(who, task.round, task.slot, list(samples)))
 
-    def report(self, samples: int, loss: float | None) -> None:
-        """Figures for the progress display: samples so far, and the last loss."""
+    def report(self, samples: int, loss: float | None, logged: list[effects.Said]) -> None:
+        """Figures for displays: samples so far, the last loss, what the script has said."""
         finite = loss if loss is not None and math.isfinite(loss) else None
-        self._shell.post(effects.Reported(samples, finite))
+        self._shell.post(effects.Reported(samples, finite, logged))
 
     @property
     def spent(self) -> Spent:

@@ -127,9 +127,8 @@ class WorkerCore:
                 self.exchange.know_hyper(event)
             case SlotFinished():
                 self._on_finished(now_ns, event)
-            case Reported(samples, loss):
-                self.membership.vitals.samples = samples
-                self.membership.vitals.loss = loss
+            case Reported(samples, loss, logged):
+                self.membership.vitals.report(samples, loss, logged)
             case DrainAsked():
                 self.is_draining = True
                 self._serve_task(now_ns)

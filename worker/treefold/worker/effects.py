@@ -96,11 +96,16 @@ class SlotFinished(msgspec.Struct, frozen=True, gc=False):
     metas: dict[int, SlotMeta]
 
 
+Said = tuple[str, int, float]
+"""A name that the script chose, the round, and the value."""
+
+
 class Reported(msgspec.Struct, frozen=True, gc=False):
-    """Figures for the next heartbeat: samples so far, last loss."""
+    """Figures for the next heartbeat: samples so far, last loss, and what the script has said."""
 
     samples: int
     loss: float | None
+    logged: list[Said] = []
 
 
 class DrainAsked(msgspec.Struct, frozen=True, gc=False):
