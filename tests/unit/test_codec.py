@@ -31,7 +31,14 @@ from treefold.wire.codec import (
     encode,
     encode_all,
 )
-from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision, QuorumReport
+from treefold.wire.decisions import (
+    HealthDecision,
+    HealthReport,
+    NormDecision,
+    NormReport,
+    QuorumDecision,
+    QuorumReport,
+)
 
 GOLDEN: dict[str, str] = json.loads(
     (Path(__file__).parent / "golden" / "messages.json").read_text(encoding="utf-8")
@@ -154,6 +161,10 @@ EXAMPLES: list[m.AnyMessage] = [
     m.SavedSeen(0, 1, 200),
     QuorumReport(5, 0, 1, 17, [0, 2, 3], 4, 12, 9),
     QuorumDecision(17, [0, 2, 3]),
+    HealthReport(
+        5, 0, 1, 17, [6, 7], [16, 12], 28, [(2, 1, [1.5, 0.25]), (0, 8, [0.0, 2.0])], [0.5, -1.0]
+    ),
+    HealthDecision(0, 17, [1.0, 0.0], 1.75, [0.5, -1.0, 0.25]),
 ]
 BY_NAME = pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 BUNDLED: list[m.AnyMessage] = [m.Flush(17), m.Fenced(6)]

@@ -53,7 +53,7 @@ def test_a_kind_without_an_entry_is_denied_to_every_role(
             {
                 "Registered", "Refused", "HeartbeatSeen", "Accepted", "View", "AssignTable",
                 "Grant", "Flush", "NormDecision", "StatusReply", "Stop", "Fenced", "SavedSeen",
-                "LeaveAsked", "QuorumDecision",
+                "LeaveAsked", "QuorumDecision", "HealthDecision",
             },
         ),
         (
@@ -63,7 +63,7 @@ def test_a_kind_without_an_entry_is_denied_to_every_role(
                 "Register", "Refused", "Heartbeat", "Leave", "RoundLate", "NormReport",
                 "ChainSynced", "ChainDiffers", "ShardSaved", "Push", "RoundHyper", "Pulled",
                 "Published", "RoundStatus", "ChainRound", "ChainAsk", "ChainApplied", "UnitCopy",
-                "UnitTaken", "SegmentOffer", "SegmentAnswer", "QuorumReport",
+                "UnitTaken", "SegmentOffer", "SegmentAnswer", "QuorumReport", "HealthReport",
             },
         ),
     ],

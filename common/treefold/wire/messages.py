@@ -18,7 +18,14 @@ from treefold.common.plan import Count, LoopPlan
 from treefold.common.round_state import RECORD_BYTES_MAX
 from treefold.common.spec import GROUPS_MAX, Hyper, TableSpec, Text
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy, UnitTaken
-from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision, QuorumReport
+from treefold.wire.decisions import (
+    HealthDecision,
+    HealthReport,
+    NormDecision,
+    NormReport,
+    QuorumDecision,
+    QuorumReport,
+)
 from treefold.wire.words import (
     FOLDER_LENGTH_MAX,
     FRAME_BYTES_MAX,
@@ -488,5 +495,6 @@ AnyMessage = (
     | NormDecision | StatusRequest | StatusReply | Stop | Fenced | Push | RoundHyper | RoundMeta
     | Pull | Pulled | Published | RoundStatus | SegmentOffer | SegmentAnswer | ChainSynced
     | ChainDiffers | LeaveAsked | DrainRequest | ChainRound | ChainAsk | ChainApplied
-    | UnitCopy | UnitTaken | ShardSaved | SavedSeen | QuorumReport | QuorumDecision
+    | UnitCopy | UnitTaken | ShardSaved | SavedSeen | QuorumReport | QuorumDecision | HealthReport
+    | HealthDecision
 )  # fmt: skip

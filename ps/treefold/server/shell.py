@@ -62,6 +62,7 @@ from treefold.server.effects import (
     UnitCopied,
 )
 from treefold.server.figures import ServerTally
+from treefold.server.handling import Handling, HandlingWork
 from treefold.server.limits import ServerLimits
 from treefold.server.points import POINTS
 from treefold.server.published import Published
@@ -89,7 +90,7 @@ LISTENER = "listener"
 REFUSED_STATUS = 3  # not started, as far as the others are concerned
 TensorWork = (
     OpenShard | ComputeNorm | MakeParts | CorrectParts | ScaleParts | ComputeDigest | CopyUnit
-    | LoadUnit
+    | LoadUnit | HandlingWork
 )  # fmt: skip
 
 
@@ -135,6 +136,7 @@ class ServerShell:
         self._widened: list[torch.Tensor] = []
         self._folder = Folder()
         self._states: dict[tuple[int, int], ShardState] = {}
+        self._handling = Handling(self._carrier, self._pool, self._states)
         self._delays: dict[tuple[int, int], Delays] = {}
         self._files = ShardFiles(self._hub.bell.ring)
         self._published: dict[tuple[int, int], Published] = {}
@@ -299,6 +301,8 @@ class ServerShell:
     def _guarded(self, effect: TensorWork) -> list[Event]:
         """Tensor work that may find that what the job asks for cannot be done."""
         try:
+            if isinstance(effect, HandlingWork):
+                return self._handling.perform(effect)
             if isinstance(effect, OpenShard):
                 self._open(effect)
             elif isinstance(effect, ComputeNorm):

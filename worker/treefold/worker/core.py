@@ -412,8 +412,8 @@ class WorkerCore:
         local, trained = self.exchange.local, self.exchange.trained()
         if local is None:
             parts = {table.number: len(table.parts) for table in trained}
-            tried = quorum.tried(trained, self.plan)
-            local = self.exchange.local = LocalRound(self.position, self.plan, parts, tried)
+            local = quorum.begun(trained, self.plan, self.position, parts)
+            self.exchange.local = local
         for table in trained:
             if not table.pulls:
                 self.exchange.pull(now_ns, table, self.position + 1, attempt=0)

@@ -212,7 +212,7 @@ class Exchange:
         local, table = self.local, self.tables.get(event.table)
         if local is None or table is None or event.slot != 0 or event.round != local.number:
             return
-        if table.spec.is_asynchronous or table.spec.is_quorum:
+        if table.spec.is_asynchronous or table.spec.is_gathered:
             return  # nothing is stepped before all of it is there
         local.hypers[event.table] = event
         for shard in table.place.shards if table.place else []:
@@ -232,7 +232,7 @@ class Exchange:
                     self.contribute(
                         Contributed(table.number, number, 1, event.round, event.slot, (), [marks])
                     )
-            counts = slot == 0 or table.spec.is_asynchronous or table.spec.is_quorum
+            counts = slot == 0 or table.spec.is_asynchronous or table.spec.is_gathered
             if counts and table.number in event.metas:
                 local.metas[table.number, slot] = event.metas[table.number]
                 for shard in table.place.shards if table.place else []:

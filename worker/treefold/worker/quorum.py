@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from treefold.common.lineup import Lineup, lineup
 from treefold.common.plan import LoopPlan
 from treefold.worker.pulls import Table
+from treefold.worker.rounds import LocalRound
 
 
 def tried(tables: Sequence[Table], plan: LoopPlan) -> Lineup | None:
@@ -22,6 +23,17 @@ def tried(tables: Sequence[Table], plan: LoopPlan) -> Lineup | None:
     """
     progress = next((table.progress for table in tables if table.spec.is_quorum), None)
     return None if progress is None else lineup(plan, progress)
+
+
+def begun(
+    tables: Sequence[Table], plan: LoopPlan, position: int, parts: dict[int, int]
+) -> LocalRound:
+    """A worker's share of the round at a version, with the ``parts`` of each table."""
+    batches = tried(tables, plan)
+    local = LocalRound(position, plan, parts, batches)
+    if batches is None and any(table.spec.is_gathered for table in tables):
+        local.take_apart()
+    return local
 
 
 def is_over(tables: Sequence[Table], plan: LoopPlan, version: int) -> bool:
