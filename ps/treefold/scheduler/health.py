@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from treefold.common import blocks
 from treefold.common.layout import Layout
+from treefold.common.spec import TableSpec
 from treefold.scheduler.declared import Declared
 from treefold.scheduler.members import MemberState, Roster
 from treefold.scheduler.robust import Band, Fault, Verdict, band_of, judge, logarithms, remembered
@@ -111,6 +112,18 @@ class Health:
         of = report.table, report.round
         self.decided[report.table] = HealthDecision(*of, verdict.coefficients, verdict.factor, kept)
         return self._noted(report, verdict, norms)
+
+    def status_of(self, number: int, spec: TableSpec) -> dict[str, object]:
+        """What ``treefold status`` says of a table."""
+        tally = self.tallies.get(number, Tally())
+        return {
+            "health": spec.guard.policy.name.lower().replace("_", "-"),
+            "aggregation": spec.guard.aggregation.name.lower().replace("_", "-"),
+            "unhealthy": tally.faults,
+            "rounds_skipped": tally.skipped,
+            "usual": tally.band,
+            "finding": tally.last,
+        }
 
     # ---- who it was -----------------------------------------------------------------------------
 
