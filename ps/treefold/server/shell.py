@@ -302,7 +302,8 @@ class ServerShell:
         """Tensor work that may find that what the job asks for cannot be done."""
         try:
             if isinstance(effect, HandlingWork):
-                return self._handling.perform(effect)
+                with self._spent.on("health"):
+                    return self._handling.perform(effect)
             if isinstance(effect, OpenShard):
                 self._open(effect)
             elif isinstance(effect, ComputeNorm):
