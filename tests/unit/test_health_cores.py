@@ -47,6 +47,7 @@ from treefold.wire.messages import AssignTable, DeclarePlan, DeclareTable, Pulle
 
 SLOTS = 3
 GUARD = Guard(HealthPolicy.REJECT, warmup=4)
+WATCH = Guard(HealthPolicy.WARN, warmup=4)
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +227,43 @@ def test_a_limit_for_the_norm_is_that_of_what_counts() -> None:
     assert not sent(effects, NormReport)
 
 
+def test_where_everything_counts_nothing_waits_and_each_part_is_measured_before_it_is_folded() -> (
+    None
+):
+    core = begun(WATCH)
+    asked: list[Effect] = []
+    for slot in range(SLOTS):
+        for part in (0, 1):
+            one = push(0, slot, part=part, active=SLOTS)
+            effects = data(core, one, 100 + 10 * slot + part)
+            asked += of(effects, ComputeProducts)
+            assert asked[-1] == ComputeProducts(0, 0, 0, part, (slot,), (100 + 10 * slot + part,))
+            kinds = [type(effect) for effect in effects]
+            if FoldPayloads in kinds:
+                assert kinds.index(ComputeProducts) < kinds.index(FoldPayloads)
+            assert not of(data(core, one, 999), ComputeProducts)
+    assert of(data(core, meta(0, active=SLOTS)), RecordVersion)
+    effects = []
+    for ask in asked:
+        assert isinstance(ask, ComputeProducts)
+        assert not sent(effects, HealthReport)
+        rows = ProductsComputed(ask.table, ask.shard, ask.round, ask.part, ask.slots, [[1.0]])
+        effects = core.handle(0, rows)
+    sums = [(1, 0, [2.0] * SLOTS)]
+    assert sent(effects, HealthReport) == [HealthReport(3, 0, 0, 0, [5] * 3, [], 0, sums, [])]
+    assert not core.exchange.guarding._watches[0, 0]
+
+
+def test_what_was_never_whole_is_not_measured_for_ever() -> None:
+    core = begun(WATCH)
+    for round_ in range(9):
+        for slot in range(SLOTS):
+            for part in (0, 1):
+                data(core, push(round_, slot, part=part, active=SLOTS), 1_000 * (round_ + 1) + slot)
+        data(core, meta(round_, active=SLOTS))
+    assert list(core.exchange.guarding._watches[0, 0]) == [7, 8]
+
+
 def test_the_same_slot_twice_is_measured_and_counted_once() -> None:
     core = begun()
     contribute(core, 1)
@@ -282,13 +320,32 @@ def test_a_gradient_that_is_not_finite_is_named_as_such() -> None:
 
 
 def test_many_faults_of_one_worker_are_not_as_many_lines() -> None:
-    driver = trained(replace(GUARD, policy=HealthPolicy.WARN))
+    driver = trained()
     notes = 0
     for round_ in range(40):
         effects = driver.say(SERVER, report(round_, 1.0, 1.0, 1e6))
         notes += sum(isinstance(one, Note) for one in effects)
     assert notes == 8 + 2  # the 16th and the 32nd
     assert driver.core.health.tallies[0].faults == {"worker-1": {"high": 40}}
+
+
+def seen(round_: int, *squares: float) -> HealthReport:
+    """The same of a table in which everything counts as it is."""
+    return replace(report(round_, *squares, norms=[]), samples=[], total=0)
+
+
+def test_where_everything_counts_the_scheduler_says_what_it_found_and_nothing_else() -> None:
+    driver = trained(WATCH)
+    for round_ in range(2):
+        assert not driver.say(SERVER, seen(round_, 1.0, 1.0, 1.0))
+    (note,) = driver.say(SERVER, seen(2, 1.0, 1.0, 1e6))
+    assert isinstance(note, Note)
+    assert note.text.endswith(
+        "slot 2 of worker-1 has a gradient of norm 1e+03, usual are 0.67 to 1.49; counted as it is"
+    )
+    assert not driver.say(SERVER, seen(2, 1.0, 1.0, 1e6))
+    assert driver.core.health.tallies[0].faults == {"worker-1": {"high": 1}}
+    assert not driver.core.health.decided
 
 
 def test_a_decision_is_told_again_and_never_made_again() -> None:

@@ -118,7 +118,7 @@ def gram(rows: Tensor) -> list[float]:
     """Products of rows with themselves and later ones."""
     wide = rows.double()
     upper = torch.triu_indices(len(rows), len(rows))
-    return (wide @ wide.T)[upper[0], upper[1]].tolist()  # type: ignore[no-any-return] # torch's
+    return (wide @ wide.T)[upper[0], upper[1]].tolist()
 
 
 def made(guard: Guard, rows: Tensor) -> Tensor:
@@ -267,7 +267,8 @@ def test_every_block_of_a_part_has_its_own_sum_whatever_the_part_begins_with(
 ) -> None:
     own = table(TENSORS)
     values = torch.randn(own.elements, generator=torch.Generator().manual_seed(1)).to(dtype)
-    step, found = layout.BLOCK_ELEMENTS, {}
+    step = layout.BLOCK_ELEMENTS
+    found: dict[int, set[float]] = {}
     for low in range(own.blocks):
         for high in range(low + 1, own.blocks + 1):
             part = low * step, min(high * step, own.elements)

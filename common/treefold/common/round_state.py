@@ -143,7 +143,7 @@ def record_of(spec: TableSpec, state: bytes) -> bytes:
         return decode_applied(state).record
     if spec.is_quorum:
         return decode_progress(state).record
-    return decode_watched(state).record if spec.is_guarded else state
+    return decode_watched(state).record if spec.is_gathered else state
 
 
 class OpaqueTensor(msgspec.Struct, frozen=True, array_like=True):

@@ -287,12 +287,12 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True):
     @property
     def is_gathered(self) -> bool:
         """Whether the contributions of a round are kept until it is decided what is in."""
-        return self.is_quorum or self.is_guarded
+        return self.is_quorum or (self.is_guarded and self.guard.is_deciding)
 
     @property
-    def may_leave_out(self) -> bool:
-        """Whether a slot of a round may have no part in what it makes."""
-        return self.is_quorum or (self.is_guarded and self.guard.is_deciding)
+    def is_watched(self) -> bool:
+        """Whether contributions are looked at, and count as they are."""
+        return self.is_guarded and not self.guard.is_deciding
 
     def __post_init__(self) -> None:
         """Check what concerns several fields at once."""

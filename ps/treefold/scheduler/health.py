@@ -8,8 +8,11 @@ before anybody hears of it, for servers that did not hear of it when others went
 import math
 from dataclasses import dataclass, field
 
+import msgspec
+
 from treefold.common import blocks
 from treefold.common.layout import Layout
+from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.spec import TableSpec
 from treefold.scheduler.declared import Declared
 from treefold.scheduler.members import MemberState, Roster
@@ -68,12 +71,14 @@ class Health:
         self.tallies: dict[int, Tally] = {}
         self._roster = roster
         self._declared = declared
-        self._reports: dict[int, dict[int, HealthReport]] = {}
+        self._reports: dict[tuple[int, int], dict[int, HealthReport]] = {}
+        self._watched: dict[int, tuple[int, list[float]]] = {}
 
     def forget(self) -> None:
         """The job goes back, and decides anew."""
         self.decided.clear()
         self._reports.clear()
+        self._watched.clear()
 
     def on_report(self, state: MemberState, report: HealthReport) -> list[Send | Note]:
         """A shard says how large contributions are; who should know a decision is told it."""
@@ -83,21 +88,39 @@ class Health:
             return []
         if decided is not None and report.round <= decided.round:
             return [Send(state.peer, decided)] if report.round == decided.round else []
-        reports = self._reports.setdefault(report.table, {})
-        reports[report.shard] = report
-        current = [one for one in reports.values() if one.round == report.round]
+        key = report.table, report.round
+        current = self._reports.setdefault(key, {})
+        current[report.shard] = report
         if len(current) < len(place.shards):
             return []
-        del self._reports[report.table]
-        nodes = [node for one in current for node in one.sums]
+        for old in [one for one in self._reports if one[0] == key[0] and one[1] <= key[1]]:
+            del self._reports[old]
+        nodes = [node for one in current.values() for node in one.sums]
         sums = blocks.of_table(Layout(tables[report.table].spec).blocks, nodes)
         if sums is None:
             text = f"table {report.table} round {report.round}: reports do not make up the table"
             return [Note(Level.ERROR, text)]
+        if tables[report.table].spec.is_watched:
+            return [*self._watch(report, sums)]
         found = self._decide(report, sums)
         servers = {shard.server: None for shard in place.shards}
         peers = [self._roster.by_incarnation[who].peer for who in servers]
         return [*found, *(Send(peer, self.decided[report.table]) for peer in peers)]
+
+    def _watch(self, report: HealthReport, sums: blocks.Row) -> list[Note]:
+        """Say what is not usual, where everything counts as it is."""
+        plans = self._declared.plans.values()
+        plan = next((one for one in plans if _is_of(one, report.round)), None)
+        newest, known = self._watched.get(report.table, (-1, []))
+        if plan is None or report.round <= newest:
+            return []
+        samples = [plan.slot_samples(report.round, slot) for slot in range(len(sums))]
+        whole = msgspec.structs.replace(
+            report, samples=samples, total=plan.round_samples(report.round), norms=known
+        )
+        found = self._decide(whole, sums)
+        self._watched[report.table] = report.round, self.decided.pop(report.table).norms
+        return found
 
     def _decide(self, report: HealthReport, sums: blocks.Row) -> list[Note]:
         spec = self._declared.tables[report.table].spec
@@ -155,6 +178,10 @@ class Health:
             tally.last = f"{where}: too few contributions for its aggregation; it is skipped"
             found.append(Note(Level.WARNING, tally.last))
         return found
+
+
+def _is_of(plan: LoopPlan, round_: int) -> bool:
+    return plan.kind is PlanKind.LOADER or plan.first_round <= round_ < plan.end_round
 
 
 def _text(fault: Fault, norm: float, band: Band | None) -> str:

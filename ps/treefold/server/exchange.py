@@ -118,7 +118,7 @@ class Exchange:
         """Who keeps the contributions to a shard until it is decided what counts, if anybody."""
         if shard.spec.is_quorum:
             return self.quorum
-        return self.guarding if shard.spec.is_guarded else None
+        return self.guarding if shard.spec.is_gathered else None
 
     def on_push(self, now_ns: int, peer: Peer, shard: Shard, arrived: Arrived) -> None:
         """Take in one node of a run of parts, and make what can be made of it."""
@@ -148,6 +148,8 @@ class Exchange:
             part = push.part + number
             node = Node(push.level, push.index)
             is_here = shard.is_loaded(part)
+            if shard.spec.is_watched and shard.chain.is_primary and is_here:
+                self.guarding.watch(shard, arrived, number)
             is_taken = is_here and current.take(part, node, push.sender, held, self._out)
             if not is_taken:
                 self.duplicates += 1

@@ -8,6 +8,8 @@ all shards what counts. What is left out takes part in the fold as if it had no 
 is in, the round changes nothing, and is a version all the same.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 import msgspec
@@ -15,27 +17,81 @@ import msgspec
 from treefold.common import blocks
 from treefold.common.round_state import Watched, decode_watched
 from treefold.common.spec import Guard
-from treefold.common.tree import Node
+from treefold.common.tree import Node, span
 from treefold.server.effects import (
     CombinePayloads,
     ComputeProducts,
+    Effect,
     ProductsComputed,
     ScaleParts,
     ScalePayload,
 )
 from treefold.server.gathering import Gathering, whole
 from treefold.server.holding import Shard
-from treefold.server.rounds import Held, HyperOf, Leaf, Round
+from treefold.server.rounds import Arrived, Held, HyperOf, Leaf, Round
 from treefold.wire.decisions import HealthDecision, HealthReport, QuorumDecision
 from treefold.wire.exchange import SCHEDULER, Send
-from treefold.wire.membership import MS
+from treefold.wire.membership import MS, Membership
 from treefold.wire.messages import RoundMeta
+from treefold.wire.words import INITIAL_ROUND
 
 RETRY_MS = 500  # a report that is not answered with a decision is sent again
 
 
+@dataclass(slots=True)
+class _Watch:
+    """What was measured of a round in which everything counts as it is, by part and slot."""
+
+    active: int
+    senders: dict[int, int] = field(default_factory=dict)
+    rows: dict[tuple[int, int], list[blocks.Row]] = field(default_factory=dict)
+
+
 class Guarding(Gathering):
     """Contributions to tables that look at them."""
+
+    def __init__(self, membership: Membership, out: list[Effect]) -> None:
+        super().__init__(membership, out)
+        self._watches: dict[tuple[int, int], dict[int, _Watch]] = {}
+
+    # ---- where everything counts as it is -----------------------------------------------------
+
+    def watch(self, shard: Shard, arrived: Arrived, number: int) -> None:
+        """Measure a part of a run, before it is folded with others."""
+        push, part = arrived.push, arrived.push.part + number
+        current, node = shard.round, Node(push.level, push.index)
+        low, high = span(node, push.active)
+        is_known = current is None or current.folds[part].fold.covers(node)
+        if push.round == INITIAL_ROUND or is_known or high - low != 1:
+            return
+        rounds = self._watches.setdefault((shard.table, shard.number), {})
+        if push.round not in rounds:
+            for older in [one for one in rounds if one < push.round - 1]:
+                del rounds[older]
+            rounds[push.round] = _Watch(push.active)
+        rounds[push.round].senders[low] = push.sender
+        held = arrived.held(number).payload
+        of = shard.table, shard.number, push.round
+        self._out.append(ComputeProducts(*of, part, (low,), (held,)))
+
+    def _watched(self, shard: Shard, event: ProductsComputed) -> None:
+        """Tell the scheduler once all of a round is measured; nothing waits for it."""
+        rounds = self._watches.get((shard.table, shard.number), {})
+        watch = rounds.get(event.round)
+        if watch is None:
+            return
+        watch.rows[event.part, event.slots[0]] = event.rows
+        if len(watch.rows) < shard.parts_count * watch.active:
+            return
+        del rounds[event.round]
+        slots = range(watch.active)
+        report = HealthReport(
+            self._membership.incarnation, shard.table, shard.number, event.round,
+            [watch.senders[slot] for slot in slots], [], 0,
+            _sums(shard, [[watch.rows[part, slot] for slot in slots] for part in _parts(shard)]),
+            [],
+        )  # fmt: skip
+        self._out.append(Send(SCHEDULER, report))
 
     # ---- what is here -------------------------------------------------------------------------
 
@@ -55,6 +111,9 @@ class Guarding(Gathering):
 
     def on_products(self, shard: Shard, event: ProductsComputed) -> None:
         """The sums of a part are known."""
+        if shard.spec.is_watched:
+            self._watched(shard, event)
+            return
         current = shard.round
         if current is not None and current.number == event.round and current.is_by_leaves:
             current.products[event.part, event.slots] = event.rows
@@ -71,7 +130,7 @@ class Guarding(Gathering):
         if len(whole(shard, current)) < current.due:
             return
         if shard.spec.guard.aggregation.is_paired:
-            for part in range(shard.parts_count):
+            for part in _parts(shard):
                 self._measure(shard, part, tuple(range(current.due)))
         if current.decision is not None:
             self._fold(shard, current, current.decision)
@@ -93,15 +152,12 @@ class Guarding(Gathering):
         slots = range(current.due)
         is_paired = shard.spec.guard.aggregation.is_paired
         groups = [tuple(slots)] if is_paired else [(slot,) for slot in slots]
-        rows: list[blocks.Row] = []
-        for part in range(shard.parts_count):
-            columns = [current.products[part, group] for group in groups]
-            rows += [[*chain.from_iterable(row)] for row in zip(*columns, strict=True)]
+        columns = [[current.products[part, group] for group in groups] for part in _parts(shard)]
         metas = _metas(current)
         report = HealthReport(
             self._membership.incarnation, shard.table, shard.number, current.number,
             [current.leaves[slot].sender for slot in slots], [meta.samples for meta in metas],
-            metas[0].total, blocks.of_shard(shard.span.first_block, rows),
+            metas[0].total, _sums(shard, columns),
             decode_watched(shard.kept[shard.version].state).norms,
         )  # fmt: skip
         self._out.append(Send(SCHEDULER, report))
@@ -130,7 +186,7 @@ class Guarding(Gathering):
         if current.active == 0:
             current.open(first.active, shard.parts_count)
         before = dict.fromkeys([*current.rooted, *current.made])
-        for part in range(shard.parts_count):
+        for part in _parts(shard):
             if part in before:
                 held = [leaf.parts[part].payload for leaf in leaves.values()]
                 self._release([payload for payload in held if payload is not None])
@@ -192,6 +248,18 @@ class Guarding(Gathering):
             self._release(payloads[1:])
             made[first] = Held(payloads[0], marks)
         return made
+
+
+def _parts(shard: Shard) -> range:
+    return range(shard.parts_count)
+
+
+def _sums(shard: Shard, columns: Sequence[Sequence[list[blocks.Row]]]) -> list[blocks.Sums]:
+    """The nodes that a shard's blocks make up, from what was measured part by part."""
+    rows: list[blocks.Row] = []
+    for part in columns:
+        rows += [[*chain.from_iterable(row)] for row in zip(*part, strict=True)]
+    return blocks.of_shard(shard.span.first_block, rows)
 
 
 def _metas(current: Round) -> list[RoundMeta]:

@@ -58,8 +58,13 @@ class Handling:
             state = self._states[key]
             products = Products(state.layout)
             self._products[key] = state, products
-        values = [None if number is None else self._plain(number) for number in effect.payloads]
-        rows = products.of(state.parts[effect.part], values)
+        part = state.parts[effect.part]
+        if state.spec.is_watched and effect.payloads[0] is not None:
+            tensor, scale = self._carrier.held(effect.payloads[0]).payload
+            rows = [[total * scale * scale] for (total,) in products.of(part, [tensor])]
+        else:
+            numbers = effect.payloads
+            rows = products.of(part, [None if n is None else self._plain(n) for n in numbers])
         return ProductsComputed(*key, effect.round, effect.part, effect.slots, rows)
 
     def _plain(self, payload: int) -> torch.Tensor:

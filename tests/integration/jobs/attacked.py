@@ -11,6 +11,7 @@ import hashlib
 import math
 import sys
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,13 @@ from treefold.torch import session
 
 FEATURES, HIDDEN, CLASSES = 32, 64, 4
 SAMPLES, TESTED, BATCH_SIZE = 2_560, 1_000, 256
-WATCH = {"band": 8.0, "window": 64, "warmup": 16}
-TABLES = {
+TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "faults": {
         "off": {},
-        "warn": {"health": ps.Health("warn", **WATCH)},
-        "reject": {"health": ps.Health("reject", **WATCH)},
-        "skip-round": {"health": ps.Health("skip-round", **WATCH)},
-        "clip": {"health": ps.Health("clip", **WATCH)},
+        "warn": {"health": ps.Health("warn", window=64, warmup=16)},
+        "reject": {"health": ps.Health("reject", window=64, warmup=16)},
+        "skip-round": {"health": ps.Health("skip-round", window=64, warmup=16)},
+        "clip": {"health": ps.Health("clip", window=64, warmup=16)},
     },
     "signs": {
         "spared": {},

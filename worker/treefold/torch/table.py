@@ -121,7 +121,7 @@ class Table:
             options.name, owned.inner, self._tensors, options.wire, options.consistency
         )
         spec = msgspec.structs.replace(spec, guard=options.guard)
-        self.may_leave_out = spec.may_leave_out
+        self.may_leave_out = spec.is_gathered
         self.is_asynchronous, self.is_quorum = spec.is_asynchronous, spec.is_quorum
         self.layout = Layout(spec)
         self._pieces: Pieces = cache(self.layout.pieces)

@@ -31,7 +31,7 @@ def begun(
     """A worker's share of the round at a version, with the ``parts`` of each table."""
     batches = tried(tables, plan)
     local = LocalRound(position, plan, parts, batches)
-    if batches is None and any(table.spec.is_gathered for table in tables):
+    if batches is None and any(table.spec.is_guarded for table in tables):
         local.take_apart()
     return local
 
