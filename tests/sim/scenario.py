@@ -53,6 +53,7 @@ class Theme(Enum):
     CHAINED = auto()  # shards have several servers, which die, are cut off and come back
     APART = auto()  # contributions are applied one by one
     QUORUM = auto()  # rounds go on without the last slots
+    GUARDED = auto()  # contributions are looked at, and some do not count
     SAVED = auto()  # the last copies of shards are lost, and the job goes back to checkpoints
 
 
@@ -167,6 +168,11 @@ class Scenario:
     def is_asynchronous(self) -> bool:
         """Whether contributions are applied one by one."""
         return any(spec.is_asynchronous for spec in self.tables)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether contributions are looked at."""
+        return any(spec.is_guarded for spec in self.tables)
 
     @property
     def is_quorum(self) -> bool:
