@@ -14,8 +14,7 @@ import msgspec
 
 from tests.sim.apart import apart, like
 from tests.sim.dealing import dealt, few
-from tests.sim.gathered import with_quorum
-from tests.sim.guarded import with_guard
+from tests.sim.guarded import varied
 from tests.sim.network import Weather
 from tests.sim.scenario import Early, Fault, Kind, Patience, Scenario, Theme, loader, passes, table
 from tests.sim.world import MS, SECOND
@@ -51,9 +50,7 @@ def draw(seed: int, theme: Theme | None = None) -> Scenario:
     """The scenario of a seed, of the theme that it draws itself unless one is given."""
     is_wanted = theme in (Theme.QUORUM, Theme.GUARDED)
     job = _draw(seed, like(seed, every=True) if is_wanted else theme)
-    if theme is not Theme.GUARDED:
-        job = with_quorum(job, is_wanted=theme is Theme.QUORUM)
-    return dealt(with_guard(job, is_wanted=theme is Theme.GUARDED))
+    return dealt(varied(job, theme))
 
 
 def _draw(seed: int, theme: Theme | None) -> Scenario:

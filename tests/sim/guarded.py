@@ -6,20 +6,25 @@ to count is computed here from all blocks at once, whoever measures them.
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import msgspec
 
 from tests.sim.checks import Checks
-from tests.sim.memory import fold
-from tests.sim.scenario import Fault, Kind, Scenario
+from tests.sim.gathered import with_quorum
+from tests.sim.memory import Payloads, fold
+from tests.sim.network import Network
+from tests.sim.scenario import Fault, Kind, Scenario, Theme
 from tests.sim.world import MS, Violation
 from treefold.common import blocks
 from treefold.common.round_state import decode_watched
 from treefold.common.spec import Guard, HealthPolicy, Rule
 from treefold.common.tree import Node, root_level, span
 from treefold.scheduler.robust import Verdict, judge, logarithms, remembered
-from treefold.server.effects import RecordVersion
+from treefold.server.core import ServerCore
+from treefold.server.effects import ComputeProducts, ProductsComputed, RecordVersion
 from treefold.server.holding import Shard
 from treefold.wire.messages import Published
 
@@ -53,6 +58,37 @@ def with_guard(job: Scenario, *, is_wanted: bool = False) -> Scenario:
     faults = sorted([*job.faults, *crashes], key=lambda fault: fault.at_ns)
     weather = replace(job.weather, drop=rng.choice((0.1, 0.3)), is_reliable=False)
     return replace(job, faults=tuple(faults), weather=weather)
+
+
+def varied(job: Scenario, theme: Theme | None) -> Scenario:
+    """The same job, for some seeds with a quorum, or with tables that look at contributions."""
+    if theme is not Theme.GUARDED:
+        job = with_quorum(job, is_wanted=theme is Theme.QUORUM)
+    return with_guard(job, is_wanted=theme is Theme.GUARDED)
+
+
+class Measuring(Protocol):
+    """What measuring needs of a server."""
+
+    server: ServerCore
+    checks: Checks
+    payloads: Payloads
+    network: Network
+
+
+def measured(process: Measuring, effect: ComputeProducts) -> Iterable[object]:
+    """A server measures what slots have sent of a part, which must be that and nothing else."""
+    process.network.count("measured")
+    key = effect.table, effect.shard
+    shard = process.server.shards[key]
+    start, stop = shard.parts[effect.part]
+    for slot, payload in zip(effect.slots, effect.payloads, strict=True):
+        expected, _ = process.checks.reference.leaf((key[0], start, stop), effect.round, slot)
+        value = None if payload is None else process.payloads.get(payload).value
+        if value != expected:
+            raise Violation(f"{effect} of {value}, which should be {expected}")
+    rows = process.checks.on_products(shard, effect.slots, effect.part)
+    return (ProductsComputed(*key, effect.round, effect.part, effect.slots, rows),)
 
 
 @dataclass(slots=True)

@@ -65,13 +65,3 @@ def what_counts_is_not_written_down(patch: Patch) -> None:
         return [one for one in changes(self, core) if not isinstance(one, records.HealthDecided)]
 
     patch.setattr(Memory, "_changes", forgetful)
-
-
-@plant(Theme.GUARDED)
-def what_counts_is_taken_for_any_round(patch: Patch) -> None:
-    on_decision = Guarding.on_decision
-
-    def lenient(self: Guarding, shard: Shard, decision: HealthDecision) -> bool:
-        return on_decision(self, shard, replace(decision, round=shard.version))
-
-    patch.setattr(Guarding, "on_decision", lenient)

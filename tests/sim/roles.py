@@ -4,12 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from tests.sim.answers import Answers
 from tests.sim.checks import Checks
 from tests.sim.disk import Disk
 from tests.sim.files import Holdings, Manifests, ShardFiles
+from tests.sim.guarded import measured
 from tests.sim.memory import NOTHING, Cargo, Memory, Origin, Shelf, pieces_of
 from tests.sim.network import Connection, End, Network
 from tests.sim.process import Process
@@ -39,7 +41,6 @@ from treefold.server.effects import (
     NormComputed,
     OpenShard,
     PartsRef,
-    ProductsComputed,
     ReadyPart,
     RecordVersion,
     ReleasePayload,
@@ -234,7 +235,7 @@ class ServerProcess(Listener):
             ComputeNorm: self._norm,
             MakeParts: self._make,
             ScaleParts: self._scale,
-            ComputeProducts: self._products,
+            ComputeProducts: partial(measured, self),
             ComputeDigest: self._digest,
             CopyUnit: self._copy,
             LoadUnit: self._load,
@@ -419,19 +420,6 @@ class ServerProcess(Listener):
                 self.payloads.keep(ready.root)
                 memory = self.payloads.get(ready.root)
                 memory.value = ("scaled", memory.value, effect.factor)
-
-    def _products(self, effect: ComputeProducts) -> Iterable[object]:
-        self.network.count("measured")
-        key = effect.table, effect.shard
-        shard = self.server.shards[key]
-        start, stop = shard.parts[effect.part]
-        for slot, payload in zip(effect.slots, effect.payloads, strict=True):
-            expected, _ = self.checks.reference.leaf((key[0], start, stop), effect.round, slot)
-            value = None if payload is None else self.payloads.get(payload).value
-            if value != expected:
-                raise Violation(f"{effect} of {value}, which should be {expected}")
-        rows = self.checks.on_products(shard, effect.slots, effect.part)
-        return (ProductsComputed(*key, effect.round, effect.part, effect.slots, rows),)
 
     def _values(self, parts: list[ReadyPart]) -> list[object]:
         return [None if p.root is None else self.payloads.get(p.root).value for p in parts]
