@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import treefold.torch as ps
 from bench._dense_work import Work, error_of
 from bench._link import Link, Member
-from bench.rounds import members_spent, servers_spent
+from bench.rounds import servers_spent
 
 
 class Parameters(nn.Module):
@@ -59,7 +59,6 @@ def main() -> None:
     asks = {
         "error": lambda wanted: error_of(flat(model), wanted),
         "servers": lambda _: servers_spent(),
-        "members": lambda _: members_spent(),
     }
     member.serve(run, asks)
 

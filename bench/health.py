@@ -7,11 +7,10 @@
 Run from the root of the repository. The work is that of `bench.dense`: 25 million float32
 parameters, gradients ready, synchronous steps, one slot per worker. Clusters with each policy stay
 and take their windows in turns. ``of off`` is the speed as a share of that without a policy. The
-other columns say what all members together spend per step, in ms of their time: workers on pushing,
-servers on looking at gradients, folding, stepping and publishing. ``of push`` is looking at
-gradients as a share of what the same pushes cost without: pushing and all that servers do with
-them. What is measured alone is in the last table: one part of 1 MiB, in the processor's cache, as
-a share of its fold. The last line is JSON.
+other columns say what all servers together spend per step, in ms of their time: on looking at
+gradients, folding, stepping and publishing. ``more`` is how much more all of that is than without a
+policy. The last table has what is done to parts of 1 MiB alone, and as multiples of a fold. The
+last line is JSON.
 """
 
 import statistics
@@ -46,7 +45,7 @@ from treefold.common.layout import Layout
 from treefold.common.spec import Dtype, OptimizerSpec, Placement, Rule, TableSpec, TensorSpec
 from treefold.server.products import Products, trimmed_mean
 
-KINDS = ("push", "health", "fold", "optimizer", "publish")
+KINDS = ("health", "fold", "optimizer", "publish")
 ALONE_REPEATS = 200
 SLOTS = 8  # of the rules that are measured alone
 
@@ -76,13 +75,9 @@ def measure(
 
 
 def spent_of(contender: Contender) -> dict[str, float]:
-    """What all members of a cluster together have spent so far, in seconds by kind."""
-    members = cast("dict[str, dict[str, float]]", contender.question("members")[0])
-    found = dict.fromkeys(KINDS, 0.0)
-    for name, spent in members.items():
-        for kind in KINDS if name.startswith("server") else KINDS[:1]:
-            found[kind] += spent.get(kind, 0.0)
-    return found
+    """What all servers of a cluster together have spent so far, in seconds by kind."""
+    servers = cast("dict[str, dict[str, float]]", contender.question("servers")[0])
+    return {kind: sum(spent.get(kind, 0.0) for spent in servers.values()) for kind in KINDS}
 
 
 def document(
@@ -94,7 +89,7 @@ def document(
 ) -> dict[str, object]:
     """What is said of one lane."""
     speeds = [rates(found[f"{lane} {policy}"], steps) for policy in policies]
-    push = sum(per_step[0].values())
+    sums = [sum(each.values()) for each in per_step]
     return {
         "lane": lane,
         "policies": list(policies),
@@ -102,7 +97,7 @@ def document(
         "of_first": [round(ratio(values, speeds[0]), 3) for values in speeds],
         "step_ms": [round(1e3 / statistics.median(values), 1) for values in speeds],
         "ms_per_step": [{k: round(v, 2) for k, v in each.items()} for each in per_step],
-        "health_of_push": [round(each["health"] / push, 4) for each in per_step],
+        "more": [round(each / sums[0] - 1, 3) for each in sums],
         "machine": machine(found),
     }
 
@@ -114,14 +109,14 @@ def show(found: Sequence[dict[str, object]]) -> None:
         spent = cast("list[dict[str, float]]", each["ms_per_step"])
         shares = cast("list[float]", each["of_first"])
         speeds = cast("list[dict[str, float]]", each["steps_per_s"])
-        pushes = cast("list[float]", each["health_of_push"])
+        more = cast("list[float]", each["more"])
         for number, policy in enumerate(cast("list[str]", each["policies"])):
             speed = speeds[number]
             rate = f"{speed['median']:.1f} ({speed['min']:.1f} to {speed['max']:.1f})"
             kinds = [f"{spent[number][kind]:.1f}" for kind in KINDS]
-            of_off, of_push = f"{shares[number]:.3f}", f"{pushes[number]:.2%}"
-            rows.append([str(each["lane"]), policy, rate, of_off, of_push, *kinds])
-    titles = ["lane", "policy", "steps/s", "of off", "of push", *(f"{one} ms" for one in KINDS)]
+            of_off, servers = f"{shares[number]:.3f}", f"{more[number]:+.0%}"
+            rows.append([str(each["lane"]), policy, rate, of_off, *kinds, servers])
+    titles = ["lane", "policy", "steps/s", "of off", *(f"{one} ms" for one in KINDS), "more"]
     print_table("looking at every gradient", titles, rows)
 
 

@@ -78,12 +78,7 @@ def model_of(parameters: int) -> torch.nn.Sequential:
 
 
 def servers_spent() -> dict[str, dict[str, float]]:
-    """What the servers' time went into so far."""
-    return {name: spent for name, spent in members_spent().items() if name.startswith("server")}
-
-
-def members_spent() -> dict[str, dict[str, float]]:
-    """What servers' and workers' time went into so far, from the scheduler's status."""
+    """What the servers' time went into so far, from the scheduler's status."""
     time.sleep(BEAT_S)
     requester = Requester(load({}).settings.scheduler)
     try:
@@ -95,7 +90,7 @@ def members_spent() -> dict[str, dict[str, float]]:
     if not isinstance(reply, StatusReply):
         return {}
     members = json.loads(reply.body)["members"]
-    return {m["name"]: m["spent_s"] for m in members}
+    return {m["name"]: m["spent_s"] for m in members if m["role"] == "server"}
 
 
 def work(options: Options) -> None:

@@ -57,7 +57,7 @@ def workers_fold_what_is_to_be_looked_at(patch: Patch) -> None:
     patch.setattr(worker_quorum, "begun", folding)
 
 
-@plant(Theme.GUARDED)
+@plant(Theme.GUARDED, 80)
 def what_counts_is_not_written_down(patch: Patch) -> None:
     changes = Memory._changes
 
