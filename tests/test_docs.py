@@ -23,11 +23,12 @@ DOCS = ROOT / "docs"
 ENUMS = (
     words.Role, words.Code, words.Outcome, words.Phase,
     spec.Dtype, spec.Rule, spec.Placement, spec.ConsistencyKind, spec.Compensation,
+    spec.HealthPolicy, spec.Aggregation,
     plan.PlanKind,
 )  # fmt: skip
 STRUCTS = (
     words.Frame, words.Member, words.ShardPlace, words.TablePlace, words.Source,
-    words.Leases, words.Need, words.Facts, words.Figure, spec.Consistency,
+    words.Leases, words.Need, words.Facts, words.Figure, spec.Consistency, spec.Guard,
     chain.KeptVersion, messages.PartMissing, spec.TensorSpec, spec.OptimizerSpec, spec.TableSpec,
     plan.LoopPlan,
 )  # fmt: skip

@@ -85,11 +85,19 @@ class Checks:
             where = f"table {shard.table} shard {shard.number} part {ready.part} round {round_}"
             expected, marks = self.reference.initial(shard.table, start), 0
             if round_ >= 0:
-                expected, marks = self.reference.root((shard.table, start, stop), round_)
+                expected, marks = self.root((shard.table, start, stop), round_)
             if value != expected:
                 raise Violation(f"{where} is folded to\n  {value}\nand should be\n  {expected}")
             if int.from_bytes(ready.absent, "little") != marks:
                 raise Violation(f"{where} has absent marks {ready.absent!r}, not {marks:b}")
+
+    def root(self, key: tuple[int, int, int], round_: int) -> tuple[object, int]:
+        """Value and absent marks of the fold of one part ``(table, start, stop)``."""
+        return self.reference.root(key, round_)
+
+    def on_products(self, shard: Shard, slots: tuple[int, ...], part: int) -> list[list[float]]:
+        """A server measures what slots have sent of a part."""
+        raise Violation(f"part {part} of {shard.table} is measured for slots {slots}")
 
     def on_made(self, view: int, shard: Shard, effect: MakeParts, values: Sequence[object]) -> None:
         """Parts of a version are made of the right things, when those before are published."""

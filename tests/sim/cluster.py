@@ -10,6 +10,7 @@ from tests.sim.clock import draw_clock
 from tests.sim.contributions import Contributions
 from tests.sim.disk import Disk, File
 from tests.sim.gathered import Gathered
+from tests.sim.guarded import Guarded
 from tests.sim.network import Network
 from tests.sim.process import Process
 from tests.sim.reference import Reference
@@ -109,6 +110,8 @@ class Cluster:
         kind = Contributions if scenario.is_asynchronous else Checks
         if scenario.is_quorum:
             kind = Gathered
+        if scenario.is_guarded:
+            kind = Guarded
         self.checks = kind(Reference(scenario))
         self.disk = Disk()
         core = self.cores.scheduler(self._limits())

@@ -15,7 +15,7 @@ import msgspec
 from tests.sim.apart import apart, like
 from tests.sim.beside import beside, mixed_up
 from tests.sim.dealing import dealt, few
-from tests.sim.gathered import with_quorum
+from tests.sim.guarded import varied
 from tests.sim.network import Weather
 from tests.sim.scenario import Early, Fault, Kind, Patience, Scenario, Theme, loader, passes, table
 from tests.sim.world import MS, SECOND
@@ -44,9 +44,9 @@ SKEWS_PPM = (0, 200, 200, 200, 200, 200, 2_000, 50_000)
 
 def draw(seed: int, theme: Theme | None = None) -> Scenario:
     """The scenario of a seed, of the theme that it draws itself unless one is given."""
-    is_wanted = theme is Theme.QUORUM
+    is_wanted = theme in (Theme.QUORUM, Theme.GUARDED)
     job = _draw(seed, like(seed, every=True) if is_wanted else theme)
-    return dealt(with_quorum(job, is_wanted=is_wanted))
+    return dealt(varied(job, theme))
 
 
 def _draw(seed: int, theme: Theme | None) -> Scenario:

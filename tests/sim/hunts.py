@@ -10,7 +10,10 @@ from tests.sim.scenario import Theme
 from tests.sim.world import Violation
 
 SEEDS_MAX = 150
-KINDS = ("", "_apart", "_beside", "_chains", "_clocks", "_parts", "_quorum", "_saves", "_streams")
+KINDS = (
+    "", "_apart", "_beside", "_chains", "_clocks", "_guarded", "_parts", "_quorum", "_saves",
+    "_streams",
+)  # fmt: skip
 for _module in ("found", *(f"planted{kind}" for kind in KINDS)):
     import_module(f"tests.sim.{_module}")  # which fills `PLANTED`
 NAMES = list(PLANTED)

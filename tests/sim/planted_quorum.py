@@ -13,6 +13,7 @@ from treefold.scheduler.quorums import Quorums
 from treefold.server import quorum as server_quorum
 from treefold.server.core import ServerCore
 from treefold.server.effects import ScaleParts
+from treefold.server.gathering import whole
 from treefold.server.holding import Shard
 from treefold.server.quorum import Quorum
 from treefold.server.rounds import Leaf, Round
@@ -66,7 +67,7 @@ def all_that_is_here_is_folded(patch: Patch) -> None:
 
     def greedy(self: Quorum, shard: Shard, current: Round, included: list[int]) -> None:
         del included
-        fold(self, shard, current, server_quorum._whole(shard, current))
+        fold(self, shard, current, whole(shard, current))
 
     def keep(self: Quorum, shard: Shard, decision: QuorumDecision) -> bool:
         del self

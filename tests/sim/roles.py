@@ -4,12 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from tests.sim.answers import Answers
 from tests.sim.checks import Checks
 from tests.sim.disk import Disk
 from tests.sim.files import Holdings, Manifests, ShardFiles
+from tests.sim.guarded import measured
 from tests.sim.memory import NOTHING, Cargo, Memory, Origin, Shelf, pieces_of
 from tests.sim.network import Connection, End, Network
 from tests.sim.process import Process
@@ -28,6 +30,7 @@ from treefold.server.effects import (
     CloseShard,
     ComputeDigest,
     ComputeNorm,
+    ComputeProducts,
     Connect,
     CopyUnit,
     DigestComputed,
@@ -232,6 +235,7 @@ class ServerProcess(Listener):
             ComputeNorm: self._norm,
             MakeParts: self._make,
             ScaleParts: self._scale,
+            ComputeProducts: partial(measured, self),
             ComputeDigest: self._digest,
             CopyUnit: self._copy,
             LoadUnit: self._load,

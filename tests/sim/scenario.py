@@ -54,6 +54,7 @@ class Theme(Enum):
     APART = auto()  # contributions are applied one by one
     BESIDE = auto()  # contributions to some tables are, beside others with rounds
     QUORUM = auto()  # rounds go on without the last slots
+    GUARDED = auto()  # contributions are looked at, and some do not count
     SAVED = auto()  # the last copies of shards are lost, and the job goes back to checkpoints
 
 
@@ -173,6 +174,11 @@ class Scenario:
     def may_be_too_stale(self) -> bool:
         """Whether contributions may have to be made again."""
         return any(spec.consistency.staleness_max for spec in self.tables)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether contributions are looked at."""
+        return any(spec.is_guarded for spec in self.tables)
 
     @property
     def is_quorum(self) -> bool:

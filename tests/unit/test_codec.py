@@ -20,7 +20,7 @@ from treefold.common.errors import RemoteProtocolError
 from treefold.common.layout import BLOCK_ELEMENTS, PART_BLOCKS_MAX
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.spec import Dtype, OptimizerSpec, Placement, Rule, TableSpec, TensorSpec
-from treefold.wire import chain, words
+from treefold.wire import chain, decisions, words
 from treefold.wire import messages as m
 from treefold.wire.codec import (
     BUNDLE_MAX,
@@ -31,7 +31,6 @@ from treefold.wire.codec import (
     encode,
     encode_all,
 )
-from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision, QuorumReport
 from treefold.wire.probes import Probe, ProbeSeen
 from treefold.wire.segments import SegmentAnswer, SegmentOffer
 
@@ -92,8 +91,8 @@ EXAMPLES: list[m.AnyMessage] = [
     m.RoundLate(5, 17, [2, 3, 7]),
     m.Grant(17, [2, 3]),
     m.Flush(17),
-    NormReport(5, 0, 1, 17, [0.5, 1e300, 0.0]),
-    NormDecision(0, 17, 1.5),
+    decisions.NormReport(5, 0, 1, 17, [0.5, 1e300, 0.0]),
+    decisions.NormDecision(0, 17, 1.5),
     m.StatusRequest(7, True),
     m.StatusReply(7, b'{"round":17}'),
     m.Stop(words.Outcome.DONE, ""),
@@ -157,10 +156,14 @@ EXAMPLES: list[m.AnyMessage] = [
         5, 0, 1, 200, "00000200/t0.model-1-63-5.safetensors", 4096, b"d" * 32, b"", math.inf
     ),
     m.SavedSeen(0, 1, 200),
-    QuorumReport(5, 0, 1, 17, [0, 2, 3], 4, 12, 9),
-    QuorumDecision(17, [0, 2, 3]),
+    decisions.QuorumReport(5, 0, 1, 17, [0, 2, 3], 4, 12, 9),
+    decisions.QuorumDecision(17, [0, 2, 3]),
     Probe(7, 3, b"abc"),
     ProbeSeen(7, b"abc"),
+    decisions.HealthReport(
+        5, 0, 1, 17, [6, 7], [16, 12], 28, [(2, 1, [1.5, 0.25]), (0, 8, [0.0, 2.0])], [0.5, -1.0]
+    ),
+    decisions.HealthDecision(0, 17, [1.0, 0.0], 1.75, [0.5, -1.0, 0.25]),
 ]
 BY_NAME = pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 BUNDLED: list[m.AnyMessage] = [m.Flush(17), m.Fenced(6)]

@@ -53,7 +53,7 @@ def test_a_kind_without_an_entry_is_denied_to_every_role(
             {
                 "Registered", "Refused", "HeartbeatSeen", "Accepted", "View", "AssignTable",
                 "Grant", "Flush", "NormDecision", "StatusReply", "Stop", "Fenced", "SavedSeen",
-                "LeaveAsked", "QuorumDecision", "ProbeSeen",
+                "LeaveAsked", "QuorumDecision", "HealthDecision", "ProbeSeen",
             },
         ),
         (
@@ -63,7 +63,8 @@ def test_a_kind_without_an_entry_is_denied_to_every_role(
                 "Register", "Refused", "Heartbeat", "Leave", "RoundLate", "NormReport",
                 "ChainSynced", "ChainDiffers", "ShardSaved", "Push", "RoundHyper", "Pulled",
                 "Published", "RoundStatus", "ChainRound", "ChainAsk", "ChainApplied", "UnitCopy",
-                "UnitTaken", "SegmentOffer", "SegmentAnswer", "QuorumReport", "ProbeSeen",
+                "UnitTaken", "SegmentOffer", "SegmentAnswer", "QuorumReport", "HealthReport",
+                "ProbeSeen",
             },
         ),
     ],

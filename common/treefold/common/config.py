@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from treefold.common import address, engines
 from treefold.common.errors import ConfigError
-from treefold.common.spec import COMPENSATIONS
+from treefold.common.spec import COMPENSATIONS, HEALTH_POLICIES
 
 FILE_NAME = "treefold.toml"
 PREFIX = "TREEFOLD_"
@@ -93,6 +93,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         What becomes of the batches of others: ``requeue`` or ``drop``.
     compensation : str
         What is done about stale contributions, unless the script says it: one of `COMPENSATIONS`.
+    health : str
+        What is done about gradients that are not what is usual, unless the script says it: one of
+        `HEALTH_POLICIES`.
     heartbeat_ms : int
         Milliseconds between two signs of life of a member.
     dead_after_ms : int
@@ -179,6 +182,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grace: Annotated[float, Meta(ge=0, le=1e6)] = 0.5
     late: str = "requeue"
     compensation: str = "none"
+    health: str = "off"
     heartbeat_ms: Positive = 500
     dead_after_ms: Positive = 2_000
     server_dead_after_ms: Positive = 10_000
@@ -233,12 +237,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.late not in ("requeue", "drop"):
             msg = f"late is {self.late!r}; it is requeue or drop"
             raise ConfigError(msg)
-        if self.compensation not in COMPENSATIONS:
-            msg = f"compensation is {self.compensation!r}; it is one of {', '.join(COMPENSATIONS)}"
-            raise ConfigError(msg)
-        if self.engine not in engines.NAMES:
-            msg = f"engine is {self.engine!r}; it is one of {', '.join(engines.NAMES)}"
-            raise ConfigError(msg)
+        named = (
+            ("compensation", COMPENSATIONS), ("health", HEALTH_POLICIES), ("engine", engines.NAMES),
+        )  # fmt: skip
+        for key, names in named:
+            if getattr(self, key) not in names:
+                msg = f"{key} is {getattr(self, key)!r}; it is one of {', '.join(names)}"
+                raise ConfigError(msg)
         if self.lane not in ("auto", "socket"):
             msg = f"lane is {self.lane!r}; it is auto or socket"
             raise ConfigError(msg)

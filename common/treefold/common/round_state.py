@@ -113,11 +113,37 @@ def decode_progress(state: bytes) -> Progress:
     return _progress.decode(state) if state else NO_PROGRESS
 
 
+class Watched(msgspec.Struct, frozen=True, array_like=True):
+    """What goes with a version of a table whose contributions are looked at.
+
+    Attributes
+    ----------
+    norms : list of float
+        Logarithms of the norms of the newest contributions, the oldest first.
+    record : bytes
+        The `RoundState` that slot 0 left.
+    """
+
+    norms: list[float]
+    record: bytes
+
+
+NOTHING_WATCHED = Watched([], b"")
+_watched = msgspec.msgpack.Decoder(Watched)
+
+
+def decode_watched(state: bytes) -> Watched:
+    """What the state of a version of such a table says; version 0 has none."""
+    return _watched.decode(state) if state else NOTHING_WATCHED
+
+
 def record_of(spec: TableSpec, state: bytes) -> bytes:
     """The encoded `RoundState` in the state of a version; empty if there is none."""
     if spec.is_asynchronous:
         return decode_applied(state).record
-    return decode_progress(state).record if spec.is_quorum else state
+    if spec.is_quorum:
+        return decode_progress(state).record
+    return decode_watched(state).record if spec.is_gathered else state
 
 
 class OpaqueTensor(msgspec.Struct, frozen=True, array_like=True):

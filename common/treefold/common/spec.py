@@ -4,6 +4,7 @@ Sent once by every worker and compared: all must declare the same.
 """
 
 from enum import IntEnum
+from math import ceil
 from typing import Annotated
 
 import msgspec
@@ -114,6 +115,84 @@ class Consistency(msgspec.Struct, frozen=True, array_like=True):
 SYNC = Consistency()
 
 
+class HealthPolicy(IntEnum):
+    """What is done about a contribution that is not finite, or whose norm is outside of a band."""
+
+    OFF = 1
+    WARN = 2  # it is counted and named
+    REJECT = 3  # it is left out
+    SKIP_ROUND = 4  # its round changes nothing
+    CLIP = 5  # it is scaled to the edge of the band; left out if it is not finite
+
+
+class Aggregation(IntEnum):
+    """What the contributions of a round are made into."""
+
+    MEAN = 1
+    MEDIAN = 2  # of each coordinate
+    TRIMMED_MEAN = 3  # of each coordinate, without the largest and the smallest
+    KRUM = 4  # the one that is closest to its neighbours
+    CENTERED_CLIPPING = 5  # a centre, and what others differ from it up to a radius
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether it needs how far contributions are apart, over all of the table."""
+        return self in (Aggregation.KRUM, Aggregation.CENTERED_CLIPPING)
+
+    @property
+    def is_by_coordinate(self) -> bool:
+        """Whether each coordinate is made by itself."""
+        return self in (Aggregation.MEDIAN, Aggregation.TRIMMED_MEAN)
+
+
+HEALTH_POLICIES = {one.name.lower().replace("_", "-"): one for one in HealthPolicy}
+AGGREGATIONS = {one.name.lower().replace("_", "-"): one for one in Aggregation}
+"""By the names that users give them."""
+BAND_MAX = 1e6  # deviations
+WINDOW_MAX = 4096  # norms that a band is made of
+ITERATIONS_MAX = 100
+
+
+class Guard(msgspec.Struct, frozen=True, array_like=True):
+    """What happens to the contributions of a round before they are applied.
+
+    The band is ``band`` deviations wide to both sides, and made of the last ``window`` norms, once
+    there are ``warmup``. ``share`` is what `Aggregation.TRIMMED_MEAN` trims at each side,
+    ``byzantine`` how many bad ones `Aggregation.KRUM` is to stand; ``radius`` (0: from the round)
+    and ``iterations`` are those of `Aggregation.CENTERED_CLIPPING`.
+    """
+
+    policy: HealthPolicy = HealthPolicy.OFF
+    band: Annotated[float, Meta(gt=0, le=BAND_MAX)] = 8.0
+    window: Annotated[int, Meta(ge=1, le=WINDOW_MAX)] = 256
+    warmup: Annotated[int, Meta(ge=1, le=WINDOW_MAX)] = 32
+    aggregation: Aggregation = Aggregation.MEAN
+    share: Annotated[float, Meta(ge=0, lt=0.5)] = 0.0
+    byzantine: Annotated[int, Meta(ge=0, le=SLOTS_MAX)] = 0
+    radius: Annotated[float, Meta(ge=0)] = 0.0
+    iterations: Annotated[int, Meta(ge=0, le=ITERATIONS_MAX)] = 0
+
+    def trimmed(self, count: int) -> int:
+        """How many of ``count`` values a rule for coordinates leaves out at each end."""
+        if self.aggregation is Aggregation.MEDIAN:
+            return max(0, (count - 1) // 2)
+        return ceil(self.share * count)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether contributions are looked at at all."""
+        return self.policy is not HealthPolicy.OFF or self.aggregation is not Aggregation.MEAN
+
+    @property
+    def is_deciding(self) -> bool:
+        """Whether contributions may be left out, or changed."""
+        is_watching = self.policy in (HealthPolicy.OFF, HealthPolicy.WARN)
+        return not is_watching or self.aggregation is not Aggregation.MEAN
+
+
+UNGUARDED = Guard()
+
+
 class Placement(IntEnum):
     """Where a table may be cut."""
 
@@ -180,6 +259,7 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True):
     optimizer: OptimizerSpec | None
     wire: Dtype = Dtype.FLOAT32
     consistency: Consistency = SYNC
+    guard: Guard = UNGUARDED
 
     @property
     def is_asynchronous(self) -> bool:
@@ -201,8 +281,27 @@ class TableSpec(msgspec.Struct, frozen=True, array_like=True):
         is_quorum = self.consistency.kind is ConsistencyKind.QUORUM
         return is_quorum and self.rule is Rule.OPTIMIZER
 
+    @property
+    def is_guarded(self) -> bool:
+        """Whether the contributions of a round are looked at before they are applied."""
+        return self.guard.is_on and self.rule is Rule.OPTIMIZER
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the contributions of a round are kept until it is decided what is in."""
+        return self.is_quorum or (self.is_guarded and self.guard.is_deciding)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether contributions are looked at, and count as they are."""
+        return self.is_guarded and not self.guard.is_deciding
+
     def __post_init__(self) -> None:
         """Check what concerns several fields at once."""
+        if self.is_guarded and self.consistency.kind is not ConsistencyKind.SYNC:
+            kind = self.consistency.kind.name.lower()
+            msg = f"table {self.name!r} is {kind}: gradient health and robust aggregation need sync"
+            raise DataError(msg)
         elements = sum(tensor.elements for tensor in self.tensors)
         if elements > ELEMENTS_MAX:
             msg = f"table {self.name!r} has {elements} elements, at most {ELEMENTS_MAX} are allowed"

@@ -16,7 +16,14 @@ from treefold.common.plan import Count, LoopPlan
 from treefold.common.round_state import RECORD_BYTES_MAX
 from treefold.common.spec import GROUPS_MAX, Hyper, TableSpec, Text
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy, UnitTaken
-from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision, QuorumReport
+from treefold.wire.decisions import (
+    HealthDecision,
+    HealthReport,
+    NormDecision,
+    NormReport,
+    QuorumDecision,
+    QuorumReport,
+)
 from treefold.wire.probes import Probe, ProbeSeen
 from treefold.wire.segments import SegmentAnswer, SegmentOffer
 from treefold.wire.words import (
@@ -478,6 +485,6 @@ AnyMessage = (
     | NormDecision | StatusRequest | StatusReply | Stop | Fenced | Push | RoundHyper | RoundMeta
     | Pull | Pulled | Published | RoundStatus | SegmentOffer | SegmentAnswer | ChainSynced
     | ChainDiffers | LeaveAsked | DrainRequest | ChainRound | ChainAsk | ChainApplied
-    | UnitCopy | UnitTaken | ShardSaved | SavedSeen | QuorumReport | QuorumDecision
-    | Probe | ProbeSeen
+    | UnitCopy | UnitTaken | ShardSaved | SavedSeen | QuorumReport | QuorumDecision | HealthReport
+    | HealthDecision | Probe | ProbeSeen
 )  # fmt: skip

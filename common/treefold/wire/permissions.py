@@ -8,7 +8,14 @@ of the listener's key may send.
 from enum import StrEnum
 
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy, UnitTaken
-from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision, QuorumReport
+from treefold.wire.decisions import (
+    HealthDecision,
+    HealthReport,
+    NormDecision,
+    NormReport,
+    QuorumDecision,
+    QuorumReport,
+)
 from treefold.wire.messages import (
     Accepted,
     AnyMessage,
@@ -87,6 +94,8 @@ SENDERS: dict[type[AnyMessage], frozenset[KeyRole]] = {
     NormDecision: _SCHEDULER,
     QuorumReport: _SERVER,
     QuorumDecision: _SCHEDULER,
+    HealthReport: _SERVER,
+    HealthDecision: _SCHEDULER,
     StatusRequest: frozenset(CURIOUS),
     StatusReply: _SCHEDULER,
     Probe: frozenset(CURIOUS),

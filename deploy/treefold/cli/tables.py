@@ -126,4 +126,16 @@ def _table(table: TableStatus) -> Text:
     elif table.consistency != "sync":
         stale = [f"{who} {one.median} (p99 {one.p99})" for who, one in table.staleness.items()]
         text += f"; {table.consistency}, staleness {', '.join(stale) or 'not known yet'}"
+    if (table.health, table.aggregation) != ("off", "mean"):
+        text += f"; health {table.health}, {table.aggregation}: {_unhealthy(table)}"
     return Text(text)
+
+
+def _unhealthy(table: TableStatus) -> str:
+    """How many gradients of which workers were not what is usual."""
+    found = [
+        f"{who} {', '.join(f'{count} {reason}' for reason, count in counts.items())}"
+        for who, counts in table.unhealthy.items()
+    ]
+    skipped = f"; {table.rounds_skipped} rounds skipped" if table.rounds_skipped else ""
+    return ("; ".join(found) or "all usual") + skipped

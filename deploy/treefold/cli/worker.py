@@ -19,8 +19,8 @@ DESCRIPTION = (
 )
 FLAGS = (
     "scheduler", "engine", "keys", "rank", "slots", "seed", "consistency", "staleness",
-    "staleness_max", "quorum", "grace", "late", "compensation", "connect_timeout_s", "retry_ms",
-    "lane", "lane_bytes_max", "ledger", "log_level", "metrics_port", "metrics_bind",
+    "staleness_max", "quorum", "grace", "late", "compensation", "health", "connect_timeout_s",
+    "retry_ms", "lane", "lane_bytes_max", "ledger", "log_level", "metrics_port", "metrics_bind",
     "metrics_token_file", "timeline",
 )  # fmt: skip
 

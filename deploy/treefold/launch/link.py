@@ -87,6 +87,12 @@ class TableStatus(msgspec.Struct, frozen=True):
     consistency: str = "sync"
     staleness: dict[str, WorkerStaleness] = {}
     missed: int = 0
+    health: str = "off"
+    aggregation: str = "mean"
+    unhealthy: dict[str, dict[str, int]] = {}
+    rounds_skipped: int = 0
+    usual: tuple[float, float] | None = None
+    finding: str = ""
 
 
 class PlanStatus(msgspec.Struct, frozen=True):

@@ -30,14 +30,15 @@ from treefold.scheduler.effects import (
 from treefold.scheduler.endings import Endings
 from treefold.scheduler.eventlog import EventLog, beginning
 from treefold.scheduler.farewell import Farewell, Solitude
+from treefold.scheduler.health import Health
 from treefold.scheduler.members import Happening, MemberState, Roster
 from treefold.scheduler.memory import RECORDS_MAX, Memory
 from treefold.scheduler.moving import Moves
-from treefold.scheduler.norms import NormBook
+from treefold.scheduler.norms import NormBook, answers
 from treefold.scheduler.quorums import Quorums
 from treefold.scheduler.rollback import Rollback
 from treefold.scheduler.status import status_of
-from treefold.wire.decisions import NormReport, QuorumReport
+from treefold.wire.decisions import HealthReport, NormReport, QuorumReport
 from treefold.wire.exchange import Level, Note, Peer, PeerLost, Received, Send, Tick
 from treefold.wire.membership import MS, STALL_MS
 from treefold.wire.messages import (
@@ -92,6 +93,7 @@ class SchedulerCore:
         self.ending: Stop | None = None
         self.norms = NormBook()
         self.quorums = Quorums(self.roster, self.declared)
+        self.health = Health(self.roster, self.declared)
         self.checkpoints = Checkpoints(self.declared)
         self.rollback = Rollback(self.roster, self.declared, self.chains, self.checkpoints)
         self.memory = Memory()
@@ -215,6 +217,7 @@ class SchedulerCore:
                 | RoundLate()
                 | NormReport()
                 | QuorumReport()
+                | HealthReport()
                 | ChainSynced()
                 | ChainDiffers()
                 | ShardSaved()
@@ -252,9 +255,11 @@ class SchedulerCore:
             case RoundLate():
                 self._on_round_late(now_ns, message)
             case NormReport():
-                self._on_norm_report(message)
+                self.out += answers(self.norms, message, self.declared, self.roster)
             case QuorumReport():
                 self.out += self.quorums.on_report(now_ns, state, message)
+            case HealthReport():
+                self.out += self.health.on_report(state, message)
             case ChainSynced():
                 if self.chains.on_synced(message, self.view.number + 1):
                     self._mend(now_ns, is_changed=True)
@@ -434,13 +439,6 @@ class SchedulerCore:
             self.endings.end(now_ns, Outcome.FAILED, lacking)
         for state, message in self.balance.help(now_ns, late, self.view):
             self.out.append(Send(state.peer, message))
-
-    def _on_norm_report(self, report: NormReport) -> None:
-        place = self.tables[report.table].place if report.table < len(self.tables) else None
-        decision = None if place is None else self.norms.add(report, len(place.shards))
-        if place is not None and decision is not None:
-            for who in {shard.server: None for shard in place.shards}:
-                self.out.append(Send(self.roster.by_incarnation[who].peer, decision))
 
     # ---- time ---------------------------------------------------------------------------------
 

@@ -6,8 +6,9 @@ Part of `treefold.scheduler.core` in a file of its own; just as pure.
 from dataclasses import dataclass, field
 
 from treefold.common.plan import LoopPlan, PlanKind, Policy
-from treefold.common.spec import Rule, TableSpec, differences
+from treefold.common.spec import Aggregation, Rule, TableSpec, differences
 from treefold.scheduler import placement
+from treefold.wire.decisions import PAIRED_SLOTS_MAX
 from treefold.wire.messages import Accepted, DeclarePlan, DeclareTable, Refused
 from treefold.wire.words import TABLES_MAX, Code, ShardPlace, Source, TablePlace
 
@@ -169,6 +170,12 @@ class Declared:
                 return f"{what}: what is too stale could not be computed again with own loaders"
             if table.spec.consistency.staleness_max and not self.is_asynchronous:
                 return f"{what}: staleness_max needs a job without synchronous tables"
+            guard, least = table.spec.guard, 2 * table.spec.guard.byzantine + 3
+            if guard.aggregation is Aggregation.KRUM and plan.slots < least:
+                return f"{what}: krum against {guard.byzantine} needs {least} slots or more"
+            if guard.aggregation.is_paired and plan.slots > PAIRED_SLOTS_MAX:
+                name = guard.aggregation.name.lower().replace("_", " ")
+                return f"{what}: {name} takes at most {PAIRED_SLOTS_MAX} slots (PAIRED_SLOTS_MAX)"
         return ""
 
     def begin_from(self, source: Source, tables: list[tuple[TableSpec, bytes]]) -> None:

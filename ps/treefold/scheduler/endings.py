@@ -101,6 +101,7 @@ class Endings:
         core.phase, core.forming_ns = Phase.FORMING, now_ns
         core.norms = NormBook()
         core.quorums.forget()
+        core.health.forget()
         core.solitude.end()
         none, era = Leases(0, []), core.view.number + 1
         core.view = replace(core.view, leases=none, previous=none, era=era)

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from treefold.common.metrics import NS, Reading
 from treefold.scheduler.core import SchedulerCore
 from treefold.scheduler.effects import ManifestWritten, WriteManifest
+from treefold.scheduler.robust import Fault
 from treefold.transport.tally import Tally, of_traffic
 from treefold.transport.traffic import Traffic
-from treefold.wire.decisions import NormReport, QuorumReport
+from treefold.wire.decisions import HealthReport, NormReport, QuorumReport
 from treefold.wire.exchange import Received
 from treefold.wire.messages import (
     DeclarePlan,
@@ -26,7 +27,8 @@ from treefold.wire.words import Role
 MEMBERS = (Role.SERVER, Role.WORKER)
 SPANS: dict[type, str] = {
     Heartbeat: "heartbeat", Register: "register", DeclareTable: "declare", DeclarePlan: "declare",
-    RoundLate: "late round", NormReport: "norm", QuorumReport: "quorum", ShardSaved: "checkpoint",
+    RoundLate: "late round", NormReport: "norm", QuorumReport: "quorum", HealthReport: "health",
+    ShardSaved: "checkpoint",
     Leave: "leave", DrainRequest: "drain", ManifestWritten: "checkpoint",
 }  # fmt: skip
 """What a scheduler's timeline shows of the messages that it gets."""
@@ -95,11 +97,24 @@ class SchedulerTally(Tally):
         newest = max((beat.round for beat in beats if beat is not None), default=0)
         yield Reading("cluster_round", newest)
         yield Reading("slots_late_total", core.quorums.missed)
+        yield from self._of_health()
         yield Reading("failovers_total", core.chains.promotions, ("server",))
         yield Reading("rollbacks_total", core.rollback.count)
         yield from self._of_members()
         if core.limits.checkpoint:
             yield from self._of_checkpoints()
+
+    def _of_health(self) -> Iterator[Reading]:
+        """Of tables that look at contributions."""
+        for number, tally in self._core.health.tallies.items():
+            table = self._core.tables[number].spec.name
+            for worker, counts in tally.faults.items():
+                for reason, count in counts.items():
+                    yield Reading("gradients_unhealthy_total", count, (table, worker, reason))
+            for fault in Fault:
+                count = tally.left_out.get(fault.value, 0)
+                yield Reading("gradients_left_out_total", count, (table, fault.value))
+            yield Reading("rounds_skipped_total", tally.skipped, (table,))
 
     def _of_members(self) -> Iterator[Reading]:
         roster, now_ns = self._core.roster, time.monotonic_ns()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from treefold.scheduler.core import SchedulerCore
-    from treefold.wire.decisions import QuorumDecision
+    from treefold.wire.decisions import HealthDecision, QuorumDecision
     from treefold.wire.words import Outcome, Source
 
 RECORDS_MAX = 2_000  # written since the last snapshot, before the next one takes their place
@@ -43,6 +43,7 @@ class Memory:
         self._saved: dict[tuple[int, int, int], None] = {}
         self._newest = -1
         self._decided: QuorumDecision | None = None
+        self._judged: dict[int, HealthDecision] = {}
         self._stamp: tuple[object, ...] = ()
         self.count = 0
 
@@ -55,6 +56,7 @@ class Memory:
             core.checkpoints.changes,
             core.view.number + (core.ending is not None),
             core.quorums.decided,
+            tuple(one.round for one in core.health.decided.values()),
         )
         if stamp == self._stamp:
             return []
@@ -86,6 +88,10 @@ class Memory:
         if core.quorums.decided is not None and core.quorums.decided != self._decided:
             self._decided = core.quorums.decided
             yield r.QuorumDecided(self._decided)
+        for table, decision in core.health.decided.items():
+            if self._judged.get(table) != decision:
+                self._judged[table] = decision
+                yield r.HealthDecided(decision)
         if core.ending is not None and not self._has_ended:
             self._has_ended = True
             yield r.Ended(core.ending.outcome, core.ending.text)
@@ -97,6 +103,7 @@ class Memory:
             self._declared.clear()
             self._confirmed.clear()
             self._decided = None
+            self._judged.clear()
             yield r.RollingBack(core.rollback.was_done)
         begun = (core.rollback.count, core.checkpoints.source)
         if begun != self._begun and not core.rollback.is_choosing:
@@ -188,23 +195,21 @@ def _apply(core: "SchedulerCore", record: r.Record) -> None:
                 core.declared.tables[place.table].place = place
         case r.ChainConfirmed(table, shard, number, servers):
             core.chains.confirmed[table, shard] = (number, servers)
-        case r.RollingBack() | r.BegunAt() | r.Saved() | r.Written() | r.QuorumDecided():
-            _go_on(core, record)
         case r.Draining(incarnation):
             core.chains.draining[incarnation] = None
         case r.Ended(outcome, text):
             core.ending = Stop(outcome, text)
+        case _:
+            _go_on(core, record)
 
 
-def _go_on(
-    core: "SchedulerCore",
-    record: r.RollingBack | r.BegunAt | r.Saved | r.Written | r.QuorumDecided,
-) -> None:
-    """Take up what is known of checkpoints, and of the newest round."""
+def _go_on(core: "SchedulerCore", record: r.Record) -> None:
+    """Take up what is known of checkpoints, and of the newest rounds."""
     match record:
         case r.RollingBack(was_done):
             core.rollback.take_up(was_done)
             core.quorums.forget()
+            core.health.forget()
         case r.BegunAt(source, tables):
             core.rollback.is_choosing = False
             if source is not None:
@@ -216,6 +221,8 @@ def _go_on(
             core.checkpoints.take_up_newest(version)
         case r.QuorumDecided(decision):
             core.quorums.decided = decision
+        case r.HealthDecided(decision):
+            core.health.decided[decision.table] = decision
 
 
 def _declare(declared: Declared, record: r.TableDeclared | r.PlanDeclared) -> None:

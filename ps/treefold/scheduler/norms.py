@@ -2,7 +2,10 @@
 
 import math
 
+from treefold.scheduler.declared import Declared
+from treefold.scheduler.members import Roster
 from treefold.wire.decisions import NormDecision, NormReport
+from treefold.wire.exchange import Send
 
 ROUNDS_KEPT = 4  # decisions kept for servers that ask again
 
@@ -52,3 +55,14 @@ class NormBook:
             del self._decisions[old]
         for stale in [key for key in self._reports if key[0] == table and key[1] <= before]:
             del self._reports[stale]
+
+
+def answers(book: NormBook, report: NormReport, declared: Declared, roster: Roster) -> list[Send]:
+    """Take in one shard's sums; what servers are told once all are there."""
+    tables = declared.tables
+    place = tables[report.table].place if report.table < len(tables) else None
+    decision = None if place is None else book.add(report, len(place.shards))
+    if place is None or decision is None:
+        return []
+    servers = {shard.server: None for shard in place.shards}
+    return [Send(roster.by_incarnation[who].peer, decision) for who in servers]

@@ -12,7 +12,7 @@ from msgspec import Meta
 from treefold.common.errors import DataError
 from treefold.common.plan import Count, LoopPlan
 from treefold.common.spec import TableSpec, Text
-from treefold.wire.decisions import QuorumDecision
+from treefold.wire.decisions import HealthDecision, QuorumDecision
 from treefold.wire.messages import ShardSaved, View
 from treefold.wire.words import Member, Outcome, Source
 
@@ -116,9 +116,16 @@ class QuorumDecided(Noted, tag=14, frozen=True):
     decision: QuorumDecision
 
 
+class HealthDecided(Noted, tag=15, frozen=True):
+    """What counts of a round of a table; the newest of each table counts."""
+
+    decision: HealthDecision
+
+
 Record = (
     JobBegan | Enrolled | Parted | TableDeclared | PlanDeclared | ViewMade | ChainConfirmed
     | Draining | Ended | BegunAt | Saved | Written | RollingBack | QuorumDecided
+    | HealthDecided
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

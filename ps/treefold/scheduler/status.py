@@ -133,6 +133,7 @@ def _table(core: SchedulerCore, number: int) -> dict[str, object]:
         "consistency": _consistency(table.spec.consistency),
         "staleness": _staleness(core, number, names),
         "missed": core.quorums.missed if table.spec.is_quorum else 0,
+        **core.health.status_of(number, table.spec),
         "shards": [
             {
                 "shard": place.shard,

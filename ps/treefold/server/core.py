@@ -15,19 +15,14 @@ from treefold.server.chains import Chain
 from treefold.server.effects import (
     CloseShard,
     Connect,
-    DigestComputed,
     Disconnect,
     Effect,
     Event,
-    NormComputed,
     OpenShard,
     ReleasePayload,
     RestoreShard,
     ServerDrainAsked,
     ServerFailed,
-    ShardRestored,
-    ShardStored,
-    UnitCopied,
 )
 from treefold.server.exchange import Exchange
 from treefold.server.fencing import AboutShard, refusal_of_view
@@ -35,7 +30,7 @@ from treefold.server.holding import Shard
 from treefold.server.limits import ServerLimits
 from treefold.server.rounds import Arrived, RoundState
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy, UnitTaken
-from treefold.wire.decisions import NormDecision, QuorumDecision
+from treefold.wire.decisions import HealthDecision, NormDecision, QuorumDecision
 from treefold.wire.exchange import (
     SCHEDULER,
     Halt,
@@ -137,8 +132,6 @@ class ServerCore:
                 if isinstance(message, Pull):  # which only workers send
                     self._traffic_ns = now_ns
                 self._on_data(now_ns, peer, message, payloads)
-            case NormComputed() | DigestComputed() | UnitCopied() | ShardStored() | ShardRestored():
-                self.exchange.on_done(now_ns, event)
             case PeerLost(peer):
                 for held in self.shards.values():
                     held.waits.pop(peer, None)
@@ -150,6 +143,8 @@ class ServerCore:
                 self._out += self.membership.leave(now_ns, Outcome.FAILED, text)
             case Tick():
                 pass
+            case _:
+                self.exchange.on_done(now_ns, event)
         self._on_time(now_ns)
         effects = list(self._out)
         self._out.clear()
@@ -200,7 +195,7 @@ class ServerCore:
                 self._open_shards(now_ns)
             case View():
                 self._on_view(now_ns, message)
-            case NormDecision() | QuorumDecision():
+            case NormDecision() | QuorumDecision() | HealthDecision():
                 self.exchange.on_decision(now_ns, message)
             case SavedSeen():
                 self.exchange.saves.on_seen(message)

@@ -17,6 +17,17 @@ class NormComputed(msgspec.Struct, frozen=True, gc=False):
     sums: list[float]
 
 
+class ProductsComputed(msgspec.Struct, frozen=True, gc=False):
+    """What `ComputeProducts` asked for, a row of each block of the part."""
+
+    table: int
+    shard: int
+    round: int
+    part: int
+    slots: tuple[int, ...]
+    rows: list[list[float]]
+
+
 class DigestComputed(msgspec.Struct, frozen=True, gc=False):
     """The checksum that `ComputeDigest` asked for."""
 
@@ -111,6 +122,41 @@ class ComputeNorm(msgspec.Struct, frozen=True, gc=False):
     shard: int
     round: int
     parts: list[ReadyPart]
+
+
+class ComputeProducts(msgspec.Struct, frozen=True, gc=False):
+    """Sum the products of contributions with themselves and with later ones, block by block.
+
+    ``payloads`` are what slots have sent of a part, None for nothing. A block's row is NaN if
+    anything of it is not finite, buffers included. Answered by `ProductsComputed`.
+    """
+
+    table: int
+    shard: int
+    round: int
+    part: int
+    slots: tuple[int, ...]
+    payloads: tuple[int | None, ...]
+
+
+class ScalePayload(msgspec.Struct, frozen=True, gc=False):
+    """Multiply a payload with a factor. It stays, with other values."""
+
+    payload: int
+    factor: float
+
+
+class CombinePayloads(msgspec.Struct, frozen=True, gc=False):
+    """Make the first of these payloads their trimmed mean, coordinate by coordinate.
+
+    Each is multiplied with its factor first, and so many of all are left out at each end; those
+    that have ``nothing`` count as zeros. All payloads stay.
+    """
+
+    payloads: list[int]
+    factors: list[float]
+    nothing: int
+    trimmed: int
 
 
 class MakeParts(msgspec.Struct, frozen=True, gc=False):
@@ -279,6 +325,7 @@ Event = (
     | PeerLost
     | Tick
     | NormComputed
+    | ProductsComputed
     | DigestComputed
     | UnitCopied
     | ShardStored
@@ -294,6 +341,9 @@ Effect = (
     | FoldPayloads
     | ReleasePayload
     | ComputeNorm
+    | ComputeProducts
+    | ScalePayload
+    | CombinePayloads
     | MakeParts
     | CorrectParts
     | ScaleParts

@@ -21,6 +21,7 @@ from treefold.server.effects import (
     MakeParts,
     NormComputed,
     OpenShard,
+    ProductsComputed,
     RecordVersion,
     ReleasePayload,
     ReleaseVersion,
@@ -28,11 +29,12 @@ from treefold.server.effects import (
     ShardStored,
     UnitCopied,
 )
+from treefold.server.guarding import Guarding
 from treefold.server.holding import Kept, Shard, Wait
 from treefold.server.quorum import Quorum
 from treefold.server.replication import Replication
 from treefold.server.rounds import Arrived, HyperOf, Round, RoundState
-from treefold.wire.decisions import NormDecision, NormReport, QuorumDecision
+from treefold.wire.decisions import HealthDecision, NormDecision, NormReport, QuorumDecision
 from treefold.wire.exchange import SCHEDULER, Peer, Send
 from treefold.wire.membership import MS, Membership
 from treefold.wire.messages import (
@@ -43,7 +45,9 @@ from treefold.wire.messages import (
 )
 from treefold.wire.words import INITIAL_ROUND, Code
 
-Done = NormComputed | DigestComputed | UnitCopied | ShardStored | ShardRestored
+Done = (
+    NormComputed | DigestComputed | UnitCopied | ShardStored | ShardRestored | ProductsComputed
+)  # fmt: skip
 ANSWER_PARTS_MAX = 8  # parts (MiB) that are made before those who wait hear of them
 STATUS_PARTS_MAX = 64  # parts named in one RoundStatus; the worker asks again for the rest
 NORM_RETRY_MS = 500
@@ -89,6 +93,7 @@ class Exchange:
         self.saves = Saves(membership, out)
         self.asynchronous = Asynchronous(self.saves, out)
         self.quorum = Quorum(membership, out)
+        self.guarding = Guarding(membership, out)
         self._out = out
 
     def on_done(self, now_ns: int, event: Done) -> None:
@@ -100,20 +105,29 @@ class Exchange:
                 self.saves.on_stored(now_ns, event, self.shards.get((event.table, event.shard)))
             case ShardRestored():
                 self._on_restored(now_ns, event)
+            case ProductsComputed():
+                shard = self.shards[event.table, event.shard]
+                self.guarding.on_products(shard, event)
+                self.advance(now_ns, shard)
             case _:
                 self.replication.on_done(now_ns, event)
 
     # ---- contributions ------------------------------------------------------------------------
+
+    def _gathering(self, shard: Shard) -> Quorum | Guarding | None:
+        """Who keeps the contributions to a shard until it is decided what counts, if anybody."""
+        if shard.spec.is_quorum:
+            return self.quorum
+        return self.guarding if shard.spec.is_gathered else None
 
     def on_push(self, now_ns: int, peer: Peer, shard: Shard, arrived: Arrived) -> None:
         """Take in one node of a run of parts, and make what can be made of it."""
         push = arrived.push
         is_first = push.round == INITIAL_ROUND or shard.version == INITIAL_ROUND
         if shard.is_by_slot and not is_first:
-            if shard.spec.is_quorum and push.round == shard.version:
+            if shard.spec.is_gathered and push.round == shard.version:
                 lateness.open_round(now_ns, shard)
-            own = self.quorum if shard.spec.is_quorum else self.asynchronous
-            own.on_push(peer, shard, arrived)
+            (self._gathering(shard) or self.asynchronous).on_push(peer, shard, arrived)
             self.advance(now_ns, shard)
             return
         if not shard.chain.is_started:  # the first copy will say where to begin
@@ -134,6 +148,8 @@ class Exchange:
             part = push.part + number
             node = Node(push.level, push.index)
             is_here = shard.is_loaded(part)
+            if shard.spec.is_watched and shard.chain.is_primary and is_here:
+                self.guarding.watch(shard, arrived, number)
             is_taken = is_here and current.take(part, node, push.sender, held, self._out)
             if not is_taken:
                 self.duplicates += 1
@@ -159,8 +175,7 @@ class Exchange:
             return
         if shard.is_by_slot:
             if isinstance(message, RoundMeta) and shard.version != INITIAL_ROUND:
-                own = self.quorum if shard.spec.is_quorum else self.asynchronous
-                own.on_meta(peer, shard, message)
+                (self._gathering(shard) or self.asynchronous).on_meta(peer, shard, message)
                 self.advance(now_ns, shard)
             return
         refusal = shard.refusal_of_hyper(message)
@@ -197,8 +212,8 @@ class Exchange:
             return False
         if shard.spec.is_asynchronous:
             self.asynchronous.begin(shard)
-        elif shard.spec.is_quorum:
-            self.quorum.begin(now_ns, shard)
+        elif (gathering := self._gathering(shard)) is not None:
+            gathering.begin(now_ns, shard)
         hyper = current.hyper
         if hyper is not None and hyper.norm_max > 0 and not current.is_norm_known:
             if shard.chain.is_primary:
@@ -342,7 +357,8 @@ class Exchange:
         """Report again what was not decided in time."""
         for shard in self.shards.values():
             if shard.decision_retry_ns is not None and now_ns >= shard.decision_retry_ns:
-                if self.quorum.report_again(now_ns, shard):
+                gathering = self._gathering(shard)
+                if gathering is not None and gathering.report_again(now_ns, shard):
                     continue
                 shard.decision_retry_ns = now_ns + NORM_RETRY_MS * MS
                 self._out.append(Send(SCHEDULER, self._norm_report(shard)))
@@ -354,11 +370,14 @@ class Exchange:
         who = self.membership.incarnation
         return NormReport(who, shard.table, shard.number, current.number, current.sums)
 
-    def on_decision(self, now_ns: int, decision: NormDecision | QuorumDecision) -> None:
-        """The scheduler has added all shards' shares, or says which slots are in a round."""
-        if isinstance(decision, QuorumDecision):
+    def on_decision(
+        self, now_ns: int, decision: NormDecision | QuorumDecision | HealthDecision
+    ) -> None:
+        """The scheduler has added all shards' shares, or says what of a round counts."""
+        if not isinstance(decision, NormDecision):
             for shard in self.shards.values():
-                if shard.spec.is_quorum and self.quorum.on_decision(shard, decision):
+                gathering = self._gathering(shard)
+                if gathering is not None and gathering.on_decision(shard, decision):
                     self.advance(now_ns, shard)
             return
         for (table, _), shard in self.shards.items():

@@ -154,7 +154,8 @@ class Shard:
     @property
     def is_by_slot(self) -> bool:
         """Whether contributions of slots come here one by one, with what goes with each."""
-        return self.spec.is_by_batch and self.chain.is_primary
+        is_by_slot = self.spec.is_by_batch or self.spec.is_gathered
+        return is_by_slot and self.chain.is_primary
 
     @property
     def units_count(self) -> int:
@@ -247,9 +248,9 @@ class Shard:
     def _next_round(self) -> Round | None:
         if self.spec.rule is Rule.CONSTANT and self.version > INITIAL_ROUND:
             return None
-        is_quorum = self.spec.is_quorum and self.version != INITIAL_ROUND
+        is_by_slot = self.spec.is_gathered and self.version != INITIAL_ROUND
         which = self.version, (self.table, self.number)
-        return Round(*which, self.pieces, is_quorum=is_quorum)
+        return Round(*which, self.pieces, is_by_slot=is_by_slot)
 
     def refusal_of(self, push: Push) -> Refused | None:
         """Why a push cannot be meant for this shard, None if it can."""

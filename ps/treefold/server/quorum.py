@@ -15,82 +15,21 @@ import msgspec
 from treefold.common.lineup import Lineup, after
 from treefold.common.round_state import decode_progress
 from treefold.common.spec import Late
-from treefold.common.tree import Node, span
-from treefold.server.effects import Effect, ReleasePayload, ScaleParts
+from treefold.common.tree import Node
+from treefold.server.effects import ScaleParts
+from treefold.server.gathering import Gathering, whole
 from treefold.server.holding import Shard
-from treefold.server.rounds import Arrived, Held, HyperOf, Leaf, Round
-from treefold.wire.decisions import QuorumDecision, QuorumReport
-from treefold.wire.exchange import SCHEDULER, Peer, Send
-from treefold.wire.membership import MS, Membership
-from treefold.wire.messages import Push, Refused, RoundMeta
-from treefold.wire.words import Code
+from treefold.server.rounds import Held, HyperOf, Round
+from treefold.wire.decisions import HealthDecision, QuorumDecision, QuorumReport
+from treefold.wire.exchange import SCHEDULER, Send
+from treefold.wire.membership import MS
+from treefold.wire.messages import RoundMeta
 
 RETRY_MS = 500  # a report that is not answered with a decision is sent again
 
 
-class Quorum:
-    """Contributions to rounds that may go on without the last slots.
-
-    Parameters
-    ----------
-    membership : Membership
-        Who this server is.
-    out : list of Effect
-        The core's effects.
-
-    Attributes
-    ----------
-    late : int
-        Parts of contributions that came when their round had gone on.
-    """
-
-    def __init__(self, membership: Membership, out: list[Effect]) -> None:
-        self.late = 0
-        self._membership = membership
-        self._out = out
-
-    # ---- contributions ------------------------------------------------------------------------
-
-    def on_push(self, peer: Peer, shard: Shard, arrived: Arrived) -> None:
-        """Take in parts of a contribution."""
-        push = arrived.push
-        low, high = span(Node(push.level, push.index), push.active)
-        refusal = shard.refusal_of(push) or shard.out_of_turn(push.round, push.active)
-        if refusal is None and high - low != 1:
-            text = f"node ({push.level}, {push.index}) is not one slot; workers do not fold here"
-            refusal = Refused(0, Code.BAD_NODE, text)
-        leaf = self._leaf(shard, push, low) if refusal is None else None
-        if leaf is None:
-            self._release([*arrived.payloads])
-            self._out += [] if refusal is None else [Send(peer, refusal)]
-            self.late += push.count if refusal is None else 0
-            return
-        for number in range(push.count):
-            held, part = arrived.held(number), push.part + number
-            if part not in leaf.parts:
-                leaf.parts[part] = held
-            elif held.payload is not None:
-                self._release([held.payload])
-
-    def on_meta(self, peer: Peer, shard: Shard, meta: RoundMeta) -> None:
-        """Take in what goes with a contribution."""
-        refusal = shard.refusal_of_hyper(meta) or shard.out_of_turn(meta.round, meta.active)
-        refusal = refusal or _refusal(shard, meta)
-        if refusal is not None:
-            self._out.append(Send(peer, refusal))
-            return
-        leaf = self._leaf(shard, meta, meta.slot)
-        if leaf is not None and leaf.meta is None:
-            leaf.meta = meta
-
-    def _leaf(self, shard: Shard, message: Push | RoundMeta, slot: int) -> Leaf | None:
-        """Where a slot's contribution is gathered; None if nothing can be added to it any more."""
-        current = shard.round
-        if current is None or message.round != current.number or not current.is_by_leaves:
-            return None
-        if current.included is not None and slot not in current.included:
-            return None
-        return current.leaves.setdefault(slot, Leaf(message.sender))
+class Quorum(Gathering):
+    """Contributions to rounds that may go on without the last slots."""
 
     # ---- which slots are in -------------------------------------------------------------------
 
@@ -101,12 +40,12 @@ class Quorum:
             return
         if not (shard.chain.is_primary and shard.chain.is_started):
             return
-        whole = _whole(shard, current)
+        there = whole(shard, current)
         if current.included is None:
             enough = max(1, min(shard.spec.consistency.quorum, current.due))
-            if len(whole) >= enough and len(whole) > current.reported:
-                self._report(now_ns, shard, current, whole)
-        elif all(slot in whole for slot in current.included):
+            if len(there) >= enough and len(there) > current.reported:
+                self._report(now_ns, shard, current, there)
+        elif all(slot in there for slot in current.included):
             shard.decision_retry_ns = None
             self._fold(shard, current, current.included)
 
@@ -115,24 +54,26 @@ class Quorum:
         current = shard.round
         if current is None or not current.is_by_leaves:
             return False
-        self._report(now_ns, shard, current, _whole(shard, current))
+        self._report(now_ns, shard, current, whole(shard, current))
         return True
 
-    def _report(self, now_ns: int, shard: Shard, current: Round, whole: list[int]) -> None:
-        current.reported = len(whole)
+    def _report(self, now_ns: int, shard: Shard, current: Round, there: list[int]) -> None:
+        current.reported = len(there)
         shard.stuck_ns = now_ns if shard.stuck_ns is None else shard.stuck_ns
         shard.decision_retry_ns = now_ns + RETRY_MS * MS
         who = self._membership.incarnation
         planned = max((meta.first for meta in current.metas()), default=0)
         of = shard.table, shard.number, current.number
         missed = decode_progress(shard.kept[shard.version].state).missed
-        report = QuorumReport(who, *of, whole, current.due, planned, missed)
+        report = QuorumReport(who, *of, there, current.due, planned, missed)
         self._out.append(Send(SCHEDULER, report))
 
-    def on_decision(self, shard: Shard, decision: QuorumDecision) -> bool:
+    def on_decision(self, shard: Shard, decision: QuorumDecision | HealthDecision) -> bool:
         """The scheduler says which slots are in; False if this is not about the shard's round."""
         current = shard.round
-        if current is None or not current.is_by_leaves or current.number != decision.round:
+        if current is None or not isinstance(decision, QuorumDecision):
+            return False
+        if not current.is_by_leaves or current.number != decision.round:
             return False
         if current.included is None:
             current.included = decision.slots
@@ -190,34 +131,3 @@ class Quorum:
             is_all = shard.spec.consistency.late is Late.DROP
             factor = float(1 / share)
             self._out.append(ScaleParts(shard.table, shard.number, parts, factor, is_all))
-
-    def _release(self, payloads: list[int]) -> None:
-        self._out += [ReleasePayload(payload) for payload in payloads]
-
-
-def _whole(shard: Shard, current: Round) -> list[int]:
-    return sorted(s for s, leaf in current.leaves.items() if leaf.is_whole(shard.parts_count))
-
-
-def _refusal(shard: Shard, meta: RoundMeta) -> Refused | None:
-    """Why a contribution must not be taken, None if it may."""
-    where = f"table {shard.spec.name!r} shard {shard.number} round {meta.round}"
-    if meta.slot >= meta.due or meta.due > meta.active or not 0 < meta.samples <= meta.total:
-        text = (
-            f"{where}: slot {meta.slot} of {meta.due} due and {meta.active} active ones, with "
-            f"{meta.samples} of {meta.total} samples"
-        )
-        return Refused(0, Code.BAD_NODE, text)
-    current = shard.round
-    known = current.metas() if current is not None and current.number == meta.round else ()
-    of = meta.active, meta.due, meta.first, meta.is_again
-    for other in known:
-        if (other.active, other.due, other.first, other.is_again) != of:
-            text = f"{where}: slots {other.slot} and {meta.slot} are of different data plans"
-            return Refused(0, Code.SPEC_MISMATCH, text)
-    if meta.is_again and meta.round == shard.version:
-        again = len(decode_progress(shard.kept[shard.version].state).again)
-        if meta.due > again:
-            text = f"{where}: {meta.due} late batches are due, and there are {again}"
-            return Refused(0, Code.SPEC_MISMATCH, text)
-    return None

@@ -7,9 +7,11 @@ from enum import Enum, auto
 
 import msgspec
 
+from treefold.common.blocks import Row
 from treefold.common.spec import Hyper
 from treefold.common.tree import FoldSet, Node, span
 from treefold.server.effects import Effect, FoldPayloads, ReadyPart, ReleasePayload
+from treefold.wire.decisions import HealthDecision
 from treefold.wire.messages import Push, RoundMeta
 from treefold.wire.words import INITIAL_ROUND
 
@@ -115,8 +117,13 @@ class Round:
         The slots that are in such a round, once that is decided.
     reported : int
         How many slots the scheduler was told of.
-    is_quorum : bool
-        Whether the round may go on without the last slots.
+    is_by_slot : bool
+        Whether contributions are kept until it is decided what of them is in.
+    products : dict of (part, slots) to rows
+        Of contributions that are looked at: sums of squares, or of products, block by block; empty
+        until they are known.
+    decision : HealthDecision or None
+        What counts of such contributions.
     """
 
     number: int
@@ -142,7 +149,9 @@ class Round:
     leaves: dict[int, Leaf] = field(default_factory=dict)
     included: list[int] | None = None
     reported: int = 0
-    is_quorum: bool = False
+    is_by_slot: bool = False
+    products: dict[tuple[int, tuple[int, ...]], list[Row]] = field(default_factory=dict)
+    decision: HealthDecision | None = None
 
     def __post_init__(self) -> None:
         """Initial values need nothing from slot 0."""
@@ -225,8 +234,8 @@ class Round:
 
     @property
     def is_by_leaves(self) -> bool:
-        """Whether the round may go on without the last slots, and is not folded yet."""
-        return self.is_quorum and self.meta is None
+        """Whether contributions are kept by slot, and are not folded yet."""
+        return self.is_by_slot and self.meta is None
 
     def is_undecided(self, parts_count: int) -> bool:
         """Whether all slots are here, and it is only not known yet which of them are in."""
@@ -237,7 +246,7 @@ class Round:
 
     def lead(self) -> None:
         """This server leads the round from now on, and has to get itself what it lacks."""
-        if self.is_quorum and not self.is_complete:
+        if self.is_by_slot and not self.is_complete:
             self.meta = None  # it comes again, with the contributions
 
     def reopen(self) -> None:
@@ -265,6 +274,7 @@ class Round:
 
     def drop_leaves(self) -> list[int]:
         """Let go of contributions that are not folded; returns their payloads."""
+        self.products.clear()
         payloads = [payload for slot in self.leaves for payload in self._of_leaf(slot)]
         self.leaves.clear()
         return payloads

@@ -62,6 +62,7 @@ from treefold.server.effects import (
     UnitCopied,
 )
 from treefold.server.figures import ServerTally
+from treefold.server.handling import Handling, HandlingWork
 from treefold.server.limits import ServerLimits
 from treefold.server.points import POINTS
 from treefold.server.published import Published
@@ -90,7 +91,7 @@ LISTENER = "listener"
 REFUSED_STATUS = 3  # not started, as far as the others are concerned
 TensorWork = (
     OpenShard | ComputeNorm | MakeParts | CorrectParts | ScaleParts | ComputeDigest | CopyUnit
-    | LoadUnit
+    | LoadUnit | HandlingWork
 )  # fmt: skip
 
 
@@ -136,6 +137,7 @@ class ServerShell:
         self._widened: list[torch.Tensor] = []
         self._folder = Folder()
         self._states: dict[tuple[int, int], ShardState] = {}
+        self._handling = Handling(self._carrier, self._pool, self._states)
         self._delays: dict[tuple[int, int], Delays] = {}
         self._files = ShardFiles(self._hub.bell.ring)
         self._statistics = Statistics(self._states, self._core.membership, self._hub.bell.ring)
@@ -168,9 +170,8 @@ class ServerShell:
                 arm("server", f"server-{membership.rank}")
             vitals = membership.vitals
             if self._figures.sample(time.monotonic_ns()):
-                vitals.rss_bytes = self._figures.rss_bytes
+                vitals.rss_bytes, vitals.host = self._figures.rss_bytes, self._figures.host
                 vitals.cpu_percent = self._figures.cpu_percent
-                vitals.host = self._figures.host
                 vitals.spent_ns = self._spent.ns
                 self._carrier.lanes.sweep()
             self._statistics.turn(time.monotonic_ns())
@@ -303,6 +304,9 @@ class ServerShell:
     def _guarded(self, effect: TensorWork) -> list[Event]:
         """Tensor work that may find that what the job asks for cannot be done."""
         try:
+            if isinstance(effect, HandlingWork):
+                with self._spent.on("health"):
+                    return self._handling.perform(effect)
             if isinstance(effect, OpenShard):
                 self._open(effect)
             elif isinstance(effect, ComputeNorm):
@@ -326,17 +330,13 @@ class ServerShell:
         key = effect.table, effect.shard
         state = ShardState(effect.spec, effect.span)
         self._carrier.lanes.name = f"treefold-{self._core.membership.job:x}-server"
-        is_constant = effect.spec.rule is Rule.CONSTANT
         self._states[key] = state
         self._recording.opened(effect)
         if effect.spec.is_asynchronous and effect.spec.consistency.compensation.is_delayed:
             self._delays[key] = Delays(state, effect.spec.consistency)
+        is_constant, is_shared = effect.spec.rule is Rule.CONSTANT, not effect.spec.is_asynchronous
         self._published[key] = Published(
-            self._carrier,
-            state.layout,
-            state.parts,
-            is_constant=is_constant,
-            is_shared=not effect.spec.is_asynchronous,
+            self._carrier, state.layout, state.parts, is_constant=is_constant, is_shared=is_shared
         )
         for peer in self._carrier.lanes.local_peers():
             self._carrier.offer(LISTENER, peer)

@@ -16,6 +16,7 @@ The loop body runs once per slot that falls to this worker. Parameters change be
 within a body. The same script runs alone, with an embedded cluster.
 """
 
+from treefold.torch.health import CenteredClipping, Health, Krum, TrimmedMean
 from treefold.torch.loop import Batches, batches
 from treefold.torch.optimizer import DistributedOptimizer, clip_grad_norm
 from treefold.torch.options import DCASGD, SSP, Async, Quorum
@@ -29,10 +30,14 @@ __all__ = [
     "SSP",
     "Async",
     "Batches",
+    "CenteredClipping",
     "DataShard",
     "DataShards",
     "DistributedOptimizer",
+    "Health",
+    "Krum",
     "Quorum",
+    "TrimmedMean",
     "batches",
     "clip_grad_norm",
     "data_shards",

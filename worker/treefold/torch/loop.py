@@ -249,10 +249,10 @@ def _partitioned(
     """Samples of its own for each slot, as one data shard."""
     slots, partition = job.settings.slots, Partition.of(options.get("partition"))
     is_shared = partition is Partition.FEATURE
-    if is_shared and any(table.is_quorum for table in job.tables):
+    if is_shared and any(table.may_leave_out for table in job.tables):
         text = (
             "partition='feature' needs all slots of a round, each of which has features of its "
-            "own; it does not go with consistency='quorum'"
+            "own; it does not go with consistency='quorum', nor with health and aggregation"
         )
         raise UnsupportedError(text)
     batch_size = checked("batch_size", size[0], 1) * (slots if is_shared else 1)

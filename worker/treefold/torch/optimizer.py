@@ -13,6 +13,7 @@ from treefold.common.errors import ConfigError, LocalProtocolError, UnsupportedE
 from treefold.torch import session
 from treefold.torch.binding import bind, wire_of
 from treefold.torch.buffers import BufferMode
+from treefold.torch.health import AggregationChoice, Health, check_guard, guard_of
 from treefold.torch.options import (
     DCASGD,
     SSP,
@@ -34,6 +35,8 @@ class OptimizerOptions(TypedDict, total=False):
     wire: str
     consistency: str | Async | SSP | Quorum | None
     compensation: str | DCASGD | None
+    health: str | Health | None
+    aggregation: AggregationChoice | None
 
 
 class DistributedOptimizer(Optimizer):
@@ -86,6 +89,15 @@ class DistributedOptimizer(Optimizer):
         versions in between; ``"dc-asgd"``, ``"dc-asgd-adaptive"`` or ``DCASGD(...)``, which correct
         gradients; ``"momentum"``, which takes off the momentum what being asynchronous adds to it.
         The job's setting by default.
+    health : str or Health
+        What servers do about gradients that are not finite, or much larger or smaller than usual:
+        ``"off"``, ``"warn"``, ``"reject"``, ``"skip-round"``, ``"clip"``, or more exactly. The
+        job's setting by default. It needs ``"sync"``.
+    aggregation : str, TrimmedMean, Krum or CenteredClipping
+        What the gradients of a round are made into: their ``"mean"``, the default; the ``"median"``
+        of each coordinate; or another rule that stands some bad ones. All but the mean leave out
+        gradients that are not finite, count slots alike however many samples they have, and need
+        ``"sync"``.
 
     Raises
     ------
@@ -128,6 +140,8 @@ class DistributedOptimizer(Optimizer):
         )
         check_compensation(consistency, optimizer.param_groups)
         check_buffers(consistency, mode)
+        guard = guard_of(options.get("health"), options.get("aggregation"), job.settings)
+        check_guard(guard, consistency, mode)
         job.check_can_mix(consistency)
         super().__init__([{"params": []}], {})
         self.param_groups = optimizer.param_groups
@@ -145,6 +159,7 @@ class DistributedOptimizer(Optimizer):
             options.get("lend", True),
             wire,
             consistency,
+            guard,
         )
         owned = Owned(optimizer, self, model)
         table = Table(job.client, owned, bound, chosen)

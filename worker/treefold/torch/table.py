@@ -20,7 +20,7 @@ from treefold.common.optim import hyper_of
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import give_back_freed_memory
 from treefold.common.round_state import RoundState, Schedule
-from treefold.common.spec import SYNC, Consistency, Dtype
+from treefold.common.spec import SYNC, UNGUARDED, Consistency, Dtype, Guard
 from treefold.torch.awaiting import Awaiting, can_be_awaited
 from treefold.torch.binding import (
     BoundModel,
@@ -55,6 +55,7 @@ class TableOptions:
     is_lent: bool = True
     wire: Dtype = Dtype.FLOAT32
     consistency: Consistency = SYNC
+    guard: Guard = UNGUARDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class Table:
         Whether slots contribute one by one.
     is_quorum : bool
         Whether rounds go on without the last slots.
+    may_leave_out : bool
+        Whether a slot may have no part in what its round makes.
     front : int
         The round that left the state that was loaded, of an asynchronous table; otherwise -1.
     """
@@ -117,6 +120,8 @@ class Table:
         spec = table_spec(
             options.name, owned.inner, self._tensors, options.wire, options.consistency
         )
+        spec = msgspec.structs.replace(spec, guard=options.guard)
+        self.may_leave_out = spec.is_gathered
         self.is_asynchronous, self.is_quorum = spec.is_asynchronous, spec.is_quorum
         self.layout = Layout(spec)
         self._pieces: Pieces = cache(self.layout.pieces)
@@ -294,7 +299,7 @@ class Table:
             Its state is empty but for those slots whose state counts.
         """
         share = 1.0 if self.is_asynchronous else samples_share_of(task, plan)
-        slot = NO_SLOT if self.is_quorum else task.slot  # 0 may be left out, or be there twice
+        slot = NO_SLOT if self.may_leave_out else task.slot  # 0 may be left out, or be there twice
         self.pushing.end(self.buffers.shares(slot, share))
         groups = self._groups or hyper_of(self.owned.inner)
         counts = task.slot == 0 or self.is_asynchronous or self.is_quorum
@@ -332,8 +337,10 @@ class Table:
         if task.is_again and self._state is not None:  # rounds of the plan are what counts
             schedule = self._state.schedule
         before, moving = None, self.buffers.moved()
-        if self.is_quorum:  # no slot's values may travel whole, so what has moved once folds on
-            before, moving = self._slot_start, sorted({*self.buffers.moving, *moving})
+        if self.is_quorum:
+            before = self._slot_start
+        if self.may_leave_out:  # no slot's values may travel whole: what has moved once folds on
+            moving = sorted({*self.buffers.moving, *moving})
         state = RoundState(schedule, moving, opaque, before)
         packed = msgspec.msgpack.encode(state)
         if len(packed) > STATE_BYTES_MAX:

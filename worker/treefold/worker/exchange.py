@@ -153,6 +153,8 @@ class Exchange:
         parts = {table.number: len(table.parts) for table in self.trained()}
         apart = [table.number for table in self.trained() if table.spec.is_asynchronous]
         self.local = LocalRound(number, plan, parts, tried, apart)
+        if tried is None and any(table.spec.is_guarded for table in self.trained()):
+            self.local.take_apart()
         return self.local
 
     def catch_up(self, now_ns: int, position: int) -> None:
@@ -249,7 +251,7 @@ class Exchange:
         local, table = self.local, self.tables.get(event.table)
         if local is None or table is None or event.slot != 0 or event.round != local.number:
             return
-        if table.spec.is_asynchronous or table.spec.is_quorum:
+        if table.spec.is_asynchronous or table.spec.is_gathered:
             return  # nothing is stepped before all of it is there
         local.hypers[event.table] = event
         for shard in table.place.shards if table.place else []:
@@ -269,7 +271,7 @@ class Exchange:
                     self.contribute(
                         Contributed(table.number, number, 1, event.round, event.slot, (), [marks])
                     )
-            counts = slot == 0 or table.spec.is_asynchronous or table.spec.is_quorum
+            counts = slot == 0 or table.spec.is_asynchronous or table.spec.is_gathered
             if counts and table.number in event.metas:
                 local.metas[table.number, slot] = event.metas[table.number]
                 for shard in table.place.shards if table.place else []:

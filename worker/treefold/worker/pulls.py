@@ -9,6 +9,7 @@ from treefold.common.round_state import (
     Progress,
     decode_applied,
     decode_progress,
+    record_of,
 )
 from treefold.common.spec import Dtype, TableSpec
 from treefold.wire.messages import Published, Pulled, RoundStatus
@@ -224,6 +225,7 @@ class Table:
             self.progress = decode_progress(first.state)
             return Snapshot(*which, self.progress.record, first.norm, payloads)
         if not self.spec.is_asynchronous:
-            return Snapshot(*which, first.state, first.norm, payloads)
+            state = record_of(self.spec, first.state)
+            return Snapshot(*which, state, first.norm, payloads)
         applied = decode_applied(first.state)
         return Snapshot(*which, applied.record, first.norm, payloads, front=applied.front)

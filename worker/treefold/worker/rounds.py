@@ -106,6 +106,13 @@ class LocalRound:
             for part in range(count)
         }
 
+    def take_apart(self) -> None:
+        """Push every slot by itself: what counts is decided when all have come."""
+        plan, number = self.plan, self.number
+        total = plan.round_samples(number)
+        self._samples = [(plan.slot_samples(number, slot), total) for slot in range(self.active)]
+        self.is_flushed = True
+
     def assign(self, slots: list[int]) -> None:
         """Take on more slots; those without samples in this round are left out."""
         for slot in slots:
@@ -141,7 +148,7 @@ class LocalRound:
         return Task(*batch, snapshots, is_kept, self.number, again)
 
     def samples(self, slot: int) -> tuple[int, int]:
-        """Samples of a slot's batch, and of its round of the plan; where that is not the round."""
+        """Samples of a slot's batch, and of its round of the plan; 0 where nobody asks."""
         return self._samples[slot] if self._samples else (0, 0)
 
     def next_slot(self) -> int | None:

@@ -13,6 +13,7 @@ not count: `StreamsOver` says so, its contributions are dropped, and the worker 
 from collections.abc import Sequence
 from typing import Protocol
 
+from treefold.common.round_state import record_of
 from treefold.worker.effects import (
     Arrived,
     Effect,
@@ -113,7 +114,14 @@ class Stream:
             first = table.pulls[0]
             self._out.append(StreamBegun(table.number, version))
             snapshots.append(
-                Snapshot(table.number, version, first.state, first.norm, [], is_streaming=True)
+                Snapshot(
+                    table.number,
+                    version,
+                    record_of(table.spec, first.state),
+                    first.norm,
+                    [],
+                    is_streaming=True,
+                )
             )
             for pull in table.pulls.values():
                 pull.stream()
