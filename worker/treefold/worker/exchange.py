@@ -31,7 +31,7 @@ from treefold.worker.effects import (
     Retire,
     SlotFinished,
 )
-from treefold.worker.pulls import ShardPull, Table
+from treefold.worker.pulls import PartRange, ShardPull, Table
 from treefold.worker.rounds import Held, LocalRound, Pushed, runs
 from treefold.worker.streams import Stream, torn_version
 
@@ -358,7 +358,7 @@ class Exchange:
             return
         wanted = dict.fromkeys(missing.part for missing in status.missing)
         parts = [p for p in table.parts if p.shard == status.shard and p.number in wanted]
-        for run in runs(parts, lambda one, after: after.number == one.number + 1):
+        for run in runs(parts, _is_after):
             frame = Frame(Dtype.FLOAT32, run[-1].stop - run[0].start)
             push = Push(
                 self.membership.job, self.membership.origin, place.view, table.number,
@@ -478,3 +478,8 @@ class Exchange:
             local.is_again, local.due, *local.samples(slot),
         )  # fmt: skip
         self._out.append(Send(place.server, message))
+
+
+def _is_after(one: PartRange, after: PartRange) -> bool:
+    """Whether two parts can travel together: only the last one of a run may be short."""
+    return after.number == one.number + 1 and after.wire is one.wire
