@@ -14,6 +14,7 @@ from tests.unit.worker_driver import (
     sent,
 )
 from treefold.common import layout
+from treefold.common.spec import Dtype
 from treefold.wire.exchange import Send
 from treefold.wire.messages import (
     Accepted,
@@ -26,6 +27,7 @@ from treefold.wire.messages import (
     RoundMeta,
     RoundStatus,
 )
+from treefold.worker import exchange
 from treefold.worker.effects import (
     Contributed,
     DrainAsked,
@@ -40,6 +42,8 @@ from treefold.worker.effects import (
     Task,
     TaskCalled,
 )
+from treefold.worker.pulls import PartRange
+from treefold.worker.rounds import runs
 
 
 @pytest.fixture(autouse=True)
@@ -329,3 +333,10 @@ def test_a_contribution_is_kept_while_another_slot_is_computed_before_its_siblin
         (1, False),
         (2, False),
     ]
+
+
+def test_initial_values_of_parts_of_two_wire_types_travel_in_two_messages() -> None:
+    wires = (Dtype.BFLOAT16, Dtype.BFLOAT16, Dtype.FLOAT32)
+    parts = [PartRange(0, n, 4 * n, 4 * n + 4, 1, wire) for n, wire in enumerate(wires)]
+    found = runs(parts, exchange._is_after)
+    assert [[part.number for part in run] for run in found] == [[0, 1], [2]]

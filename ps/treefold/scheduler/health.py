@@ -73,6 +73,7 @@ class Health:
         self._declared = declared
         self._reports: dict[tuple[int, int], dict[int, HealthReport]] = {}
         self._watched: dict[int, tuple[int, list[float]]] = {}
+        self._blocks: dict[int, int] = {}
 
     def forget(self) -> None:
         """The job goes back, and decides anew."""
@@ -96,7 +97,9 @@ class Health:
         for old in [one for one in self._reports if one[0] == key[0] and one[1] <= key[1]]:
             del self._reports[old]
         nodes = [node for one in current.values() for node in one.sums]
-        sums = blocks.of_table(Layout(tables[report.table].spec).blocks, nodes)
+        if report.table not in self._blocks:
+            self._blocks[report.table] = Layout(tables[report.table].spec).blocks
+        sums = blocks.of_table(self._blocks[report.table], nodes)
         if sums is None:
             text = f"table {report.table} round {report.round}: reports do not make up the table"
             return [Note(Level.ERROR, text)]

@@ -13,7 +13,7 @@ from treefold.wire.messages import Push, RoundHyper, RoundMeta, RoundStatus
 from treefold.wire.words import INITIAL_ROUND, Frame
 from treefold.worker.asynchronous import Asynchronous
 from treefold.worker.effects import Effect, Initial
-from treefold.worker.pulls import Table
+from treefold.worker.pulls import PartRange, Table
 from treefold.worker.rounds import LocalRound, Pushed, runs
 from treefold.worker.streams import Stream
 
@@ -133,7 +133,7 @@ class Sending:
             return
         wanted = dict.fromkeys(missing.part for missing in status.missing)
         parts = [p for p in table.parts if p.shard == status.shard and p.number in wanted]
-        for run in runs(parts, lambda one, after: after.number == one.number + 1):
+        for run in runs(parts, _is_after):
             frame = Frame(Dtype.FLOAT32, run[-1].stop - run[0].start)
             push = Push(
                 self._membership.job, self._membership.origin, place.view, table.number,
@@ -141,3 +141,8 @@ class Sending:
             )  # fmt: skip
             ranges = [(part.start, part.stop) for part in run]
             self._out.append(Send(place.server, push, Initial(table.number, ranges)))
+
+
+def _is_after(one: PartRange, after: PartRange) -> bool:
+    """Whether two parts can travel together: only the last one of a run may be short."""
+    return after.number == one.number + 1 and after.wire is one.wire
