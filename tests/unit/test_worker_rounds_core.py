@@ -27,7 +27,7 @@ from treefold.wire.messages import (
     RoundMeta,
     RoundStatus,
 )
-from treefold.worker import exchange
+from treefold.worker import sending
 from treefold.worker.effects import (
     Contributed,
     DrainAsked,
@@ -338,5 +338,5 @@ def test_a_contribution_is_kept_while_another_slot_is_computed_before_its_siblin
 def test_initial_values_of_parts_of_two_wire_types_travel_in_two_messages() -> None:
     wires = (Dtype.BFLOAT16, Dtype.BFLOAT16, Dtype.FLOAT32)
     parts = [PartRange(0, n, 4 * n, 4 * n + 4, 1, wire) for n, wire in enumerate(wires)]
-    found = runs(parts, exchange._is_after)
+    found = runs(parts, sending._is_after)
     assert [[part.number for part in run] for run in found] == [[0, 1], [2]]
