@@ -94,6 +94,32 @@ for (number,) in ps.batches(TensorDataset(torch.arange(6)), batch_size=2, shuffl
     optimizer.step()
 print("weight", weights.weight.item(), flush=True)
 """
+ALIKE = """
+import torch
+from torch import nn
+import treefold.torch as ps
+from torch.utils.data import TensorDataset
+
+HALF = 140_000  # both halves of the parameters get the same, in shards of their own
+ps.init(slots=4)
+model = nn.Linear(2 * HALF, 1, bias=False)
+nn.init.zeros_(model.weight)
+inner = torch.optim.SGD(model.parameters(), lr=1.0)
+optimizer = ps.DistributedOptimizer(inner, model, consistency="async")
+for epoch in range(3):
+    data = TensorDataset(torch.arange(160))
+    for (number,) in ps.batches(data, batch_size=4, epoch=epoch):
+        half = (torch.arange(HALF) % 7 - 3) * int(number[0])
+        optimizer.zero_grad()
+        (model.weight[0] * torch.cat([half, half])).sum().backward()
+        optimizer.step()
+    own = model.weight.detach()[0].clone()
+    for _ in range(8 if ps.rank() == 0 else 0):  # others are in the next pass by now
+        read = ps.state_dict(consistent=True)["weight"][0]
+        moved = "moved" if not read.equal(own) else "same"
+        print("alike" if read[:HALF].equal(read[HALF:]) else "torn", moved, flush=True)
+    assert model.weight.detach()[0].equal(own), "reading leaves the model as it is"
+"""
 PASS = 12 * 8  # contributions of a pass
 SUM = r"worker-\d \| (sum .*)"
 
@@ -185,6 +211,15 @@ def test_what_is_too_stale_is_computed_again_and_counts_once(
     assert len(run.all(r"computed (0) 0$")) == times
     found = [float(text) for (text,) in run.all(r"weight (\S+)$")]
     assert found == pytest.approx([1 + 0.125 - 0.125] * 2, abs=1e-6)
+
+
+def test_all_shards_are_read_with_the_same_in_them_while_others_go_on(shell: Shell) -> None:
+    run = shell.start("run", "--servers", "2", "--workers", "3", *QUICK, shell.script(ALIKE))
+    assert run.end() == 0, run.transcript()
+    found = run.all(r"\| (alike|torn) (moved|same)$")
+    assert {how for how, _ in found} == {"alike"}
+    assert "moved" in {moved for _, moved in found}, "nobody was in the next pass"
+    assert len(found) == 3 * 8
 
 
 def test_a_lost_server_takes_an_asynchronous_job_back_to_the_end_of_a_pass(shell: Shell) -> None:

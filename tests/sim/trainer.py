@@ -6,6 +6,7 @@ It stands for everything above the worker's core: the client, the session, the u
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
+from tests.sim.alike import check_alike, is_read
 from tests.sim.checks import is_intact, is_part_intact
 from tests.sim.contributions import Contributions
 from tests.sim.gathered import Gathered
@@ -17,6 +18,7 @@ from treefold.common.errors import RolledBackError, TreefoldError
 from treefold.common.plan import LoopPlan
 from treefold.wire.words import Outcome
 from treefold.worker.effects import (
+    AlignedCalled,
     Contributed,
     DeclareCalled,
     DrainAsked,
@@ -36,7 +38,7 @@ STANDING_BY = -1
 WAIT = -2  # in the place of a time: until something comes
 UNUSED_SHARE = 0.1  # of the parts, which no forward needs
 DECLARE_TRIES_MAX = 100
-Call = JoinCalled | DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
+Call = JoinCalled | DeclareCalled | LoopCalled | TaskCalled | AlignedCalled | LeaveCalled
 Script = Generator[int | Call, object, None]
 Step = Generator[int | Call, object, object]
 
@@ -182,8 +184,21 @@ class Trainer:
             answer = yield from self._next_task()
             if isinstance(answer, LoopEnd):
                 self._check_end(answer, plan.end_round)
+                yield from self._read_alike(plan.end_round, is_between=True)
                 return
+            assert isinstance(answer, Task)
+            yield from self._read_alike(answer.round, is_between=False)
             yield from self._compute(answer)
+
+    def _read_alike(self, round_: int, *, is_between: bool) -> Script:
+        """Read all shards with the same in them, now and then."""
+        if not is_read(self.scenario, self.process.name, round_, is_between=is_between):
+            return
+        answer = yield AlignedCalled(self._number())
+        assert isinstance(answer, Loaded)
+        assert isinstance(self.process.checks, Contributions)
+        check_alike(self.process.checks, self.process.view, answer.found)
+        self.process.network.count("alike")
 
     def _loader(self) -> Script:
         yield LoopCalled(self._number(), self.scenario.plans[0])

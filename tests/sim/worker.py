@@ -17,6 +17,7 @@ from treefold.wire.exchange import Send
 from treefold.wire.messages import Push
 from treefold.worker.core import WorkerCore
 from treefold.worker.effects import (
+    Aligned,
     Arrived,
     Complete,
     Connect,
@@ -182,7 +183,7 @@ class WorkerProcess(Process):
 
     def _complete(self, effect: Complete) -> None:
         value = effect.value
-        snapshots = value.snapshots if isinstance(value, Task | LoopEnd) else []
+        snapshots = value.snapshots if isinstance(value, Task | LoopEnd | Aligned) else []
         if isinstance(value, Snapshot):
             snapshots = [value]
         found = [

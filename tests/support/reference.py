@@ -285,6 +285,10 @@ class ReferenceClient:
         """Nothing is ever overwritten here."""
         raise AssertionError("every snapshot of a reference job is intact")
 
+    def read_alike(self) -> list[Snapshot]:
+        """No table is asynchronous."""
+        return []
+
     def scratch(self, elements: int) -> Tensor:
         """A buffer full of garbage."""
         return torch.full((elements,), math.nan)

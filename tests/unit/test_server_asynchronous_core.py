@@ -24,7 +24,7 @@ from tests.unit.server_driver import (
 from treefold.common import layout
 from treefold.common.round_state import Applied, decode_applied
 from treefold.common.spec import Compensation, Consistency, ConsistencyKind, Hyper
-from treefold.server.asynchronous import STAGED_MAX
+from treefold.server.asynchronous import LIMIT_MS, STAGED_MAX
 from treefold.server.core import ServerCore
 from treefold.server.effects import CorrectParts, Effect, MakeParts, RecordVersion, ReleasePayload
 from treefold.wire.chain import ChainApplied, ChainRound
@@ -424,3 +424,25 @@ def test_what_is_staler_than_the_bound_is_let_go_and_its_worker_told() -> None:
         data(core, push(0, 1, part=part, sender=6), 70 + part)
     fresh = replace(meta(0, slot=1, sender=6), base=1)
     assert of(data(core, fresh), MakeParts), "one version behind is near enough"
+
+
+def test_nothing_is_applied_beyond_what_somebody_reads_alike_for_a_moment() -> None:
+    core = begun()
+    contribute(core, 0, 0)
+    assert versions(ask(core, Need(0, 0, exact=[1, 1]))) == []
+    assert not of(contribute(core, 1, 0), MakeParts), "slot 0 is to wait"
+    effects = contribute(core, 0, 1)
+    assert versions(effects) == [2]
+    assert core.shards[0, 0].applied.clocks == [1, 1]
+    due_ns = core.next_deadline_ns()
+    assert due_ns == LIMIT_MS * MS
+    assert of(core.handle(due_ns, Tick()), MakeParts)
+    assert core.shards[0, 0].applied.clocks == [2, 1]
+
+
+def test_who_reads_alike_and_is_late_gets_what_is_in_and_no_more_is_applied() -> None:
+    core = begun()
+    contribute(core, 0, 0)
+    contribute(core, 1, 0)
+    assert versions(ask(core, Need(0, 0, exact=[1]))) == [2]
+    assert not of(contribute(core, 0, 1), MakeParts)

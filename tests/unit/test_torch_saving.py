@@ -158,3 +158,17 @@ def test_a_saved_file_can_be_read_by_others(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     assert mode == (tmp_path / "plain").stat().st_mode & 0o777
     assert load_file(tmp_path / "model.safetensors")["weight"].dtype == torch.bfloat16
+
+
+def test_synchronous_tables_are_consistent_as_they_are_and_bodies_are_no_place_to_ask() -> None:
+    with joined(ReferenceJob(slots=2)):
+        model = bare()
+        optimizer = ps.DistributedOptimizer(sgd(parameters_of(model)), model)
+        before = ps.state_dict(consistent=True)
+        assert all(before[name].equal(value) for name, value in ps.state_dict().items())
+        for batch in ps.batches(dataset(), batch_size=4):
+            with pytest.raises(LocalProtocolError, match="belongs between two loops"):
+                ps.state_dict(consistent=True)
+            optimizer.zero_grad()
+            backward(loss_of(model, batch))
+            optimizer.step()

@@ -7,12 +7,29 @@ import pytest
 from msgspec.structs import replace
 
 from tests.unit import worker_driver
-from tests.unit.worker_driver import ME, OTHER, Driver, completed, plan, sent, table_spec
+from tests.unit.worker_driver import (
+    ME,
+    OTHER,
+    Driver,
+    completed,
+    failed,
+    plan,
+    sent,
+    table_spec,
+)
 from treefold.common.round_state import Applied
 from treefold.common.spec import Consistency, ConsistencyKind, TableSpec
 from treefold.wire.messages import PartMissing, Published, Pull, RoundStatus
 from treefold.wire.words import Need
-from treefold.worker.effects import DrainAsked, Effect, LoopEnd, Task
+from treefold.worker.aligned import TRIES_MAX
+from treefold.worker.effects import (
+    Aligned,
+    AlignedCalled,
+    DrainAsked,
+    Effect,
+    LoopEnd,
+    Task,
+)
 
 ASYNC = Consistency(ConsistencyKind.ASYNC)
 
@@ -127,3 +144,47 @@ def test_word_of_another_contribution_changes_nothing() -> None:
     driver.enter([ME, OTHER], plan(rounds=1, slots=2))
     driver.contribute(0, 0)
     assert driver.server(too_stale(0, 1)) == []
+
+
+def of_shard(driver: Driver, shard: int, version: int, clocks: list[int]) -> list[Effect]:
+    """A version of a shard arrives, with what is in it."""
+    state = msgspec.msgpack.encode(Applied(clocks, (0, 0, ME), max(clocks) - 1, b"state"))
+    effects = driver.run(0, shard, version, 0, 1)
+    return effects + driver.server(Published(0, shard, version, state, math.nan))
+
+
+def test_shards_are_asked_for_what_any_of_them_has_until_all_have_the_same() -> None:
+    driver = Driver(shards=(2,))
+    driver.declare()
+    assert asked(driver.call(AlignedCalled)[1]) == [Need(0, 0)] * 2
+    of_shard(driver, 0, 3, [2, 1])
+    effects = of_shard(driver, 1, 2, [1, 0, 1])
+    assert asked(effects) == [Need(0, 0, exact=[2, 1, 1])] * 2
+    of_shard(driver, 0, 4, [2, 1, 1])
+    assert asked(of_shard(driver, 1, 5, [2, 1, 2])) == [Need(0, 0, exact=[2, 1, 2])] * 2
+    of_shard(driver, 0, 5, [2, 1, 2])
+    (found,) = completed(of_shard(driver, 1, 5, [2, 1, 2]))
+    assert isinstance(found, Aligned)
+    assert [(one.table, one.version) for one in found.snapshots] == [(0, 5)]
+
+
+def test_who_waits_for_its_own_contribution_reads_nothing_else() -> None:
+    driver = Driver()
+    driver.declare()
+    driver.enter([ME, OTHER], plan(rounds=1, slots=2))
+    driver.contribute(0, 0)
+    (error,) = failed(driver.call(AlignedCalled)[1])
+    assert "is read between two loops" in str(error)
+
+
+def test_a_read_that_never_comes_to_an_end_fails_with_what_to_do() -> None:
+    driver = Driver(shards=(2,))
+    driver.declare()
+    driver.call(AlignedCalled)
+    effects: list[Effect] = []
+    for number in range(TRIES_MAX + 1):
+        of_shard(driver, 0, 2 * number + 1, [number + 1])
+        effects = of_shard(driver, 1, 2 * number + 1, [number + 2])
+    (error,) = failed(effects)
+    assert f"after {TRIES_MAX} tries" in str(error)
+    assert completed(driver.enter([ME, ME], plan(rounds=1, slots=2))) != []

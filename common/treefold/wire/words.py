@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from itertools import zip_longest
 from typing import Annotated
 
 import msgspec
@@ -216,7 +217,8 @@ class Need(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     Of slot ``slot`` all rounds below ``clock``; of each of ``slots`` slots all below ``floor``, and
     of the first ``active`` of them round ``floor`` as well. With ``ends`` no slot needs more than
-    the rounds below its end.
+    the rounds below its end. With ``exact`` nothing but the rounds below that, of each slot: the
+    shard applies no more for a moment, and if it has more already it answers with that.
     """
 
     slot: Slot
@@ -225,9 +227,14 @@ class Need(msgspec.Struct, frozen=True, array_like=True, gc=False):
     active: SlotCount = 0
     slots: SlotCount = 0
     ends: Annotated[list[Count], Meta(max_length=SLOTS_MAX)] = msgspec.field(default_factory=list)
+    exact: Annotated[list[Count], Meta(max_length=SLOTS_MAX)] = msgspec.field(default_factory=list)
 
     def is_met(self, clocks: Sequence[int]) -> bool:
         """Whether clocks, one for every slot that has contributed, satisfy this."""
+        if self.exact:
+            pairs = list(zip_longest(clocks, self.exact, fillvalue=0))
+            is_beyond = any(clock > wanted for clock, wanted in pairs)
+            return is_beyond or all(clock == wanted for clock, wanted in pairs)
         if self.clock and (self.slot >= len(clocks) or clocks[self.slot] < self.clock):
             return False
         return next(self.lacking(clocks), None) is None

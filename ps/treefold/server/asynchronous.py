@@ -9,6 +9,8 @@ versions; the one that is here first as a whole counts, the other is a duplicate
 safety here either, and a worker that dies leaves nothing to be settled.
 """
 
+from itertools import zip_longest
+
 import msgspec
 
 from treefold.common.round_state import Applied
@@ -21,10 +23,12 @@ from treefold.server.effects import CorrectParts, Effect, ReleasePayload
 from treefold.server.holding import Shard, Staged, Wait
 from treefold.server.rounds import Arrived, HyperOf
 from treefold.wire.exchange import Peer, Send
+from treefold.wire.membership import MS
 from treefold.wire.messages import PartMissing, Pull, Refused, RoundMeta, RoundStatus
 from treefold.wire.words import INITIAL_ROUND, STALE_CLASSES, Code, Need
 
 STAGED_MAX = 4  # contributions of one slot that are on their way at a time; the oldest has to go
+LIMIT_MS = 250  # so long nothing more is applied where all shards are to be read alike
 STATUS_PARTS_MAX = 64  # parts named in one RoundStatus; the worker asks again for the rest
 
 
@@ -139,7 +143,7 @@ class Asynchronous:
         """The next contribution that is whole; those that are too stale are to be made again."""
         most = shard.spec.consistency.staleness_max
         for key, one in list(shard.staged.items()):
-            if not one.is_whole(shard.parts_count):
+            if not one.is_whole(shard.parts_count) or shard.is_beyond(one.round, one.slot):
                 continue
             if not most or _staleness(shard, one) <= most:
                 return one
@@ -175,6 +179,13 @@ class Asynchronous:
             self._out.append(ReleasePayload(payload))
 
     # ---- pulls --------------------------------------------------------------------------------
+
+    def limit(self, now_ns: int, shard: Shard, need: Need | None) -> None:
+        """Apply nothing beyond what somebody wants to read, or has missed already, for a moment."""
+        if need is not None and need.exact:
+            pairs = zip_longest(shard.applied.clocks, need.exact, fillvalue=0)
+            shard.limit = [max(pair) for pair in pairs]
+            shard.limited_ns = now_ns + LIMIT_MS * MS
 
     def on_pull(self, peer: Peer, shard: Shard, pull: Pull, parts: list[int]) -> None:
         """Answer with the newest version, or with the one that the worker has some parts of."""

@@ -159,6 +159,7 @@ class ServerCore:
         times.append(self.exchange.saves.next_deadline_ns())
         for shard in self.exchange.shards.values():
             times += (shard.late_ns, shard.decision_retry_ns, shard.chain.retry_ns)
+            times.append(shard.limited_ns)
         return min([time_ns for time_ns in times if time_ns is not None], default=None)
 
     def check_invariants(self) -> None:

@@ -354,8 +354,11 @@ class Exchange:
         return list(found.values())
 
     def ask_again(self, now_ns: int) -> None:
-        """Report again what was not decided in time."""
+        """Report again what was not decided in time; go on where nobody reads any more."""
         for shard in self.shards.values():
+            if shard.limited_ns is not None and now_ns >= shard.limited_ns:
+                shard.limited_ns = None
+                self.advance(now_ns, shard)
             if shard.decision_retry_ns is not None and now_ns >= shard.decision_retry_ns:
                 gathering = self._gathering(shard)
                 if gathering is not None and gathering.report_again(now_ns, shard):
@@ -399,6 +402,7 @@ class Exchange:
             text = f"shard {shard.number} of table {shard.table} has {shard.parts_count} parts"
             self._out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))
         elif shard.spec.is_asynchronous and shard.version != INITIAL_ROUND:
+            self.asynchronous.limit(now_ns, shard, pull.need)
             self.asynchronous.on_pull(peer, shard, pull, parts)
             if peer in shard.waits and pull.need is not None and not pull.need.clock:
                 lateness.begin(now_ns, shard)

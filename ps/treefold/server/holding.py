@@ -105,6 +105,9 @@ class Shard:
     pass_floor : int
         The last round of the newest pass over the data whose end somebody has asked for, -1 if
         there is none: it is in, or of a synchronous table to be.
+    limit, limited_ns : list of int, int or None
+        Until when only contributions to rounds below these, by slot, are applied to an asynchronous
+        table: somebody reads all shards with the same in them.
     staleness : StalenessMean
         Of contributions to an asynchronous table since this server leads the shard.
     """
@@ -135,6 +138,8 @@ class Shard:
     applied: Applied = NOTHING_APPLIED
     staged: dict[tuple[int, int], Staged] = field(default_factory=dict)
     pass_floor: int = -1
+    limit: list[int] = field(default_factory=list)
+    limited_ns: int | None = None
     staleness: StalenessMean = field(default_factory=StalenessMean)
 
     def __post_init__(self) -> None:
@@ -166,6 +171,11 @@ class Shard:
         """The round after the last one of a slot that is in the newest version."""
         clocks = self.applied.clocks
         return clocks[slot] if slot < len(clocks) else 0
+
+    def is_beyond(self, round_: int, slot: int) -> bool:
+        """Whether a contribution has to wait until somebody has read what is in now."""
+        most = self.limit[slot] if slot < len(self.limit) else 0
+        return self.limited_ns is not None and round_ >= most
 
     def can_tell(self, version: int) -> bool:
         """Whether workers may be answered who ask for a version."""

@@ -8,12 +8,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from treefold.common.errors import ConfigError, LocalProtocolError
+from treefold.common.plan import PlanKind
 from treefold.torch import session
 from treefold.torch.table import Table
+from treefold.worker.handed import Snapshot
 
 
-def state_dict() -> dict[str, Tensor]:
+def state_dict(*, consistent: bool = False) -> dict[str, Tensor]:
     """The model at the version that this worker is at; between loops the same on every worker.
+
+    But for asynchronous tables after a loop that others have left before: they may have begun the
+    next one, and shards then have different contributions of it in them.
+
+    Parameters
+    ----------
+    consistent : bool
+        Read asynchronous tables anew, so that all of their shards have the same contributions in
+        them. Servers apply nothing for up to a quarter of a second meanwhile. Between loops only;
+        the model stays as it is.
 
     Returns
     -------
@@ -26,16 +38,19 @@ def state_dict() -> dict[str, Tensor]:
     Raises
     ------
     LocalProtocolError
-        There is no `DistributedOptimizer` yet.
+        There is no `DistributedOptimizer` yet; or ``consistent`` in a loop body.
+    UnavailableError
+        Shards had different contributions in them whenever they were read, or do not answer.
     """
     models = _models()
+    read = _read_alike() if consistent else {}
     if len(models) == 1:
         ((_, tables),) = models
-        return _values(tables)
+        return _values(tables, read)
     return {
         f"{tables[0].options.name}.{name}": value
         for _, tables in models
-        for name, value in _values(tables).items()
+        for name, value in _values(tables, read).items()
     }
 
 
@@ -92,7 +107,16 @@ def _models() -> list[tuple[nn.Module, list[Table]]]:
     return found
 
 
-def _values(tables: list[Table]) -> dict[str, Tensor]:
+def _read_alike() -> dict[int, Snapshot]:
+    """Versions of asynchronous tables, by number, with the same in all shards."""
+    job = session.current()
+    if job.task is not None and job.plan is not None and job.plan.kind is PlanKind.SLOTS:
+        text = "ps.state_dict(consistent=True) belongs between two loops, not into a loop body"
+        raise LocalProtocolError(text)
+    return {snapshot.table: snapshot for snapshot in job.client.read_alike()}
+
+
+def _values(tables: list[Table], read: dict[int, Snapshot]) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for name, value in tables[0].owned.model.state_dict().items():
         if isinstance(value, Tensor):
@@ -101,4 +125,18 @@ def _values(tables: list[Table]) -> dict[str, Tensor]:
         for name, value in table.buffers.round_values().items():
             if name in values:
                 values[name] = value.clone()
+    for table in tables:
+        if table.number in read:
+            found = _named(table, table.copies_of(read[table.number]))
+            values |= {name: value for name, value in found.items() if name in values}
     return values
+
+
+def _named(table: Table, copies: dict[int, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors, given by the identity of each, under all names that the model has."""
+    model = table.owned.model
+    known = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {name: copies[id(tensor)] for name, tensor in known if id(tensor) in copies}

@@ -221,6 +221,14 @@ class Table:
                 stretch = values[piece.start - start : piece.stop - start]
                 self.buffers.load_float(piece.tensor - count, piece.offset, stretch)
 
+    def copies_of(self, snapshot: Snapshot) -> dict[int, Tensor]:
+        """Copies of this table's tensors at a version, by the identity of those of the model."""
+        own = [tensor.current for tensor in self._tensors]
+        copies = [nn.Parameter(one.detach().clone(), requires_grad=False) for one in own]
+        copy_parameters(snapshot, self._pieces, copies)
+        snapshot.release()
+        return {id(one): copy.detach() for one, copy in zip(own, copies, strict=True)}
+
     def forget(self) -> None:
         """Wait for nothing any more: what is still on its way is not needed."""
         if self._awaiting is not None:

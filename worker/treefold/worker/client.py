@@ -18,17 +18,18 @@ from treefold.common.config import Settings
 from treefold.common.errors import ConfigError, DataError, LocalProtocolError, UnavailableError
 from treefold.common.fold import TORCH_DTYPES
 from treefold.common.layout import Layout
-from treefold.common.ledger import SamplesRecord, Writer
 from treefold.common.plan import LoopPlan, PlanKind
 from treefold.common.process import Spent
 from treefold.common.spec import Dtype, Hyper, TableSpec
 from treefold.transport.sockets import Context
 from treefold.wire.words import Outcome
 from treefold.worker import effects, machine
+from treefold.worker.checks import check, check_groups, check_run
 from treefold.worker.effects import SlotMeta
 from treefold.worker.flats import Flats
-from treefold.worker.handed import Direct, LoopEnd, PartRun, Snapshot, Task, check
+from treefold.worker.handed import Direct, LoopEnd, PartRun, Snapshot, Task
 from treefold.worker.pulls import PartRange, Table
+from treefold.worker.sampled import Sampled
 from treefold.worker.shell import Answer, GiveBack, Settle, Values, WorkerShell, snapshot_of
 
 if TYPE_CHECKING:
@@ -58,11 +59,10 @@ class Client:
         if not settings.scheduler:
             msg = "a client needs the scheduler's address: set scheduler, or TREEFOLD_SCHEDULER"
             raise ConfigError(msg)
-        self._settings = settings
         self._shell = WorkerShell(settings, context)
         self._calls, self._pid, self._direct = itertools.count(1), os.getpid(), Direct()
         self._plan: LoopPlan | None = None
-        self._ledger: Writer | None = None
+        self._sampled = Sampled(settings.ledger)
         self._is_closed = self._is_joined = False
         self._waits_for, self._task_ns, self._pushed_ns, self._lent_in, self._base = "", 0, 0, -1, 0
         self._scratches: list[torch.Tensor] = []
@@ -271,17 +271,9 @@ class Client:
         """
         if self.is_void:
             return
-        known = self.parts(where.table)
-        last = where.part + where.count - 1
-        if not 0 <= where.part <= last < len(known):
-            msg = f"table {where.table} has parts 0 to {len(known) - 1}, not {where.part} to {last}"
-            raise DataError(msg)
-        if values is not None:
-            what = f"parts {where.part} to {last} of table {where.table}"
-            elements = known[last].stop - known[where.part].start
-            check(what, values.flat, elements, TORCH_DTYPES[known[where.part].wire])
-            if values.owner is None:
-                self._lent_in = self._base
+        check_run(where, self.parts(where.table), None if values is None else values.flat)
+        if values is not None and values.owner is None:
+            self._lent_in = self._base
         event = effects.Contributed(
             where.table, where.part, where.count, task.round, task.slot, (), where.absent
         )
@@ -325,12 +317,7 @@ class Client:
 
     def record_samples(self, task: Task, samples: Sequence[int]) -> None:
         """Write down which samples a slot has, if the job keeps a ledger."""
-        if not self._settings.ledger:
-            return
-        who = self._shell.core.membership.origin
-        if self._ledger is None:
-            self._ledger = Writer(self._settings.ledger, f"worker-{who}")
-        self._ledger.add(SamplesRecord(who, task.round, task.slot, list(samples)))
+        self._sampled.write(self._shell.core.membership.origin, task, samples)
 
     def report(self, samples: int, loss: float | None, logged: list[effects.Said]) -> None:
         """Figures for displays: samples so far, the last loss, what the script has said."""
@@ -371,10 +358,7 @@ class Client:
         """
         known = self._table(table)
         check(f"a gradient for table {known.spec.name!r}", gradient, known.layout.elements)
-        wanted = len(known.spec.optimizer.groups) if known.spec.optimizer else 0
-        if len(groups) != wanted:
-            msg = f"table {known.spec.name!r} has {wanted} param groups, not {len(groups)}"
-            raise DataError(msg)
+        check_groups(known.spec, groups)
         task = self._take_direct()
         self.settle_hyper(task, table, groups, 0.0)
         flat = self.scratch(known.layout.elements)
@@ -405,8 +389,10 @@ class Client:
         self._direct.metas, self._direct.task = {}, None
         self._take_direct()
 
-    def pull(self, table: int) -> torch.Tensor:
+    def pull(self, table: int, *, consistent: bool = False) -> torch.Tensor:
         """The newest version that this worker has waited for, float32 [elements of the table].
+
+        With ``consistent`` the newest in which all shards of an asynchronous table have the same.
 
         Raises
         ------
@@ -417,15 +403,29 @@ class Client:
         """
         self._table(table)
         self._take_direct()
+        for snapshot in self.read_alike() if consistent else ():
+            self._hold(snapshot)
         declared = self._direct.declared.pop(table, None)
         if table not in self._direct.values:
             if declared is None or not declared.parts:
-                msg = (
-                    f"table {table} is not declared, or its first snapshot was released before pull"
-                )
+                msg = f"table {table} is not declared, or its first snapshot was released"
                 raise LocalProtocolError(msg)
             self._hold(declared)
         return self._direct.values[table].clone()
+
+    def read_alike(self) -> list[Snapshot]:
+        """Versions of asynchronous tables with the same contributions in all shards.
+
+        Raises
+        ------
+        LocalProtocolError
+            A contribution of this worker is on its way.
+        UnavailableError
+            Shards differed whenever they were read.
+        """
+        call = next(self._calls)
+        answer = self._call(call, effects.AlignedCalled(call), "read_alike")
+        return [snapshot_of(item) for item in answer.tensors]
 
     def _table(self, number: int) -> Table:
         tables = self._shell.core.tables
@@ -476,8 +476,7 @@ class Client:
         call = next(self._calls)
         self._shell.call(call, effects.LeaveCalled(call, outcome, text))
         self._shell.close()
-        if self._ledger is not None:
-            self._ledger.close()
+        self._sampled.close()
 
     def wait_closed(self) -> None:
         """Wait until `leave` has closed every socket. May be called from any thread."""

@@ -31,6 +31,8 @@ from treefold.worker import quorum
 from treefold.worker.declarations import Declarations
 from treefold.worker.effects import (
     STANDING_BY,
+    AlignedCalled,
+    Call,
     Complete,
     Contributed,
     DeclareCalled,
@@ -48,7 +50,6 @@ from treefold.worker.effects import (
     SlotFinished,
     Snapshot,
     Task,
-    TaskCalled,
 )
 from treefold.worker.exchange import Exchange
 from treefold.worker.forecast import MedianForecast
@@ -155,9 +156,7 @@ class WorkerCore:
 
     # ---- calls of the training thread ---------------------------------------------------------
 
-    def _on_call(
-        self, now_ns: int, event: JoinCalled | DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
-    ) -> None:
+    def _on_call(self, now_ns: int, event: Call) -> None:
         if isinstance(event, LeaveCalled):
             self._on_leave_called(now_ns, event)
         elif self.failure is not None:
@@ -171,6 +170,8 @@ class WorkerCore:
             self.plan = self.exchange.plan = event.plan
             self.exchange.local = None
             self.declarations.add(now_ns, event)
+        elif isinstance(event, AlignedCalled):
+            self.exchange.alignment.begin(now_ns, event.call)
         else:
             self._task_call = event.call
             self._is_streaming = event.is_streaming
@@ -302,12 +303,11 @@ class WorkerCore:
         """Nothing can go on: every call that waits fails now, every later one at once."""
         self.failure = error
         waiting = [*self.declarations.clear(), self._task_call, self._join_call]
-        waiting += [table.declare_call for table in self.tables.values()]
+        waiting += self.exchange.calls
         for call in dict.fromkeys(call for call in waiting if call is not None):
             self._out.append(Fail(call, error))
         self._task_call = self._join_call = self._wait_note_ns = None
-        self.exchange.stream.fail(error)
-        self.exchange.drop_pulls()
+        self.exchange.fail(error)
 
     # ---- servers ------------------------------------------------------------------------------
 

@@ -46,6 +46,12 @@ class TaskCalled(msgspec.Struct, frozen=True, gc=False):
     is_streaming: bool = False
 
 
+class AlignedCalled(msgspec.Struct, frozen=True, gc=False):
+    """Read all shards of asynchronous tables alike. Completed with an `Aligned`."""
+
+    call: int
+
+
 class LeaveCalled(msgspec.Struct, frozen=True, gc=False):
     """The script is over. Completed with None."""
 
@@ -110,6 +116,12 @@ class Reported(msgspec.Struct, frozen=True, gc=False):
 
 class DrainAsked(msgspec.Struct, frozen=True, gc=False):
     """The operator wants this worker to stop after its current slot."""
+
+
+class Aligned(msgspec.Struct, frozen=True, gc=False):
+    """A version of every asynchronous table; all shards have the same contributions in them."""
+
+    snapshots: list["Snapshot"]
 
 
 class Snapshot(msgspec.Struct, frozen=True, gc=False):
@@ -235,7 +247,7 @@ class Disconnect(msgspec.Struct, frozen=True, gc=False):
     server: int
 
 
-Call = JoinCalled | DeclareCalled | LoopCalled | TaskCalled | LeaveCalled
+Call = JoinCalled | DeclareCalled | LoopCalled | TaskCalled | AlignedCalled | LeaveCalled
 Event = (
     Received
     | PeerLost

@@ -20,6 +20,7 @@ from treefold.wire.messages import (
     View,
 )
 from treefold.wire.words import INITIAL_ROUND, Need, Phase, Role
+from treefold.worker.aligned import Alignment
 from treefold.worker.asynchronous import Asynchronous
 from treefold.worker.effects import (
     Connect,
@@ -69,6 +70,8 @@ class Exchange:
         The version whose parts are handed on as they come, if there is one.
     sending : Sending
         What is sent of this worker's slots.
+    alignment : Alignment
+        The read of all shards alike, if there is one.
     """
 
     def __init__(self, membership: Membership, retry_ns: int, out: list[Effect]) -> None:
@@ -83,6 +86,7 @@ class Exchange:
         self.stream = Stream(self, out)
         self.asynchronous = Asynchronous(self)
         self.sending = Sending(self, membership, out)
+        self.alignment = Alignment(self, out)
 
     def trained(self) -> list[Table]:
         """Tables that have rounds."""
@@ -100,7 +104,7 @@ class Exchange:
     @property
     def is_waited_for(self) -> bool:
         """Whether the script waits for a server, beside its call for a slot."""
-        return self.is_declaring or self.stream.is_open
+        return self.is_declaring or self.stream.is_open or self.alignment.call is not None
 
     @property
     def is_unplaced(self) -> bool:
@@ -222,6 +226,9 @@ class Exchange:
         if self.stream.is_open and table.spec.rule is Rule.OPTIMIZER:
             self.stream.on_taken(now_ns, is_newer=is_newer)
             return None
+        if self.alignment.call is not None:
+            self.alignment.on_pulled(now_ns)
+            return None
         is_begun = table.declare_call is None and pull.is_begun
         return table if is_begun or (pull.is_complete and table.is_pulled) else None
 
@@ -317,8 +324,15 @@ class Exchange:
             self._out += [ReleasePayload(payload) for payload in self.local.payloads()]
             self.local = None
 
-    def drop_pulls(self) -> None:
-        """Give up every pull, and the declarations that wait for one."""
+    @property
+    def calls(self) -> list[int | None]:
+        """Calls that are answered when servers have answered."""
+        return [self.alignment.call, *(table.declare_call for table in self.tables.values())]
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more will come: give up every pull, and the calls that wait for one."""
+        self.stream.fail(error)
+        self.alignment.call = None
         for table in self.tables.values():
             for pull in table.pulls.values():
                 self._out += [ReleasePayload(payload) for payload in pull.payloads()]
@@ -328,12 +342,12 @@ class Exchange:
     def ask(
         self, now_ns: int, need: Need, attempt: int, refusing: Collection[tuple[int, int]]
     ) -> None:
-        """Ask for the newest version of every shard, as soon as something is in it.
+        """Ask for a version of all shards of asynchronous tables, as soon as something is in it.
 
         Of those that refuse what is needed, ask for it at once.
         """
         self.asked_ns = now_ns
-        for table in self.trained():
+        for table in [table for table in self.trained() if table.spec.is_asynchronous]:
             for shard in table.place.shards if table.place else []:
                 is_refusing = (table.number, shard.shard) in refusing
                 pull = ShardPull(0, 0, attempt, 0, 0, need=None if is_refusing else need)

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from treefold.common.errors import DataError
 from treefold.transport.segments import Segment, holds
 from treefold.worker.arrivals import Arrivals
 from treefold.worker.effects import SlotMeta
@@ -126,13 +125,3 @@ class Direct:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     metas: dict[int, SlotMeta] = field(default_factory=dict)
     declared: dict[int, Snapshot] = field(default_factory=dict)
-
-
-def check(
-    what: str, values: torch.Tensor, elements: int, dtype: torch.dtype = torch.float32
-) -> None:
-    """Refuse a tensor of another dtype or shape than is expected."""
-    if values.dtype != dtype or list(values.shape) != [elements]:
-        kind = f"{values.dtype} {list(values.shape)}"
-        msg = f"{what}: expected {dtype} [{elements}], got {kind}"
-        raise DataError(msg)

@@ -45,6 +45,7 @@ from treefold.worker import handed
 from treefold.worker.arrivals import Arrivals
 from treefold.worker.core import WorkerCore
 from treefold.worker.effects import (
+    Aligned,
     Arrived,
     Complete,
     Connect,
@@ -368,7 +369,7 @@ class WorkerShell:
 
     def _tensors_of(self, value: object) -> list[Tensors]:
         """Hand the tensors of snapshots over to the training thread."""
-        snapshots = value.snapshots if isinstance(value, Task | LoopEnd) else []
+        snapshots = value.snapshots if isinstance(value, Task | LoopEnd | Aligned) else []
         if isinstance(value, Snapshot):
             snapshots = [value]
             self._initials.pop(self.core.tables[value.table].spec.name, None)
