@@ -3,8 +3,6 @@
 import signal
 from pathlib import Path
 
-import pytest
-
 from tests.integration.test_cli import QUICK, Shell, shell
 from tests.integration.test_survival import found
 from treefold.checkpoint.store import Store
@@ -40,12 +38,11 @@ def test_a_lost_server_takes_both_tables_back_to_the_end_of_a_pass(shell: Shell)
     assert shell.left() == []
 
 
-@pytest.mark.parametrize("mode", ["async", "ssp"])
-def test_both_tables_go_on_from_a_checkpoint_on_another_cluster(shell: Shell, mode: str) -> None:
+def test_both_tables_go_on_from_a_checkpoint_on_another_cluster(shell: Shell) -> None:
     slow, folder = shell.folder / "slow", shell.folder / "ckpt"
     slow.touch()
     run = shell.start(
-        *job(shell, "--servers=2", "--workers=3", f"--checkpoint={folder}", mode=mode)
+        *job(shell, "--servers=2", "--workers=3", f"--checkpoint={folder}", mode="ssp")
     )
     run.line(f"checkpoint of version {2 * ROUNDS} is written")
     run.signal(signal.SIGINT)
@@ -57,7 +54,7 @@ def test_both_tables_go_on_from_a_checkpoint_on_another_cluster(shell: Shell, mo
     manifest = Store(str(folder)).manifest(begun)
     assert [table.version for table in manifest.tables] == [begun, 8 * begun]
     slow.unlink()
-    run = shell.start(*job(shell, "--servers=3", "--workers=1", f"--resume={folder}", mode=mode))
+    run = shell.start(*job(shell, "--servers=3", "--workers=1", f"--resume={folder}", mode="ssp"))
     assert run.end() == 0, run.transcript()
     assert {text for (text,) in run.all(FINAL)} == {"exact"}
     assert len(run.all(r"body 0 of pass (\d)$")) == PASSES - begun // ROUNDS
