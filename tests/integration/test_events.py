@@ -10,7 +10,7 @@ from tests.support.processes import Gate
 
 __all__ = ["shell"]
 
-GATED = JOB.replace('print("fin', 'open(sys.argv[1]).close()\nprint("fin').replace("0.02", "0.1")
+GATED = JOB.replace('print("fin', 'open(sys.argv[1]).close()\nprint("fin')
 
 
 def test_the_death_of_a_worker_is_told_of_with_its_round_and_who_has_its_slots(

@@ -15,7 +15,7 @@ from tests.support.processes import Cluster, Gate, Starter
 
 __all__ = ["shell"]
 
-GATED = JOB.replace('print("fin', 'open(sys.argv[1]).close()\nprint("fin').replace("0.02", "0.1")
+GATED = JOB.replace('print("fin', 'open(sys.argv[1]).close()\nprint("fin').replace("0.02", "0.05")
 
 SERVERS, WORKERS = 3, 2
 SHOWN_S_MAX = 2.0

@@ -85,7 +85,8 @@ def gate(shell: Shell) -> Iterator[Gate]:
 
 
 def test_a_terminal_shows_what_goes_on_until_the_job_has_ended(shell: Shell, gate: Gate) -> None:
-    run = shell.start("run", "--servers", "1", *QUICK, shell.script(GATED), str(gate.path))
+    script = shell.script(GATED.replace("0.02", "0.05"))
+    run = shell.start("run", "--servers", "1", *QUICK, script, str(gate.path))
     begin_round(run, 1)
     terminal = Terminal(shell, "top")
     terminal.shows(r"running, view \d+, round \d+ of 40")
