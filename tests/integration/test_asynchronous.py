@@ -222,6 +222,15 @@ def test_all_shards_are_read_with_the_same_in_them_while_others_go_on(shell: She
     assert len(found) == 3 * 8
 
 
+def test_the_low_level_client_reads_all_shards_with_the_same_in_them(cluster: MakeCluster) -> None:
+    with cluster(2, 3) as job:
+        for _ in range(3):
+            job.worker("alike.py")
+        job.end()
+        finals = {worker.line("^final (.*)$")[1] for worker in job.workers}
+    assert finals == {"{'alike': 15}"}
+
+
 def test_a_lost_server_takes_an_asynchronous_job_back_to_the_end_of_a_pass(shell: Shell) -> None:
     run = shell.start(
         "run", "--servers", "2", "--workers", "2", *QUICK, "--consistency", "async",

@@ -170,6 +170,23 @@ def test_the_status_tells_of_checkpoints() -> None:
     assert parse(status_of(Driver().core, 0)).checkpoint is None
 
 
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (SYNC, "sync"),
+        (Consistency(ConsistencyKind.ASYNC), "async"),
+        (Consistency(ConsistencyKind.ASYNC, staleness_max=16), "async(16)"),
+        (Consistency(ConsistencyKind.SSP, 0), "ssp(0)"),
+        (Consistency(ConsistencyKind.QUORUM, quorum=6), "quorum(6)"),
+    ],
+)
+def test_the_status_says_when_contributions_are_applied(rule: Consistency, text: str) -> None:
+    driver = Driver()
+    driver.form()
+    driver.say(WORKERS[0], DeclareTable(2, 1, msgspec.structs.replace(SPEC, consistency=rule)))
+    assert [table.consistency for table in parse(status_of(driver.core, 0)).tables] == [text]
+
+
 def test_where_every_checkpoint_is_damaged_the_job_ends() -> None:
     driver = trained()
     driver.manifest(20)

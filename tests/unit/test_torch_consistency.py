@@ -46,6 +46,8 @@ def test_a_script_that_says_nothing_gets_the_jobs_mode() -> None:
     settings = load({"consistency": "ssp", "staleness": 2}).settings
     assert consistency_of(None, settings) == Consistency(ConsistencyKind.SSP, 2)
     assert consistency_of("sync", settings) == SYNC
+    bounded = load({"consistency": "async", "staleness_max": 3}).settings
+    assert consistency_of(None, bounded) == Consistency(ConsistencyKind.ASYNC, staleness_max=3)
 
 
 @pytest.mark.parametrize("value", ["asynchronous", "SSP", 3, True, ps.SSP])

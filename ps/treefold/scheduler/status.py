@@ -152,7 +152,8 @@ def _consistency(rule: Consistency) -> str:
     kind = rule.kind.name.lower()
     if rule.kind is ConsistencyKind.QUORUM:
         return f"{kind}({rule.quorum})"
-    return f"{kind}({rule.staleness})" if rule.kind is ConsistencyKind.SSP else kind
+    bound = rule.staleness if rule.kind is ConsistencyKind.SSP else rule.staleness_max
+    return f"{kind}({bound})" if rule.kind is ConsistencyKind.SSP or bound else kind
 
 
 def _staleness(
