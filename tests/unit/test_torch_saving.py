@@ -22,7 +22,7 @@ from tests.support.sessions import (
     sgd,
     state_bits,
 )
-from treefold.common.errors import ConfigError, LocalProtocolError
+from treefold.common.errors import ConfigError, LocalProtocolError, UnsupportedError
 from treefold.torch import saving
 
 
@@ -172,3 +172,15 @@ def test_synchronous_tables_are_consistent_as_they_are_and_bodies_are_no_place_t
             optimizer.zero_grad()
             backward(loss_of(model, batch))
             optimizer.step()
+
+
+def test_own_loaders_beside_a_synchronous_table_leave_no_moment_to_read_alike() -> None:
+    with joined(ReferenceJob(slots=2)):
+        model, beside = bare(), bare()
+        optimizer = ps.DistributedOptimizer(sgd(parameters_of(model)), model)
+        ps.DistributedOptimizer(sgd(parameters_of(beside)), beside, consistency="async")
+        batch = [torch.stack([dataset()[n][0] for n in range(4)]), torch.arange(4) % 3]
+        backward(loss_of(model, batch))
+        optimizer.step()
+        with pytest.raises(UnsupportedError, match=r"needs ps.batches\(\) beside a synchronous"):
+            ps.state_dict(consistent=True)

@@ -19,8 +19,8 @@ from tests.unit.worker_driver import (
 )
 from treefold.common.round_state import Applied
 from treefold.common.spec import Consistency, ConsistencyKind, TableSpec
-from treefold.wire.messages import PartMissing, Published, Pull, RoundStatus
-from treefold.wire.words import Need
+from treefold.wire.messages import PartMissing, Published, Pull, RoundStatus, Stop
+from treefold.wire.words import Need, Outcome
 from treefold.worker.aligned import TRIES_MAX
 from treefold.worker.effects import (
     Aligned,
@@ -175,6 +175,14 @@ def test_who_waits_for_its_own_contribution_reads_nothing_else() -> None:
     driver.contribute(0, 0)
     (error,) = failed(driver.call(AlignedCalled)[1])
     assert "is read between two loops" in str(error)
+
+
+def test_a_read_is_answered_when_the_job_ends_meanwhile() -> None:
+    driver = Driver(shards=(2,))
+    driver.declare()
+    driver.call(AlignedCalled)
+    (error,) = failed(driver.control(Stop(Outcome.FAILED, "the job has ended")))
+    assert "the job has ended" in str(error)
 
 
 def test_a_read_that_never_comes_to_an_end_fails_with_what_to_do() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from treefold.common.errors import ConfigError, LocalProtocolError
+from treefold.common.errors import ConfigError, LocalProtocolError, UnsupportedError
 from treefold.common.plan import PlanKind
 from treefold.torch import session
 from treefold.torch.table import Table
@@ -41,6 +41,8 @@ def state_dict(*, consistent: bool = False) -> dict[str, Tensor]:
         There is no `DistributedOptimizer` yet; or ``consistent`` in a loop body.
     UnavailableError
         Shards had different contributions in them whenever they were read, or do not answer.
+    UnsupportedError
+        ``consistent`` with an own loader beside a synchronous table: its next round has begun.
     """
     models = _models()
     read = _read_alike() if consistent else {}
@@ -113,6 +115,13 @@ def _read_alike() -> dict[int, Snapshot]:
     if job.task is not None and job.plan is not None and job.plan.kind is PlanKind.SLOTS:
         text = "ps.state_dict(consistent=True) belongs between two loops, not into a loop body"
         raise LocalProtocolError(text)
+    if job.task is not None and len({table.is_asynchronous for table in job.tables}) > 1:
+        text = (
+            "ps.state_dict(consistent=True) needs ps.batches() beside a synchronous table: with an "
+            "own loader the next round begins where one ends, and there is nothing between two "
+            "loops; without consistent=True it is the version that the round begins with"
+        )
+        raise UnsupportedError(text)
     return {snapshot.table: snapshot for snapshot in job.client.read_alike()}
 
 
