@@ -319,7 +319,28 @@ def test_too_many_names_and_names_too_long_are_refused_by_name() -> None:
             progress.log(name, 0, 1.0)
 
 
-@pytest.mark.parametrize("value", ["much", None, torch.zeros(2), [1.0]])
+@pytest.mark.parametrize("name", ["of \udcff.png", "a\x1b[2Jb", "two\nlines"])
+def test_a_name_that_cannot_be_sent_or_shown_is_refused_before_it_ends_the_worker(
+    name: str,
+) -> None:
+    progress = Progress()
+    with pytest.raises(DataError, match="not printed"):
+        progress.log(name, 0, 1.0)
+    assert progress.take_logged() == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "much",
+        None,
+        torch.zeros(2),
+        [1.0],
+        torch.zeros(2).numpy(),
+        pytest.param(10**400, id="huge"),
+        torch.tensor(1j),
+    ],
+)
 def test_what_is_no_number_is_refused(value: object) -> None:
     with pytest.raises(DataError, match=r"ps\.log\('x', \.\.\.\) was given"):
         as_number("x", value)

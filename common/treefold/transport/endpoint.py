@@ -8,7 +8,6 @@ import hmac
 import json
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -24,7 +23,7 @@ from treefold.common.config import Settings
 from treefold.common.errors import ConfigError, UnavailableError
 from treefold.common.log import logger
 from treefold.common.metrics import BY_NAME, METRICS, PREFIX, Counts, Kind, Reading
-from treefold.transport.web import PATIENCE_S, WebServer, is_loopback, read_token, told
+from treefold.transport.web import WebHandler, WebServer, is_loopback, read_token, told
 
 ASKERS_MAX = 8  # connections at a time; more are closed at once
 PROMETHEUS_OPEN_BOUND = "+Inf"
@@ -174,14 +173,12 @@ class _Server(WebServer):
         super().__init__(host, port, _Handler, ASKERS_MAX)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(WebHandler):
     """One request."""
 
     server: _Server
-    server_version, sys_version = "treefold", ""
-    timeout = PATIENCE_S
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 # as it is inherited
         """Answer a request for a page."""
         page = self.server.pages.get(self.path.partition("?")[0])
         if not self._is_allowed():

@@ -4,20 +4,65 @@ What metrics and the live page have in common. It knows nothing of what it shows
 """
 
 import contextlib
+import io
 import ipaddress
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from treefold.common.errors import ConfigError
 from treefold.common.log import logger
 
-PATIENCE_S = 5.0  # for each piece of a request
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+PATIENCE_S = 5.0  # for each piece of a request or of an answer
+REQUEST_S = 10.0  # for a whole request: who sends a byte now and then holds a place as well
+REQUEST_BYTES_MAX = 64 << 10  # of one, before anybody knows who asks
 TOKEN_LETTERS_MIN = 16
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 # compared, not bound
+
+
+class WebHandler(BaseHTTPRequestHandler):
+    """Answers one request, which is neither endless nor endlessly slow."""
+
+    protocol_version = "HTTP/1.0"  # one request for each connection
+    server_version, sys_version = "treefold", ""
+    timeout = PATIENCE_S
+    rbufsize = 0
+
+    def setup(self) -> None:
+        """Bound what is read."""
+        super().setup()
+        self.rfile = io.BufferedReader(_Bounded(self.rfile))
+
+
+class _Bounded(io.RawIOBase):
+    """What a client sends, up to a size and a time."""
+
+    def __init__(self, source: io.BufferedIOBase) -> None:
+        self._source = source
+        self._left = REQUEST_BYTES_MAX
+        self._until = time.monotonic() + REQUEST_S
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int | None:
+        if self._left <= 0 or time.monotonic() >= self._until:
+            raise TimeoutError("a request is too long, or takes too long")
+        count = self._source.readinto(buffer)
+        self._left -= count or 0
+        return count
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
 
 
 class WebServer(ThreadingMixIn, HTTPServer):
@@ -43,9 +88,7 @@ class WebServer(ThreadingMixIn, HTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(
-        self, host: str, port: int, handler: type[BaseHTTPRequestHandler], askers_max: int
-    ) -> None:
+    def __init__(self, host: str, port: int, handler: type[WebHandler], askers_max: int) -> None:
         self._host = host
         self._free = threading.Semaphore(askers_max)
         self._is_closing = False

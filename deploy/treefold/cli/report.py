@@ -1,13 +1,14 @@
 """``treefold report``: save a run so far as one page that opens without any network."""
 
 import sys
-import urllib.error
-import urllib.request
+from http import HTTPStatus
+from http.client import HTTP_PORT, HTTPConnection, HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from treefold.cli.flags import Parser
 from treefold.common.errors import AuthError, ConfigError, UnavailableError
+from treefold.common.whole import write_whole
 from treefold.launch.runtime import running
 
 DESCRIPTION = (
@@ -16,6 +17,8 @@ DESCRIPTION = (
     "machine. `treefold run --report FILE` saves the same when the job is over."
 )
 ANSWER_S = 30.0
+TEXT_MAX = 200  # of what somebody says who has no report
+MARK = b'id="recorded"'  # of the element with the data
 
 
 def main(words: list[str]) -> int:
@@ -37,7 +40,7 @@ def main(words: list[str]) -> int:
     options, _ = parser.read(words)
     page = fetch(options.link or found_link())
     try:
-        Path(options.file).write_bytes(page)
+        write_whole(Path(options.file), page)
     except OSError as error:
         raise ConfigError(f"the report cannot be written: {error}") from error
     sys.stdout.write(f"{options.file}: {len(page):,} bytes\n")
@@ -77,21 +80,41 @@ def fetch(link: str) -> bytes:
     AuthError
         The token is not the right one.
     UnavailableError
-        Nobody answers there.
+        Nobody answers there, or somebody who has no report.
     """
-    where = urlsplit(link)
-    if where.scheme != "http" or not where.hostname or not where.fragment:
+    host, port, token = _parts(link)
+    headers = {"Authorization": f"Bearer {token}"}
+    try:
+        # No proxy and no redirection: whoever has the token may drain.
+        connection = HTTPConnection(host, port, timeout=ANSWER_S)
+        try:
+            connection.request("GET", "/report", headers=headers)
+            answer = connection.getresponse()
+            status, body = answer.status, answer.read()
+        finally:
+            connection.close()
+    except OSError as error:
+        raise UnavailableError(f"nobody answers at {host}:{port}: {error}") from error
+    except (HTTPException, UnicodeError) as error:
+        text = f"{host}:{port} does not answer as a live page does: {error!r}"
+        raise UnavailableError(text) from error
+    if status != HTTPStatus.OK or MARK not in body:
+        text = body[:TEXT_MAX].decode(errors="replace").strip()
+        is_refused = status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+        kind = AuthError if is_refused else UnavailableError
+        raise kind(f"{host}:{port} does not give a report (status {status}): {text}")
+    return body
+
+
+def _parts(link: str) -> tuple[str, int, str]:
+    """Host, port and token of a link."""
+    try:
+        where = urlsplit(link)
+        host, port, token = where.hostname or "", where.port or HTTP_PORT, where.fragment
+    except ValueError:  # brackets, or a port that is no number
+        where, host, port, token = urlsplit(""), "", 0, ""
+    is_token = bool(token) and token.isascii() and token.isprintable()
+    if not host or where.scheme != "http" or not is_token:
         msg = f"{link!r} is no link to a live page, which is http://HOST:PORT/#TOKEN"
         raise ConfigError(msg)
-    headers = {"Authorization": f"Bearer {where.fragment}"}
-    request = urllib.request.Request(f"http://{where.netloc}/report", headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:  # noqa: S310 # as above
-            return bytes(answer.read())
-    except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace").strip()
-        error.close()
-        kind = AuthError if error.code in (401, 403) else UnavailableError
-        raise kind(f"{where.netloc} does not give a report: {text}") from error
-    except OSError as error:
-        raise UnavailableError(f"nobody answers at {where.netloc}: {error}") from error
+    return host, port, token

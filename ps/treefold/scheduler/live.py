@@ -17,6 +17,7 @@ from treefold.common.audit import Audit
 from treefold.common.config import Settings
 from treefold.common.errors import ConfigError, UnavailableError
 from treefold.common.log import logger
+from treefold.common.whole import write_whole
 from treefold.scheduler.core import SchedulerCore
 from treefold.scheduler.feed import Feed
 from treefold.scheduler.history import History
@@ -144,7 +145,7 @@ class Live:
 
     def _save(self, page: bytes) -> None:
         try:
-            Path(self._file).write_bytes(page)
+            write_whole(Path(self._file), page)
         except OSError as error:  # the job is over, and was not about this
             logger("scheduler").error("the report cannot be saved: %s", error)
 

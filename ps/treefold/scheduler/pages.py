@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
 from importlib import resources
 from urllib.parse import urlsplit
 
@@ -22,7 +21,7 @@ from treefold.common.audit import Audit
 from treefold.common.errors import UnavailableError
 from treefold.common.log import logger
 from treefold.scheduler.feed import VIEWERS_MAX, Feed
-from treefold.transport.web import PATIENCE_S, WebServer
+from treefold.transport.web import PATIENCE_S, WebHandler, WebServer
 
 ASKERS_MAX = VIEWERS_MAX + 16  # a browser asks for the files of a page all at once
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "txt": "text/plain"}
@@ -111,16 +110,13 @@ def file(name: str) -> bytes:
     return (resources.files("treefold.scheduler") / "page" / name).read_bytes()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(WebHandler):
     """One request."""
 
     server: PageServer
-    protocol_version = "HTTP/1.0"
-    server_version, sys_version = "treefold", ""
-    timeout = PATIENCE_S
     _right = Right.NOTHING
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 # as it is inherited
         """Answer a request for a file, the feed, or the report."""
         path = self.path.partition("?")[0]
         name = path.removeprefix("/") or INDEX
@@ -135,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self._may(Right.LOOK):
             self._tell(self._stream if path == "/feed" else self._report)
 
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802 # as it is inherited
         """Drain a member."""
         path = self.path.partition("?")[0]
         if not self._is_called_right():

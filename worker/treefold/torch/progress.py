@@ -1,5 +1,6 @@
 """What a worker shows: samples, the last loss, what the script has said. Changes nothing."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -86,7 +87,13 @@ class Progress:
         ------
         CapacityError
             There are too many names, or this one is too long or empty.
+        DataError
+            It has characters that cannot be sent.
         """
+        if not name.isprintable():
+            raise DataError(
+                f"{name!r} is no name for ps.log: it has characters that are not printed"
+            )
         if not 0 < len(name) <= LOGGED_NAME_MAX:
             text = f"{name!r} has {len(name)} characters; a name of ps.log has 1 to"
             raise CapacityError(f"{text} {LOGGED_NAME_MAX}")
@@ -111,9 +118,10 @@ def as_number(name: str, value: object) -> float:
     DataError
         It is none.
     """
-    if isinstance(value, Tensor) and value.numel() == 1:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return float(value.detach().item())
     if isinstance(value, SupportsFloat) and not isinstance(value, Tensor):
-        return float(value)  # numpy has numbers of its own
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # an array, a huge int
+            return float(value)  # numpy has numbers of its own
     text = f"ps.log({name!r}, ...) was given {type(value).__name__}, which is not one number"
     raise DataError(text)

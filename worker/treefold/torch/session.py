@@ -436,7 +436,7 @@ def log(name: str, value: float | Tensor) -> None:
     LocalProtocolError
         `init` was not called.
     DataError
-        The value is no number.
+        The value is no number, or the name has characters that are not printed.
     CapacityError
         There are too many names, or this one is too long or empty.
     """
