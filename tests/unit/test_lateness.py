@@ -1,7 +1,12 @@
 """When a server calls a round late: counted from when it is wanted, once for all shards."""
 
+import msgspec
+
 from treefold.common.layout import ShardSpan
+from treefold.common.round_state import NOTHING_APPLIED
 from treefold.common.spec import (
+    Consistency,
+    ConsistencyKind,
     Dtype,
     OptimizerSpec,
     Placement,
@@ -16,6 +21,7 @@ from treefold.server.holding import Shard, Wait
 from treefold.server.rounds import Held, RoundState
 from treefold.wire.membership import MS
 from treefold.wire.messages import RoundMeta
+from treefold.wire.words import Need
 
 AFTER = lateness.LATE_AFTER_MS * MS
 PERIOD = 400 * MS  # of the rounds before
@@ -137,3 +143,14 @@ def test_a_pause_of_the_script_does_not_count_as_a_long_round() -> None:
     assert shard.round is not None
     shard.publish(1 + PERIOD + 100 * PERIOD, shard.round)
     assert shard.round_time_ns < 2 * PERIOD
+
+
+def test_a_round_of_an_asynchronous_table_takes_as_long_as_a_version_of_every_slot() -> None:
+    shard = make_shard(0)
+    rule = Consistency(ConsistencyKind.ASYNC)
+    shard.spec = msgspec.structs.replace(shard.spec, consistency=rule)
+    shard.applied = msgspec.structs.replace(NOTHING_APPLIED, clocks=[3, 3, 2, 3])
+    shard.waits["worker"] = Wait(0, {0: None}, Need(0, 0, 3, 0, 4))
+    lateness.begin(0, shard)
+    assert reports(4 * PERIOD, shard) == []
+    assert reports(6 * PERIOD, shard) == [(2, [2])]

@@ -268,3 +268,20 @@ def test_an_asynchronous_table_beside_another_one_has_a_version_of_its_own() -> 
     assert wanted.manifest.version == 10
     assert [table.version for table in wanted.manifest.tables] == [10, 20]
     assert decode(encode(wanted.manifest), "manifest.json").tables[1].version == 20
+
+
+def test_another_scheduler_makes_the_checkpoint_of_tables_of_both_modes_whole() -> None:
+    driver = Written()
+    driver.form()
+    rule = Consistency(ConsistencyKind.ASYNC)
+    for spec in (SPEC, msgspec.structs.replace(SPEC, name="apart", consistency=rule)):
+        driver.say(WORKERS[0], DeclareTable(2, 1, spec))
+    driver.say(WORKERS[0], DeclarePlan(2, 2, plan()))
+    state = msgspec.msgpack.encode(Applied([10, 10], (9, 1, 2), 9, b""))
+    path = "00000010/t1-1.safetensors"
+    driver.say(SERVER, ShardSaved(1, 1, 0, 20, path, 100, bytes(32), state, 0.5, ""))
+    other = SchedulerCore(SAVING)
+    memory.take_up(other, records.decode(records.encode(driver.records)))
+    driver.core = other
+    (wanted,) = [one for one in driver.saved(10) if isinstance(one, WriteManifest)]
+    assert [table.version for table in wanted.manifest.tables] == [10, 20]

@@ -1,13 +1,14 @@
 """What moves slots: forecast speed, what somebody has not begun, or nothing but a loss."""
 
+import pytest
 from msgspec.structs import replace
 
-from tests.unit.scheduler_driver import SERVER, SPEC, WORKERS, Driver, plan
+from tests.unit.scheduler_driver import SERVER, SPEC, WORKERS, Driver, plan, sent
 from treefold.common.plan import LoopPlan, Policy
 from treefold.common.spec import Consistency, ConsistencyKind, TableSpec
 from treefold.scheduler.effects import Effect
 from treefold.wire.membership import MS
-from treefold.wire.messages import DeclarePlan, DeclareTable, Heartbeat, RoundLate
+from treefold.wire.messages import DeclarePlan, DeclareTable, Grant, Heartbeat, RoundLate
 from treefold.wire.words import Role
 
 ASYNC = replace(SPEC, consistency=Consistency(ConsistencyKind.ASYNC))
@@ -126,6 +127,19 @@ def test_a_late_round_gets_no_help_where_shares_are_static() -> None:
             driver.beats(1, 2, 3)
             effects += driver.say(SERVER, RoundLate(1, 0, [5]))
         assert bool(effects) is is_helped, policy
+
+
+@pytest.mark.parametrize(("spec", "is_helped"), [(SPEC, True), (ASYNC, False)])
+def test_where_slots_are_at_rounds_of_their_own_no_round_gets_help(
+    spec: TableSpec, is_helped: bool
+) -> None:
+    driver = begun(Policy.PREDICTIVE, spec)
+    effects: list[Effect] = []
+    for _ in range(8):
+        driver.now_ns += 200 * MS
+        driver.beats(1, 2, 3)
+        effects += driver.say(SERVER, RoundLate(1, 0, [5]))
+    assert bool(sent(effects, Grant)) is is_helped
 
 
 def test_shares_of_the_gone_go_to_others_whatever_the_policy() -> None:

@@ -26,7 +26,14 @@ from treefold.common.round_state import Applied, decode_applied
 from treefold.common.spec import Compensation, Consistency, ConsistencyKind, Hyper
 from treefold.server.asynchronous import LIMIT_MS, STAGED_MAX
 from treefold.server.core import ServerCore
-from treefold.server.effects import CorrectParts, Effect, MakeParts, RecordVersion, ReleasePayload
+from treefold.server.effects import (
+    CorrectParts,
+    Effect,
+    MakeParts,
+    RecordVersion,
+    ReleasePayload,
+    SaveShard,
+)
 from treefold.wire.chain import ChainApplied, ChainRound
 from treefold.wire.exchange import Received, Tick
 from treefold.wire.membership import MS
@@ -446,3 +453,15 @@ def test_who_reads_alike_and_is_late_gets_what_is_in_and_no_more_is_applied() ->
     contribute(core, 1, 0)
     assert versions(ask(core, Need(0, 0, exact=[1]))) == [2]
     assert not of(contribute(core, 0, 1), MakeParts)
+
+
+def test_a_version_with_more_than_a_pass_in_it_is_not_saved_as_its_end() -> None:
+    core = begun()
+    core.membership.checkpoint, core.membership.checkpoint_every = "ckpt", 1
+    for round_ in range(2):
+        for slot in range(2):
+            contribute(core, round_, slot)
+    assert not of(ask(core, Need(0, 0, 0, 2, 2)), SaveShard), "somebody is late at its end"
+    (saved,) = of(ask(core, Need(0, 0, 1, 2, 2)), SaveShard)
+    assert isinstance(saved, SaveShard)
+    assert saved.version == 4
