@@ -159,7 +159,27 @@ def test_a_contribution_is_scaled_before_it_is_folded() -> None:
     all_of(core)
     effects = decided(core, [1.0, 0.125, 1.0])
     wanted = of(effects, ScalePayload, FoldPayloads)
-    assert wanted[:2] == [ScalePayload(110, 0.125), FoldPayloads(100, 110)]
+    assert wanted[:2] == [ScalePayload(0, 0, 0, 110, 0.125, 0.125), FoldPayloads(100, 110)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "counts", "buffers"),
+    [
+        (Aggregation.MEAN, [1.0, 0.125, 1.0], [1.0]),
+        (Aggregation.MEDIAN, [1.0, 0.125, 1.0], [1.0]),
+        (Aggregation.KRUM, [0.0, 0.75, 0.0], [3.0]),  # all of its statistics, a third each was sent
+        (Aggregation.CENTERED_CLIPPING, [1.5, 0.75, 0.0], [2.0, 1.0]),
+    ],
+)
+def test_a_gradient_is_clipped_and_the_buffers_beside_it_are_a_mean(
+    rule: Aggregation, counts: list[float], buffers: list[float]
+) -> None:
+    core = begun(Guard(HealthPolicy.CLIP, warmup=4, aggregation=rule, iterations=1))
+    all_of(core)
+    made = decided(core, counts)
+    scaled = [one for one in made if isinstance(one, ScalePayload) and one.part == 0]
+    assert [one.factor for one in scaled] == [one for one in counts if one not in (0.0, 1.0)]
+    assert [one.buffers for one in scaled] == buffers
 
 
 def test_a_round_of_which_nothing_is_in_is_a_version_all_the_same() -> None:
