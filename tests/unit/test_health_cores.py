@@ -159,7 +159,27 @@ def test_a_contribution_is_scaled_before_it_is_folded() -> None:
     all_of(core)
     effects = decided(core, [1.0, 0.125, 1.0])
     wanted = of(effects, ScalePayload, FoldPayloads)
-    assert wanted[:2] == [ScalePayload(110, 0.125), FoldPayloads(100, 110)]
+    assert wanted[:2] == [ScalePayload(0, 0, 0, 110, 0.125, 0.125), FoldPayloads(100, 110)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "counts", "buffers"),
+    [
+        (Aggregation.MEAN, [1.0, 0.125, 1.0], [1.0]),
+        (Aggregation.MEDIAN, [1.0, 0.125, 1.0], [1.0]),
+        (Aggregation.KRUM, [0.0, 0.75, 0.0], [3.0]),  # all of its statistics, a third each was sent
+        (Aggregation.CENTERED_CLIPPING, [1.5, 0.75, 0.0], [2.0, 1.0]),
+    ],
+)
+def test_a_gradient_is_clipped_and_the_buffers_beside_it_are_a_mean(
+    rule: Aggregation, counts: list[float], buffers: list[float]
+) -> None:
+    core = begun(Guard(HealthPolicy.CLIP, warmup=4, aggregation=rule, iterations=1))
+    all_of(core)
+    made = decided(core, counts)
+    scaled = [one for one in made if isinstance(one, ScalePayload) and one.part == 0]
+    assert [one.factor for one in scaled] == [one for one in counts if one not in (0.0, 1.0)]
+    assert [one.buffers for one in scaled] == buffers
 
 
 def test_a_round_of_which_nothing_is_in_is_a_version_all_the_same() -> None:
@@ -329,6 +349,17 @@ def test_many_faults_of_one_worker_are_not_as_many_lines() -> None:
     assert driver.core.health.tallies[0].faults == {"worker-1": {"high": 40}}
 
 
+def test_rounds_that_are_too_short_for_a_rule_are_not_as_many_lines() -> None:
+    driver = trained(Guard(aggregation=Aggregation.TRIMMED_MEAN, share=0.4), 5)
+    effects = [
+        one for round_ in range(100) for one in driver.say(SERVER, report(round_, 1.0, 1.0, 1.0))
+    ]
+    notes = [one.text for one in effects if isinstance(one, Note) and "too few" in one.text]
+    rounds = [*range(8), 15, 31, 63]
+    assert [text.split(":")[0] for text in notes] == [f"table 't' round {n}" for n in rounds]
+    assert notes[-1].endswith("it is skipped (number 64 of this table)")
+
+
 def seen(round_: int, *squares: float) -> HealthReport:
     """The same of a table in which everything counts as it is."""
     return replace(report(round_, *squares, norms=[]), samples=[], total=0)
@@ -387,6 +418,11 @@ def test_a_report_about_a_table_that_looks_at_nothing_is_passed_over() -> None:
     ("guard", "slots", "text"),
     [
         (Guard(aggregation=Aggregation.KRUM, byzantine=1), 4, "krum against 1 needs 5 slots"),
+        (
+            Guard(aggregation=Aggregation.TRIMMED_MEAN, share=0.2),
+            2,
+            "a trimmed mean of share=0.2 leaves nothing of 2 slots; take more slots",
+        ),
         (Guard(aggregation=Aggregation.KRUM), 129, "krum takes at most 128 slots"),
         (
             Guard(aggregation=Aggregation.CENTERED_CLIPPING, iterations=1),

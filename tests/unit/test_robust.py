@@ -219,6 +219,8 @@ def test_a_trimmed_mean_is_that_of_sorted_columns(count: int) -> None:
 def test_a_share_is_rounded_up_and_a_round_with_nothing_left_changes_nothing() -> None:
     guard = Guard(aggregation=Aggregation.TRIMMED_MEAN, share=0.2)
     assert [guard.trimmed(count) for count in (8, 5, 3, 2)] == [2, 1, 1, 1]
+    exact = [replace(guard, share=n / 100).trimmed(100) for n in range(1, 50)]
+    assert exact == list(range(1, 50))
     assert verdict(guard, 1.0, 1.0, 1.0).coefficients == [1.0] * 3
     assert verdict(guard, 1.0, 1.0).is_skipped
 

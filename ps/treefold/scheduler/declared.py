@@ -173,6 +173,10 @@ class Declared:
             guard, least = table.spec.guard, 2 * table.spec.guard.byzantine + 3
             if guard.aggregation is Aggregation.KRUM and plan.slots < least:
                 return f"{what}: krum against {guard.byzantine} needs {least} slots or more"
+            trimmed = 2 * guard.trimmed(plan.slots)
+            if guard.aggregation.is_by_coordinate and trimmed >= plan.slots:
+                which = f"a trimmed mean of share={guard.share:g}"
+                return f"{what}: {which} leaves nothing of {plan.slots} slots; take more slots"
             if guard.aggregation.is_paired and plan.slots > PAIRED_SLOTS_MAX:
                 name = guard.aggregation.name.lower().replace("_", " ")
                 return f"{what}: {name} takes at most {PAIRED_SLOTS_MAX} slots (PAIRED_SLOTS_MAX)"

@@ -20,7 +20,7 @@ from treefold.scheduler.robust import Band, Fault, Verdict, band_of, judge, loga
 from treefold.wire.decisions import HealthDecision, HealthReport
 from treefold.wire.exchange import Level, Note, Send
 
-NOTED_MAX = 8  # faults of one worker that are all noted; of later ones those of a power of two
+NOTED_MAX = 8  # findings of one kind that are all noted; of later ones those of a power of two
 
 
 @dataclass(slots=True)
@@ -35,6 +35,8 @@ class Tally:
         Those of them that did not count.
     skipped : int
         Rounds that changed nothing.
+    short : int
+        Those of them that had too few contributions for their rule.
     band : (float, float) or None
         The norms that were usual in the newest round.
     last : str
@@ -44,6 +46,7 @@ class Tally:
     faults: dict[str, dict[str, int]] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
+    short: int = 0
     band: tuple[float, float] | None = None
     last: str = ""
 
@@ -174,13 +177,20 @@ class Health:
             what = _text(fault, norms[slot], band)
             tally.last = f"{where}: slot {slot} of {name} {what}; {_done(verdict, slot)}"
             count = sum(counts.get(one.value, 0) for one in (Fault.NONFINITE, Fault.HIGH))
-            if count <= NOTED_MAX or count & (count - 1) == 0:
-                often = "" if count <= NOTED_MAX else f" (number {count} of this worker)"
-                found.append(Note(Level.WARNING, f"{tally.last}{often}"))
+            found += _often(tally.last, count, "worker")
         if verdict.is_skipped and not verdict.faults:
             tally.last = f"{where}: too few contributions for its aggregation; it is skipped"
-            found.append(Note(Level.WARNING, tally.last))
+            tally.short += 1
+            found += _often(tally.last, tally.short, "table")
         return found
+
+
+def _often(text: str, count: int, whose: str) -> list[Note]:
+    """A line that is not written every time, if it is now."""
+    if count > NOTED_MAX and count & (count - 1):
+        return []
+    often = "" if count <= NOTED_MAX else f" (number {count} of this {whose})"
+    return [Note(Level.WARNING, f"{text}{often}")]
 
 
 def _is_of(plan: LoopPlan, round_: int) -> bool:

@@ -140,10 +140,17 @@ class ComputeProducts(msgspec.Struct, frozen=True, gc=False):
 
 
 class ScalePayload(msgspec.Struct, frozen=True, gc=False):
-    """Multiply a payload with a factor. It stays, with other values."""
+    """Multiply what a slot has sent of a part: parameters with one factor, buffers with another.
 
+    The payload stays, with other values.
+    """
+
+    table: int
+    shard: int
+    part: int
     payload: int
     factor: float
+    buffers: float
 
 
 class CombinePayloads(msgspec.Struct, frozen=True, gc=False):

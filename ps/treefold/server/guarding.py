@@ -8,6 +8,7 @@ all shards what counts. What is left out takes part in the fold as if it had no 
 is in, the round changes nothing, and is a version all the same.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,7 +17,7 @@ import msgspec
 
 from treefold.common import blocks
 from treefold.common.round_state import Watched, decode_watched
-from treefold.common.spec import Guard
+from treefold.common.spec import Guard, HealthPolicy
 from treefold.common.tree import Node, span
 from treefold.server.effects import (
     CombinePayloads,
@@ -153,7 +154,7 @@ class Guarding(Gathering):
         is_paired = shard.spec.guard.aggregation.is_paired
         groups = [tuple(slots)] if is_paired else [(slot,) for slot in slots]
         columns = [[current.products[part, group] for group in groups] for part in _parts(shard)]
-        metas = _metas(current)
+        metas = _metas(current.leaves)
         report = HealthReport(
             self._membership.incarnation, shard.table, shard.number, current.number,
             [current.leaves[slot].sender for slot in slots], [meta.samples for meta in metas],
@@ -180,7 +181,7 @@ class Guarding(Gathering):
 
     def _fold(self, shard: Shard, current: Round, decision: HealthDecision) -> None:
         """Fold what counts, and let the round go its way as any other."""
-        metas, leaves, current.leaves = _metas(current), current.leaves, {}
+        metas, leaves, current.leaves = _metas(current.leaves), current.leaves, {}
         current.products.clear()
         first, counts = metas[0], decision.coefficients
         if current.active == 0:
@@ -208,13 +209,12 @@ class Guarding(Gathering):
         nothing = (1 << shard.pieces[part]) - 1
         out = [one for one, count in zip(held, counts, strict=True) if not count]
         self._release([one.payload for one in out if one.payload is not None])
-        guard = shard.spec.guard
+        guard, of = shard.spec.guard, (shard.table, shard.number, part)
+        for one, *factors in zip(held, counts, _of_buffers(guard, counts, leaves), strict=True):
+            if one.payload is not None and factors[0] not in (0.0, 1.0):
+                self._out.append(ScalePayload(*of, one.payload, *factors))
         if guard.aggregation.is_by_coordinate:
             held = self._combined(guard, leaves, held, counts, nothing)
-        else:
-            for one, count in zip(held, counts, strict=True):
-                if one.payload is not None and count not in (0.0, 1.0):
-                    self._out.append(ScalePayload(one.payload, count))
         for slot, one in enumerate(held):
             is_in = bool(counts[slot])
             who = leaves[slot].sender if is_in else None
@@ -239,7 +239,7 @@ class Guarding(Gathering):
             if count and payload is not None and meta is not None:
                 first = first if payloads else slot
                 payloads.append(payload)
-                factors.append(count * meta.total / meta.samples)
+                factors.append(meta.total / meta.samples)
         known = sum(count > 0 for count in counts)
         if payloads:
             trimmed = guard.trimmed(known)
@@ -248,6 +248,17 @@ class Guarding(Gathering):
             self._release(payloads[1:])
             made[first] = Held(payloads[0], marks)
         return made
+
+
+def _of_buffers(guard: Guard, counts: list[float], leaves: dict[int, Leaf]) -> list[float]:
+    """What buffers are multiplied with: a gradient is clipped, a statistic beside it is not."""
+    if guard.policy is not HealthPolicy.CLIP or not any(counts):
+        return counts
+    if not guard.aggregation.is_paired:
+        return [float(count > 0) for count in counts]
+    pairs = zip(counts, _metas(leaves), strict=True)
+    whole = math.fsum(count * meta.samples / meta.total for count, meta in pairs)
+    return [count / whole for count in counts]
 
 
 def _parts(shard: Shard) -> range:
@@ -262,10 +273,6 @@ def _sums(shard: Shard, columns: Sequence[Sequence[list[blocks.Row]]]) -> list[b
     return blocks.of_shard(shard.span.first_block, rows)
 
 
-def _metas(current: Round) -> list[RoundMeta]:
-    return _metas_of(current.leaves)
-
-
-def _metas_of(leaves: dict[int, Leaf]) -> list[RoundMeta]:
+def _metas(leaves: dict[int, Leaf]) -> list[RoundMeta]:
     """What goes with each contribution, slot by slot."""
     return [meta for slot in sorted(leaves) if (meta := leaves[slot].meta) is not None]

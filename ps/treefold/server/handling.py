@@ -46,18 +46,23 @@ class Handling:
         if isinstance(effect, ComputeProducts):
             return [self._measure(effect)]
         if isinstance(effect, ScalePayload):
-            self._put(effect.payload, self._wide(effect.payload, effect.factor))
+            self._scale(effect)
         else:
             self._combine(effect)
         return []
 
-    def _measure(self, effect: ComputeProducts) -> ProductsComputed:
-        key = effect.table, effect.shard
+    def _of(self, key: tuple[int, int]) -> tuple[ShardState, Products]:
+        """A shard, and what measures it."""
         state, products = self._products.get(key, (None, None))
         if products is None or state is not self._states[key]:
             state = self._states[key]
             products = Products(state.layout)
             self._products[key] = state, products
+        return state, products
+
+    def _measure(self, effect: ComputeProducts) -> ProductsComputed:
+        key = effect.table, effect.shard
+        state, products = self._of(key)
         part = state.parts[effect.part]
         if state.spec.is_watched and effect.payloads[0] is not None:
             tensor, scale = self._carrier.held(effect.payloads[0]).payload
@@ -79,6 +84,15 @@ class Handling:
         torch.mul(tensor, scale, out=own)
         self._carrier.put(payload, Held(Payload(own), own))
         return own
+
+    def _scale(self, effect: ScalePayload) -> None:
+        state, products = self._of((effect.table, effect.shard))
+        values = self._wide(effect.payload, effect.factor)
+        if effect.buffers != effect.factor:
+            plain = self._plain(effect.payload)
+            for low, high in products.buffers(state.parts[effect.part]):
+                values[low:high] = plain[low:high].float() * effect.buffers
+        self._put(effect.payload, values)
 
     def _combine(self, effect: CombinePayloads) -> None:
         pairs = zip(effect.payloads, effect.factors, strict=True)

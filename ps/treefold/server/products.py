@@ -53,6 +53,10 @@ class Products:
             return [[value] for value in self._squares(part, values[0])]
         return self._pairs(part, values)
 
+    def buffers(self, part: Range) -> list[Range]:
+        """Where the buffers of a part are, as positions in it."""
+        return self._pieces(part)[1]
+
     def _squares(self, part: Range, tensor: Tensor | None) -> list[float]:
         blocks, buffers = self._pieces(part)
         if tensor is None:
