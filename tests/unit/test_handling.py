@@ -7,7 +7,7 @@ from torch import Tensor
 from treefold.common.fold import Payload
 from treefold.common.layout import Layout, ShardSpan
 from treefold.common.spec import Dtype, OptimizerSpec, Placement, Rule, TableSpec, TensorSpec
-from treefold.server.effects import ScalePayload
+from treefold.server.effects import CombinePayloads, ScalePayload
 from treefold.server.handling import Handling
 from treefold.server.shard import ShardState
 from treefold.transport.carrier import Carrier, Held
@@ -41,3 +41,19 @@ def test_a_gradient_and_the_buffers_beside_it_have_factors_of_their_own(*, is_le
     whole = torch.tensor([1.0, 2.0, 8.0, 4.0, 2.0])
     assert torch.equal(found, whole / 2 if is_lent else whole)
     assert carrier.held(number).payload.scale == 1.0
+
+
+def test_a_slot_without_a_gradient_adds_nothing_to_what_nobody_has_touched() -> None:
+    optimizer = OptimizerSpec("SGD", [{"lr": 0.1}])
+    spec = TableSpec("t", Rule.OPTIMIZER, Placement.ELEMENTWISE, TENSORS[:1], optimizer)
+    state = ShardState(spec, ShardSpan(0, Layout(spec).blocks))
+    hub = Hub()
+    carrier = Carrier(Outbox(hub), LaneSettings(is_enabled=False, bytes_max=0))
+    rows = [torch.tensor([-0.0, 3.0]), torch.tensor([-0.0, 6.0])]
+    numbers = [carrier.hold(Held(Payload(row), row)) for row in rows]
+    effect = CombinePayloads(numbers, [1.0, 1.0], nothing=1, trimmed=0)
+    Handling(carrier, BufferPool(), {(0, 0): state}).perform(effect)
+    found: Tensor = carrier.held(numbers[0]).payload.tensor
+    hub.close()
+    assert found.tolist() == [0.0, 3.0]
+    assert found.signbit().tolist() == [True, False]

@@ -1,6 +1,7 @@
 """What a server and the scheduler decide about contributions that are looked at."""
 
 import math
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -446,3 +447,16 @@ def test_a_guard_needs_rounds_that_all_slots_are_in() -> None:
     for kind in (ConsistencyKind.ASYNC, ConsistencyKind.SSP, ConsistencyKind.QUORUM):
         with pytest.raises(Exception, match=r"gradient health and robust aggregation need sync"):
             replace(SCHEDULER_SPEC, guard=GUARD, consistency=Consistency(kind))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"samples": [1, 1]}, {"senders": [2, 2]}, {"sums": [(0, 0, [1.0, 1.0])]}],
+)
+def test_a_report_that_contradicts_itself_is_ignored_and_said(changes: dict[str, Any]) -> None:
+    driver = trained()
+    wrong = replace(report(0, 1.0, 1.0, 1.0), **changes)
+    effects = driver.say(SERVER, wrong)
+    (note,) = [one for one in effects if isinstance(one, Note)]
+    assert "other numbers than there are slots: ignored" in note.text
+    assert told(driver.say(SERVER, report(0, 1.0, 1.0, 1.0)), HealthDecision)

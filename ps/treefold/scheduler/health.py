@@ -6,6 +6,7 @@ before anybody hears of it, for servers that did not hear of it when others went
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -93,7 +94,11 @@ class Health:
         if decided is not None and report.round <= decided.round:
             return [Send(state.peer, decided)] if report.round == decided.round else []
         key = report.table, report.round
-        current = self._reports.setdefault(key, {})
+        current = self._reports.get(key, {})
+        if not _is_sound(tables[report.table].spec, report, current.values()):
+            what = f"{state.name} reports of table {report.table} round {report.round}"
+            return [Note(Level.WARNING, f"{what} other numbers than there are slots: ignored")]
+        self._reports[key] = current
         current[report.shard] = report
         if len(current) < len(place.shards):
             return []
@@ -211,3 +216,15 @@ def _done(verdict: Verdict, slot: int) -> str:
         return "the round is skipped"
     count = verdict.coefficients[slot]
     return "left out" if not count else "counted as it is" if count == 1.0 else "clipped"
+
+
+def _is_sound(spec: TableSpec, report: HealthReport, others: Iterable[HealthReport]) -> bool:
+    """Whether there are as many numbers in a report as there are slots, as in those of others."""
+    slots = len(report.senders)
+    sums = slots * (slots + 1) // 2 if spec.guard.aggregation.is_paired else slots
+    samples = (0, slots) if spec.is_watched else (slots,)
+    return (
+        len(report.samples) in samples
+        and all(len(row) == sums for _, _, row in report.sums)
+        and all(len(one.senders) == slots for one in others)
+    )

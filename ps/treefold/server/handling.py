@@ -97,7 +97,7 @@ class Handling:
     def _combine(self, effect: CombinePayloads) -> None:
         pairs = zip(effect.payloads, effect.factors, strict=True)
         rows = [self._wide(payload, factor) for payload, factor in pairs]
-        rows += [torch.zeros_like(rows[0]) for _ in range(effect.nothing)]
+        rows += [torch.full_like(rows[0], -0.0) for _ in range(effect.nothing)]  # as in folds
         self._put(effect.payloads[0], trimmed_mean(rows, effect.trimmed))
 
     def _wide(self, payload: int, factor: float) -> torch.Tensor:
