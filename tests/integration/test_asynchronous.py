@@ -223,8 +223,8 @@ def test_all_shards_are_read_with_the_same_in_them_while_others_go_on(shell: She
 
 
 def test_the_low_level_client_reads_all_shards_with_the_same_in_them(cluster: MakeCluster) -> None:
-    with cluster(2, 3) as job:
-        for _ in range(3):
+    with cluster(2, 4) as job:
+        for _ in range(4):
             job.worker("alike.py")
         job.end()
         finals = {worker.line("^final (.*)$")[1] for worker in job.workers}

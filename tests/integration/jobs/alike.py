@@ -1,6 +1,8 @@
 """An asynchronous table of the low-level client, read with the same contributions in all shards.
 
-Both halves of the table get the same gradients. The last line says how the reads were.
+Both halves of the table get the same gradients, and every sum is exact: shards add in orders of
+their own, so with any rounding the same contributions would not be the same bits. A quarter is
+exact, so this is for four workers. The last line says how the reads were.
 """
 
 import sys
