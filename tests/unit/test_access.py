@@ -170,15 +170,14 @@ class Door:
     def connect(self, address: str) -> None:
         self.link.connect("there", address, FRAME_MAX, KeyRole.SCHEDULER)
 
-    def pass_on(self, header: bytes, *frames: bytes) -> Arrival:
+    def pass_on(self, header: bytes, payload: bytes = b"") -> Arrival:
         """Send until it arrives."""
         arrivals: list[Arrival] = []
         deadline = time.monotonic() + ANSWER_MS / 1000
         while not arrivals:
             assert time.monotonic() < deadline
-            views = [memoryview(frame) for frame in frames]
-            if views:
-                self.link.send_frames("there", None, header, views)
+            if payload:
+                self.link.send_frame("there", None, header, memoryview(payload))
             else:
                 self.link.send("there", None, header)
             list(self.link.wait(50_000_000, 64))

@@ -7,7 +7,8 @@ import gc
 import logging
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,19 +18,21 @@ import zmq
 
 from treefold.common.errors import RemoteProtocolError
 from treefold.common.fold import Payload
+from treefold.common.layout import BLOCK_ELEMENTS, PART_BLOCKS_MAX
 from treefold.common.spec import Dtype
 from treefold.transport import lanes, traffic
 from treefold.transport.carrier import Carrier, Destination
 from treefold.transport.lanes import Lanes, LaneSettings
 from treefold.transport.outbox import Outbox
-from treefold.transport.sockets import Arrival, Hub
+from treefold.transport.sockets import DATA_FRAME_BYTES_MAX, Arrival, Hub
 from treefold.transport.traffic import Traffic, Way
-from treefold.wire.codec import decode
+from treefold.wire.codec import check_payload, decode
 from treefold.wire.messages import Pulled
 from treefold.wire.segments import SegmentAnswer, SegmentOffer
 from treefold.wire.words import Frame
 
 ELEMENTS = 5_000
+PART = PART_BLOCKS_MAX * BLOCK_ELEMENTS
 AUTO = LaneSettings(is_enabled=True, bytes_max=1 << 30)
 OFF = LaneSettings(is_enabled=False, bytes_max=1 << 30)
 SOCKETS = "payloads go through sockets"
@@ -38,6 +41,12 @@ SOCKETS = "payloads go through sockets"
 def descriptors() -> list[str]:
     """What is open in this process."""
     return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _is_sent_from() -> None:
+    """Have pyzmq's own thread for what is sent without a copy, which stays when it is there."""
+    zmq.Frame(bytearray(1 << 20), copy=False)
 
 
 @pytest.fixture(autouse=True)
@@ -279,8 +288,10 @@ class Pair:
         self.hubs = Hub(self.context), Hub(self.context)
         self.outboxes = Outbox(self.hubs[0]), Outbox(self.hubs[1])
         self.listener, self.link = (Carrier(outbox, AUTO) for outbox in self.outboxes)
-        self.hubs[0].listen("at", "inproc://lanes", insecure=False, frame_bytes_max=1 << 20)
-        self.hubs[1].connect("to", "inproc://lanes", 1 << 20)
+        self.hubs[0].listen(
+            "at", "inproc://lanes", insecure=False, frame_bytes_max=DATA_FRAME_BYTES_MAX
+        )
+        self.hubs[1].connect("to", "inproc://lanes", DATA_FRAME_BYTES_MAX)
         self.hubs[1].send("to", None, b"hello")
         [hello] = self.hubs[0].wait(None, 1)
         self.to = Destination("at", hello.sender)
@@ -331,6 +342,62 @@ def test_a_payload_travels_as_bytes_until_the_peer_has_mapped_it_and_then_as_a_p
             assert torch.equal(pair.link.drop(received[0]).payload.tensor, flat)
             if not is_placed:
                 pair.agree()
+
+
+def parts_of(parts: int, dtype: torch.dtype, scales: list[float]) -> list[Payload]:
+    pieces = torch.split(torch.rand(parts * PART + 3, dtype=dtype), PART)
+    return [Payload(*one) for one in zip(pieces, scales, strict=True)]
+
+
+def from_here_and_there() -> list[Payload]:
+    return [Payload(torch.rand(PART)) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("make", "counts"),
+    [
+        (partial(parts_of, 6, torch.float32, [1.0] * 7), [4, 3]),
+        (partial(parts_of, 4, torch.float64, [1.0] * 5), [2, 2, 1]),
+        (partial(parts_of, 3, torch.float32, [1.0, 0.5, 0.5, 1.0]), [1, 2, 1]),
+        (from_here_and_there, [1, 1, 1]),
+    ],
+    ids=["as much as a frame holds", "of eight bytes", "of several scales", "from here and there"],
+)
+def test_parts_that_lie_one_after_the_other_leave_in_one_frame(
+    make: Callable[[], list[Payload]], counts: list[int]
+) -> None:
+    payloads = make()
+    elements = sum(one.tensor.numel() for one in payloads)
+    dtype = Dtype.FLOAT32 if payloads[0].tensor.dtype == torch.float32 else Dtype.FLOAT64
+    with Pair() as pair:
+        message = Pulled(0, 0, 0, len(payloads), 5, Frame(dtype, elements))
+        assert pair.listener.send(pair.to, message, payloads)
+        at = 0
+        for count in counts:
+            [arrival] = pair.hubs[1].wait(None, 1)
+            pulled = decode(arrival.header)
+            assert isinstance(pulled, Pulled)
+            assert (pulled.part, pulled.count, len(arrival.payloads)) == (at, count, 1)
+            check_payload(pulled, [arrival.payloads[0].nbytes])
+            numbers = pair.link.receive(arrival, pulled)
+            assert numbers is not None
+            for number, sent in zip(numbers, payloads[at : at + count], strict=True):
+                received = pair.link.drop(number).payload
+                assert received.tensor.equal(sent.tensor)
+                assert received.scale == sent.scale
+            at += count
+
+
+def test_memory_that_only_happens_to_lie_beside_other_memory_is_another_frame() -> None:
+    both = bytearray(8 * PART)
+    halves = [memoryview(both)[: 4 * PART], memoryview(both)[4 * PART :]]
+    payloads = [Payload(torch.frombuffer(half, dtype=torch.float32)) for half in halves]
+    assert payloads[1].tensor.data_ptr() == payloads[0].tensor.data_ptr() + 4 * PART
+    with Pair() as pair:
+        message = Pulled(0, 0, 0, 2, 5, Frame(Dtype.FLOAT32, 2 * PART))
+        assert pair.listener.send(pair.to, message, payloads)
+        found = [decode(pair.arrival(1).header) for _ in range(2)]
+    assert [(one.part, one.count) for one in found if isinstance(one, Pulled)] == [(0, 1), (1, 1)]
 
 
 def test_bytes_are_counted_by_peer_and_by_the_way_that_they_took() -> None:

@@ -63,11 +63,11 @@ def test_messages_to_one_peer_arrive_together_and_in_order(pair: Pair) -> None:
 def test_a_payload_leaves_at_once_but_not_before_what_was_queued(pair: Pair) -> None:
     values = torch.arange(100_000, dtype=torch.float32)
     pair.outbox.send("door", None, Flush(1))
-    frames = [values.numpy().data.cast("B"), memoryview(b"small")]
-    pair.outbox.send_frames("door", None, Fenced(2), frames)
+    frame = values.numpy().data.cast("B")
+    pair.outbox.send_frame("door", None, Fenced(2), frame)
     first, second = pair.arrivals(2)
     assert first == ([Flush(1)], [])
-    assert second == ([Fenced(2)], [bytes(frame) for frame in frames])
+    assert second == ([Fenced(2)], [bytes(frame)])
 
 
 def test_what_is_more_than_a_bundle_holds_leaves_in_several(pair: Pair) -> None:
@@ -86,15 +86,16 @@ def test_a_peer_that_is_not_there_is_named(pair: Pair) -> None:
     assert outbox.lost == [b"nobody"]
 
 
-def test_one_tracker_speaks_for_all_frames_also_if_the_last_is_copied() -> None:
-    """A small frame is copied at once; what is done then says nothing of the large ones."""
+def test_what_is_not_copied_is_in_use_until_it_has_left() -> None:
     nobody = Hub()
     nobody.connect("door", "ipc:///nonexistent/never", CONTROL_FRAME_BYTES_MAX)
-    values = torch.zeros(1_000_000)
-    frames = [values.numpy().data.cast("B"), memoryview(b"small")]
-    trackers = Outbox(nobody).send_frames("door", None, Flush(1), frames)
+    large = torch.zeros(1_000_000).numpy().data.cast("B")
+    outbox = Outbox(nobody)
+    assert outbox.send_frame("door", None, Flush(1), memoryview(b"small")) == []
+    trackers = outbox.send_frame("door", None, Flush(2), large)
     assert trackers is not None
     assert [tracker.done for tracker in trackers] == [False]
+    assert outbox.send_frame("door", None, Flush(2), large) == []  # it is on its way
     nobody.disconnect("door")
     for tracker in trackers:
         tracker.wait(10)

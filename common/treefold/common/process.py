@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from treefold.common.facts import HostFacts
     from treefold.common.timeline import Timeline
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
-ALLOCATION_BYTES_MAX = 64 << 20  # larger allocations are rare, and go back when they are freed
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
+ALLOCATION_BYTES_MAX = 32 << 20  # larger allocations are rare, and go back when they are freed
+HEAP_BYTES = 64 << 20  # what the allocator of a thread asks the system for at once
 SAMPLE_NS = 500_000_000  # as often as a heartbeat by default; more would only cost
 FACTS_SAMPLES = 8  # samples for which what is told of the host counts
 
@@ -29,12 +30,16 @@ def keep_freed_memory() -> None:
     """Let the C allocator keep freed memory instead of giving it back to the system at once.
 
     Otherwise every temporary of a part's size is mapped, zeroed and unmapped anew: 1.3 to 1.5 times
-    the time of an AdamW step of torch. Does nothing where the C library is not glibc.
+    the time of an AdamW step of torch; and so is everything that comes by sockets. What a thread of
+    ZeroMQ receives into lies in heaps of its own, and to keep those takes the padding: without it
+    one that is empty goes back whatever the threshold. Does nothing where the C library is not
+    glibc.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
         library.mallopt(M_MMAP_THRESHOLD, ALLOCATION_BYTES_MAX)
-        library.mallopt(M_TRIM_THRESHOLD, ALLOCATION_BYTES_MAX)
+        library.mallopt(M_TRIM_THRESHOLD, HEAP_BYTES)
+        library.mallopt(M_TOP_PAD, HEAP_BYTES)
 
 
 def give_back_freed_memory() -> None:

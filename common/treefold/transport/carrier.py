@@ -23,11 +23,10 @@ from treefold.wire.chain import UnitCopy
 from treefold.wire.codec import encode
 from treefold.wire.messages import Pulled, Push
 from treefold.wire.segments import SegmentAnswer, SegmentOffer
-from treefold.wire.words import Frame
+from treefold.wire.words import FRAME_BYTES_MAX, RUN_BYTES_MAX, Frame
 
 TensorMessage = Push | Pulled | UnitCopy
 BUFFERS_REMEMBERED_MAX = 64  # with sends, before those whose sends have left are forgotten
-SOCKET_PARTS_MAX = 4  # parts (MiB) in one message of the socket lane, which comes as a whole
 
 
 class Held(msgspec.Struct, frozen=True, gc=False):
@@ -124,16 +123,18 @@ class Carrier:
         frame = message.frame
         if frame is None:
             return ()
-        if not frame.segment:
-            views = [view_frame(part, frame.dtype) for part in arrival.payloads]
-            return tuple(self.hold(Held(Payload(view, frame.scale))) for view in views)
-        try:
-            segment = self.lanes.mapped(frame.segment)
-        except RemoteProtocolError as error:
-            self._answer(arrival, SegmentAnswer(frame.segment, is_mapped=False, text=str(error)))
-            return None
-        values = self.lanes.view(frame)
-        self._outbox.traffic.of(arrival.socket, arrival.sender).shared_bytes += frame.nbytes
+        segment = None
+        if frame.segment:
+            try:
+                segment = self.lanes.mapped(frame.segment)
+            except RemoteProtocolError as error:
+                answer = SegmentAnswer(frame.segment, is_mapped=False, text=str(error))
+                self._answer(arrival, answer)
+                return None
+            values = self.lanes.view(frame)
+            self._outbox.traffic.of(arrival.socket, arrival.sender).shared_bytes += frame.nbytes
+        else:
+            values = view_frame(arrival.payloads[0], frame.dtype)
         if message.count == 1:
             return (self.hold(Held(Payload(values, frame.scale), None, segment)),)
         parts = torch.split(values, split_run(message.count, frame.elements))
@@ -277,15 +278,17 @@ class Carrier:
         first = payloads[0]
         tensor, scale = first
         segment, offset = self.lanes.locate(peer, tensor) or (0, 0)
-        count_max = len(payloads) if segment else SOCKET_PARTS_MAX
-        count, elements, end = 1, tensor.numel(), tensor.data_ptr() + tensor.nbytes
-        for other in payloads[1:count_max]:
-            is_adjacent = not segment or other.tensor.data_ptr() == end
-            if not is_adjacent or other.scale != scale:
+        begin = tensor.data_ptr()
+        end_max = begin + (RUN_BYTES_MAX if segment else FRAME_BYTES_MAX)
+        count, elements, end = 1, tensor.numel(), begin + tensor.nbytes
+        for other in payloads[1:]:
+            after = end + other.tensor.nbytes
+            is_next = other.tensor.data_ptr() == end and after <= end_max
+            if not is_next or other.scale != scale or not _is_one_memory(tensor, other.tensor):
                 break
             count += 1
             elements += other.tensor.numel()
-            end += other.tensor.nbytes
+            end = after
         return count, Frame(message.frame.dtype, elements, scale, segment, offset)
 
     def _send_run(
@@ -296,8 +299,16 @@ class Carrier:
             self._outbox.send(to.socket, identity, message)
             self._outbox.traffic.to(to.socket, to.peer).shared_bytes += message.frame.nbytes
             return []
-        frames = [payload.tensor.view(torch.uint8).numpy().data for payload in payloads]
-        return self._outbox.send_frames(to.socket, identity, message, frames)
+        values = payloads[0].tensor
+        if message.count > 1:  # which lie one after the other
+            values = values.as_strided((sum(one.tensor.numel() for one in payloads),), (1,))
+        frame = values.view(torch.uint8).numpy().data
+        return self._outbox.send_frame(to.socket, identity, message, frame)
+
+
+def _is_one_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are views of the same allocation."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _identity(peer: Hashable) -> bytes | None:

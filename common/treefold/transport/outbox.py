@@ -5,7 +5,7 @@ costs per message of ZeroMQ. They are put together until the loop is about to wa
 that takes long. Belongs to the thread that owns the sockets.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import zmq
 
@@ -42,7 +42,7 @@ class Outbox:
         self._purse = Purse()
 
     def send(self, socket: Hashable, identity: bytes | None, message: AnyMessage) -> None:
-        """Queue a message without payload frames.
+        """Queue a message without a payload.
 
         Parameters
         ----------
@@ -65,19 +65,15 @@ class Outbox:
             del self._queued[address]
             self._leave(address, queued)
 
-    def send_frames(
-        self,
-        socket: Hashable,
-        identity: bytes | None,
-        message: AnyMessage,
-        frames: Sequence[memoryview],
+    def send_frame(
+        self, socket: Hashable, identity: bytes | None, message: AnyMessage, frame: memoryview
     ) -> list[zmq.MessageTracker] | None:
-        """Send a message with payload frames, after what is queued; see `Hub.send_frames`."""
+        """Send a message with a payload, after what is queued; see `Hub.send_frame`."""
         address = (socket, identity)
         queued = self._queued.pop(address, None)
         if queued is not None:
             self._leave(address, queued)
-        return self._hub.send_frames(socket, identity, encode(message), frames)
+        return self._hub.send_frame(socket, identity, encode(message), frame)
 
     def flush(self) -> None:
         """Send everything that is queued."""

@@ -1,13 +1,13 @@
 """Sockets of one process: a listener, links to others, and a bell that other threads may ring.
 
 One thread owns a `Hub` and everything in it. Only `Bell.ring` may be called from elsewhere. Nothing
-here understands messages: what goes in and out is an address, a header and payload frames.
+here understands messages: what goes in and out is an address, a header and a payload.
 """
 
 import errno
 import os
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from urllib.parse import urlsplit
 
 import msgspec
@@ -38,6 +38,9 @@ WARNING_S = 300  # between two warnings that nothing is encrypted
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 30, 10, 3
 Context = zmq.Context[zmq.Socket[bytes]]
 """What sockets live in; roles in one process share one to reach each other over `inproc://`."""
+# As plain numbers: to combine pyzmq's enums takes as long as what they are for.
+DONTWAIT, READABLE = int(zmq.DONTWAIT), int(zmq.POLLIN)
+MORE_FOLLOWS = int(zmq.DONTWAIT | zmq.SNDMORE)
 NUMBERS_THREAD, NAMES_THREAD = 1, 2  # bits: ZeroMQ's first and second thread
 LOOPBACK_HOSTS = ("localhost", "[::1]", "::1")
 
@@ -244,29 +247,31 @@ class Hub:
         if sock is None:
             return False
         try:
-            sock.send_multipart([header] if identity is None else [identity, header], zmq.DONTWAIT)
+            if identity is not None:
+                sock.send(identity, MORE_FOLLOWS)
+            sock.send(header, DONTWAIT)
         except zmq.ZMQError as error:
             return _is_unreachable(error)
         self.traffic.to(name, name if identity is None else identity).add(len(header), 0)
         return True
 
-    def send_frames(
-        self, name: Hashable, identity: bytes | None, header: bytes, frames: Sequence[memoryview]
+    def send_frame(
+        self, name: Hashable, identity: bytes | None, header: bytes, frame: memoryview
     ) -> list[zmq.MessageTracker] | None:
-        """Send a message with payload frames, without copying them; never blocks.
+        """Send a message with a payload, without copying it unless it is small; never blocks.
 
         Parameters
         ----------
         name, identity, header :
             As for `send`. While an equal message is still on its way, this one is skipped.
-        frames : sequence of memoryview
-            Must not be written to until their trackers are done.
+        frame : memoryview
+            Must not be written to until its tracker is done.
 
         Returns
         -------
         list of zmq.MessageTracker, or None
-            Of the last frame that is not copied, if there is one, and none if the message was
-            skipped; None if the peer cannot be reached.
+            Empty if the payload was copied, or the message skipped; None if the peer cannot be
+            reached.
         """
         sock = self._socket(name)
         if sock is None:
@@ -274,27 +279,22 @@ class Hub:
         key = (name, identity, header)
         if key in self._in_flight and not self._in_flight[key].done:
             return []
-        # Frames leave in order, so that one tracker speaks for all; small ones are copied at once.
-        large = [n for n, frame in enumerate(frames) if frame.nbytes >= sock.copy_threshold]
-        tracked = large[-1] if large else None
-        trackers: list[zmq.MessageTracker] = []
+        is_copied = frame.nbytes < sock.copy_threshold
         try:
-            sock.send_multipart(
-                [header] if identity is None else [identity, header], zmq.DONTWAIT | zmq.SNDMORE
-            )
-            for number, frame in enumerate(frames):
-                flags = zmq.DONTWAIT | (zmq.SNDMORE if number < len(frames) - 1 else 0)
-                tracker = sock.send(frame, flags, copy=False, track=number == tracked)
-                if number == tracked:
-                    trackers.append(tracker)
+            if identity is not None:
+                sock.send(identity, MORE_FOLLOWS)
+            sock.send(header, MORE_FOLLOWS)
+            tracker = sock.send(frame, DONTWAIT, copy=is_copied, track=not is_copied)
         except zmq.ZMQError as error:
             _is_unreachable(error)
             return None
-        if trackers and not trackers[-1].done:
-            self._remember(key, trackers[-1])
         way = self.traffic.to(name, name if identity is None else identity)
-        way.add(len(header), sum(frame.nbytes for frame in frames))
-        return trackers
+        way.add(len(header), frame.nbytes)
+        if tracker is None:
+            return []
+        if not tracker.done:
+            self._remember(key, tracker)
+        return [tracker]
 
     def close(self) -> None:
         """Close every socket, waiting a bounded time for what was sent to leave."""
@@ -400,16 +400,16 @@ class Hub:
         link = self._links.get(name)
         public, where = ("", "") if link is None else (link.public, link.address)
         for _ in range(batch_max):
-            if not int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # cheaper than an exception
+            if not int(sock.getsockopt(zmq.EVENTS)) & READABLE:  # cheaper than an exception
                 return
-            sender = sock.recv(zmq.DONTWAIT) if is_listener else name
+            sender = sock.recv(DONTWAIT) if is_listener else name
             if is_listener and self.access is not None:
-                header, public, where = _proven(sock.recv(zmq.DONTWAIT, copy=False))
+                header, public, where = _proven(sock.recv(DONTWAIT, copy=False))
             else:
-                header = sock.recv(zmq.DONTWAIT)
+                header = sock.recv(DONTWAIT)
             payloads = []
             while sock.getsockopt(zmq.RCVMORE):
-                payloads.append(memoryview(sock.recv(zmq.DONTWAIT, copy=False).buffer))
+                payloads.append(memoryview(sock.recv(DONTWAIT, copy=False).buffer))
             nbytes = sum(payload.nbytes for payload in payloads)
             self.traffic.of(name, sender).add(len(header), nbytes)
             yield Arrival(name, sender, header, payloads, public, where)

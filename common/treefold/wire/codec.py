@@ -25,7 +25,7 @@ BUNDLE_MAX = 64  # messages in one header
 class Bundle(Message, tag=50, frozen=True):
     """Messages of one sender to one receiver, to be taken in one after the other.
 
-    None of them has payload frames.
+    None of them has a payload.
     """
 
     messages: Annotated[list[AnyMessage], Meta(min_length=1, max_length=BUNDLE_MAX)]
@@ -43,7 +43,7 @@ def encode(message: AnyMessage) -> bytes:
 
 
 def encode_all(messages: list[AnyMessage]) -> bytes:
-    """Header bytes of messages without payload frames, in this order."""
+    """Header bytes of messages without a payload, in this order."""
     return _encoder.encode(messages[0] if len(messages) == 1 else Bundle(messages))
 
 
@@ -89,7 +89,7 @@ def check_payload(message: AnyMessage, payload_bytes: list[int]) -> None:
     Raises
     ------
     RemoteProtocolError
-        Another number of frames, or a frame of another size, than announced; or a run of parts that
+        More or fewer frames, or a frame of another size, than announced; or a run of parts that
         cannot have as many elements as it says.
     """
     expected: list[int] = []
@@ -99,12 +99,12 @@ def check_payload(message: AnyMessage, payload_bytes: list[int]) -> None:
             msg = f"a payload of {frame.nbytes} bytes, at most {RUN_BYTES_MAX} are allowed"
             raise RemoteProtocolError(msg)
         try:
-            sizes = split_run(message.count, frame.elements)
+            split_run(message.count, frame.elements)
         except DataError as error:
             name = type(message).__name__
             raise RemoteProtocolError(f"{name}: {error}") from error
         if not frame.segment:
-            expected = [size * frame.dtype.itemsize for size in sizes]
+            expected = [frame.nbytes]
     if payload_bytes != expected:
         name = type(message).__name__
         msg = f"{name} with payload frames of {payload_bytes} bytes, announced {expected}"

@@ -11,7 +11,7 @@ from msgspec import Meta
 from treefold.common.plan import SLOTS_MAX, Count
 from treefold.common.spec import Dtype, Name
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 MEMBERS_MAX = 65_536
 TABLES_MAX = 1_024
 SHARDS_MAX = 1_048_576

@@ -20,7 +20,7 @@ from treefold.common.errors import AuthError
 from treefold.common.failpoints import arm
 from treefold.common.fold import Folder, Payload
 from treefold.common.log import logger
-from treefold.common.process import ProcessFigures, Spent, random_number
+from treefold.common.process import ProcessFigures, Spent, keep_freed_memory, random_number
 from treefold.transport.access import access_of
 from treefold.transport.body import Body
 from treefold.transport.carrier import Carrier, Destination, Held
@@ -68,6 +68,8 @@ from treefold.worker.figures import WorkerTally
 from treefold.worker.flats import Flats
 from treefold.worker.limits import WorkerLimits
 from treefold.worker.points import POINTS
+
+FRAMED_VERSIONS = 4  # that came by sockets, before memory is kept for those to come
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,7 @@ class WorkerShell:
         self.spent = Spent()
         self._log = logger("worker")
         self._is_closing = self._is_rung = self._is_named = False
+        self._in_frames: dict[int, None] = {}
         self._crash: Exception | None = None
         body = Body(self.core.membership, self._carrier, self.spent)
         tally = WorkerTally(self.core, body, self._events.__len__, self.hub.traffic)
@@ -299,7 +302,9 @@ class WorkerShell:
                 self._link(effect)
             case Arrived(table, part, payload):
                 held = self._carrier.drop(payload)
-                self._streams[table].put(part, held.payload.tensor, held.segment)
+                arrivals = self._streams[table]
+                self._keep_memory(arrivals.version, [held])
+                arrivals.put(part, held.payload.tensor, held.segment)
             case StreamBegun(table, version):
                 ranges = [(part.start, part.stop) for part in self.core.tables[table].parts]
                 self._streams[table] = Arrivals(version, ranges, self.spent)
@@ -380,6 +385,7 @@ class WorkerShell:
                 continue
             ranges = self.core.tables[snapshot.table].parts
             held = [self._carrier.drop(payload) for payload in snapshot.payloads]
+            self._keep_memory(snapshot.version, held)
             parts = [
                 (part.start, part.stop, one.payload.tensor)
                 for part, one in zip(ranges, held, strict=True)
@@ -387,6 +393,16 @@ class WorkerShell:
             segments = {one.segment.number: one.segment for one in held if one.segment is not None}
             found.append(Tensors(snapshot, parts, list(segments.values())))
         return found
+
+    def _keep_memory(self, version: int, held: list[Held]) -> None:
+        """Keep what versions lie in, where they come by sockets: one comes with every round.
+
+        The first ones may do so where the others lie in shared memory.
+        """
+        if len(self._in_frames) < FRAMED_VERSIONS and any(one.segment is None for one in held):
+            self._in_frames[version] = None
+            if len(self._in_frames) == FRAMED_VERSIONS:
+                keep_freed_memory()
 
     def _answer(self, call: int, answer: Answer) -> None:
         answers = self._answers.pop(call, None)
