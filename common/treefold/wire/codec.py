@@ -20,6 +20,7 @@ from treefold.wire.words import RUN_BYTES_MAX, Message
 HEADER_BYTES_MAX = 64 << 20  # a table of a million tensors; checked before decoding
 DATA_HEADER_BYTES_MAX = 4 << 20
 BUNDLE_MAX = 64  # messages in one header
+WITH_PAYLOAD = (Push, Pulled, UnitCopy)
 
 
 class Bundle(Message, tag=50, frozen=True):
@@ -93,7 +94,7 @@ def check_payload(message: AnyMessage, payload_bytes: list[int]) -> None:
         cannot have as many elements as it says.
     """
     expected: list[int] = []
-    if isinstance(message, Push | Pulled | UnitCopy) and message.frame is not None:
+    if isinstance(message, WITH_PAYLOAD) and message.frame is not None:
         frame = message.frame
         if frame.nbytes > RUN_BYTES_MAX:
             msg = f"a payload of {frame.nbytes} bytes, at most {RUN_BYTES_MAX} are allowed"

@@ -68,6 +68,8 @@ from treefold.wire.words import Code, Outcome, Phase, ShardPlace, Source
 if TYPE_CHECKING:
     from treefold.common.spec import TableSpec
 
+ABOUT_SHARDS = (Push, Pull, RoundMeta, RoundHyper, ChainRound, ChainAsk, UnitCopy)
+FOLLOWING = (ChainApplied, UnitTaken, RoundStatus)
 DRAIN_CALL = 1
 DRAIN_RETRY_MS = 1_000  # then the scheduler is asked again, which may just be started again
 DRAIN_MAX_MS = 60_000  # how long a server that is asked to stop waits for others to take over
@@ -351,16 +353,14 @@ class ServerCore:
 
     def _on_data(self, now_ns: int, peer: Peer, message: object, payloads: tuple[int, ...]) -> None:
         """A message about a shard, of a worker or of another server of its chain."""
-        if isinstance(message, ChainApplied | UnitTaken | RoundStatus):
+        if isinstance(message, FOLLOWING):
             self._on_follower(now_ns, peer, message)
             return
         if isinstance(message, Refused) and isinstance(peer, int):
             level = Level.DEBUG if message.code is Code.STALE_VIEW else Level.WARNING
             self._out.append(Note(level, f"server {peer} refuses: {message.text}"))
             return
-        if not isinstance(
-            message, Push | RoundHyper | RoundMeta | Pull | ChainRound | ChainAsk | UnitCopy
-        ):
+        if not isinstance(message, ABOUT_SHARDS):
             text = f"a server takes pushes and pulls, not {type(message).__name__}"
             self._out.append(Send(peer, Refused(0, Code.BAD_MESSAGE, text)))
             return

@@ -141,9 +141,11 @@ class Shard:
     limit: list[int] = field(default_factory=list)
     limited_ns: int | None = None
     staleness: StalenessMean = field(default_factory=StalenessMean)
+    _is_by_slot: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         """A shard begins by collecting its initial values."""
+        self._is_by_slot = self.spec.is_by_batch or self.spec.is_gathered
         self.round = self._next_round()
 
     @property
@@ -159,8 +161,7 @@ class Shard:
     @property
     def is_by_slot(self) -> bool:
         """Whether contributions of slots come here one by one, with what goes with each."""
-        is_by_slot = self.spec.is_by_batch or self.spec.is_gathered
-        return is_by_slot and self.chain.is_primary
+        return self._is_by_slot and self.chain.is_primary
 
     @property
     def units_count(self) -> int:

@@ -91,6 +91,7 @@ class ShardState:
         self._is_whole = spec.placement is Placement.TENSORWISE
         self._gradient: Tensor | None = None
         self._groups: Sequence[Hyper] | None = None
+        self._written = b""
         self._hypers: Sequence[TorchHyper] = ()
         self._units: list[Unit] = []
         if spec.rule is not Rule.CONSTANT:
@@ -316,12 +317,16 @@ class ShardState:
         """Work out the hyper-parameters of a round, once for all of its parts."""
         if groups is self._groups:
             return
+        written = msgspec.msgpack.encode(groups)
+        if written == self._written:  # as in most rounds
+            self._groups = groups
+            return
         spec = self.spec.optimizer
         if spec is not None:
             self._hypers = prepare_hyper(spec, groups)
         elif groups:
             raise DataError(self._text(f"{len(groups)} param groups, but no optimizer"))
-        self._groups = groups
+        self._groups, self._written = groups, written
 
     def _or_zeros(self, part: FoldedPart) -> Tensor:
         if part.gradient is not None:

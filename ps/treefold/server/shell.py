@@ -196,18 +196,15 @@ class ServerShell:
     # ---- effects ------------------------------------------------------------------------------
 
     def _perform(self, effect: Effect) -> list[Event]:
-        if isinstance(effect, TensorWork):
-            self._outbox.flush()
-            return self._guarded(effect)
         match effect:
             case Send():
                 return self._send(effect)
+            case ReleasePayload(payload):
+                self._release(payload)
             case FoldPayloads(left, right):
                 self._outbox.flush()  # nobody is to wait for what is ready while this is at work
                 with self._spent.on("fold"):
                     self._fold(left, right)
-            case ReleasePayload(payload):
-                self._release(payload)
             case CloseShard(table, shard):
                 del self._states[table, shard]
                 self._delays.pop((table, shard), None)
@@ -225,6 +222,9 @@ class ServerShell:
                 self._log.log(level, text)
             case Halt():
                 self._halt = self._halt or effect  # what came in the same batch changes nothing
+            case _:
+                self._outbox.flush()
+                return self._guarded(effect)
         return []
 
     def _on_version(self, effect: RecordVersion) -> None:

@@ -1,6 +1,6 @@
 """What a script hands over is what its table takes, or it is refused before anything is sent."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -8,7 +8,7 @@ from treefold.common.errors import DataError
 from treefold.common.fold import TORCH_DTYPES
 from treefold.common.spec import Hyper, TableSpec
 from treefold.worker.handed import PartRun
-from treefold.worker.pulls import PartRange
+from treefold.worker.pulls import PartRange, Table
 
 
 def check(
@@ -19,6 +19,15 @@ def check(
         kind = f"{values.dtype} {list(values.shape)}"
         msg = f"{what}: expected {dtype} [{elements}], got {kind}"
         raise DataError(msg)
+
+
+def table_of(tables: Mapping[int, Table], number: int) -> Table:
+    """A declared table by its number."""
+    if number not in tables:
+        known = ", ".join(f"{n} ({t.spec.name!r})" for n, t in list(tables.items())) or "none"
+        msg = f"there is no table {number}; declared are {known}"
+        raise DataError(msg)
+    return tables[number]
 
 
 def check_run(where: PartRun, known: Sequence[PartRange], values: torch.Tensor | None) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from treefold.common.config import Settings
-from treefold.common.errors import ConfigError, DataError, LocalProtocolError, UnavailableError
+from treefold.common.errors import ConfigError, LocalProtocolError, UnavailableError
 from treefold.common.fold import TORCH_DTYPES
 from treefold.common.layout import Layout
 from treefold.common.plan import LoopPlan, PlanKind
@@ -24,7 +24,7 @@ from treefold.common.spec import Dtype, Hyper, TableSpec
 from treefold.transport.sockets import Context
 from treefold.wire.words import Outcome
 from treefold.worker import effects, machine
-from treefold.worker.checks import check, check_groups, check_run
+from treefold.worker.checks import check, check_groups, check_run, table_of
 from treefold.worker.effects import SlotMeta
 from treefold.worker.flats import Flats
 from treefold.worker.handed import Direct, LoopEnd, PartRun, Snapshot, Task
@@ -35,6 +35,7 @@ from treefold.worker.shell import Answer, GiveBack, Settle, Values, WorkerShell,
 if TYPE_CHECKING:
     from treefold.worker.arrivals import Arrivals
 
+LARGE_BYTES = 256 << 10  # of a contribution, whose way takes longer than to wake a thread
 DRAIN_TEXT = "the worker was asked to stop"
 DECLARE_TRIES_MAX = 100  # of copying a first version while the servers go on
 
@@ -254,6 +255,9 @@ class Client:
     def contribute(self, task: Task, where: PartRun, values: Values | None) -> None:
         """Hand over adjacent parts of a slot's contribution; does not wait.
 
+        They leave at once if they are large, and otherwise with the next call or with `flush`: to
+        wake the thread that sends costs more than a few small parts do.
+
         Parameters
         ----------
         task : Task
@@ -278,6 +282,12 @@ class Client:
             where.table, where.part, where.count, task.round, task.slot, (), where.absent
         )
         self._shell.post(event, values)
+        if values is not None and values.flat.nbytes >= LARGE_BYTES:
+            self._shell.wake()
+
+    def flush(self) -> None:
+        """Let what was handed over leave now: this thread may do something else for a while."""
+        self._shell.wake()
 
     def settle_hyper(self, task: Task, table: int, groups: list[Hyper], norm_max: float) -> None:
         """Say what the slot steps with, as soon as that does not change any more.
@@ -298,6 +308,8 @@ class Client:
 
     def finish_slot(self, task: Task, metas: dict[int, SlotMeta]) -> None:
         """Say that the slot's work is over; what it did not contribute counts as absent.
+
+        That leaves with the next call, usually the one for the next slot, or with `flush`.
 
         Parameters
         ----------
@@ -369,6 +381,7 @@ class Client:
         else:
             self._contribute_narrow(task, table, flat)
         self._direct.metas[table] = SlotMeta(groups, 0.0, b"")
+        self.flush()
         return task.round
 
     def _contribute_narrow(self, task: Task, table: int, flat: torch.Tensor) -> None:
@@ -404,13 +417,13 @@ class Client:
         self._table(table)
         self._take_direct()
         for snapshot in self.read_alike() if consistent else ():
-            self._hold(snapshot)
+            self._direct.hold(snapshot)
         declared = self._direct.declared.pop(table, None)
         if table not in self._direct.values:
             if declared is None or not declared.parts:
                 msg = f"table {table} is not declared, or its first snapshot was released"
                 raise LocalProtocolError(msg)
-            self._hold(declared)
+            self._direct.hold(declared)
         return self._direct.values[table].clone()
 
     def read_alike(self) -> list[Snapshot]:
@@ -428,12 +441,7 @@ class Client:
         return [snapshot_of(item) for item in answer.tensors]
 
     def _table(self, number: int) -> Table:
-        tables = self._shell.core.tables
-        if number not in tables:
-            known = ", ".join(f"{n} ({t.spec.name!r})" for n, t in list(tables.items())) or "none"
-            msg = f"there is no table {number}; declared are {known}"
-            raise DataError(msg)
-        return tables[number]
+        return table_of(self._shell.core.tables, number)
 
     def _take_direct(self) -> Task:
         if self._direct.task is not None:
@@ -445,21 +453,12 @@ class Client:
         if isinstance(task, LoopEnd):
             msg = "push, pull and wait cannot be used in a pass over data that is over"
             raise LocalProtocolError(msg)
-        while [snapshot for snapshot in task.snapshots if not self._hold(snapshot)]:
+        while [snapshot for snapshot in task.snapshots if not self._direct.hold(snapshot)]:
             task = self.next_task_anew()
             if isinstance(task, LoopEnd):
                 raise LocalProtocolError("the pass over the data ended without this worker")
         self._direct.task = task
         return task
-
-    def _hold(self, snapshot: Snapshot) -> bool:
-        """Copy a version; False if it was not intact."""
-        end = snapshot.parts[-1][1]
-        flat = self._direct.values.setdefault(snapshot.table, torch.empty(end))
-        snapshot.copy_to(flat)
-        is_intact = snapshot.is_intact
-        snapshot.release()
-        return is_intact
 
     def drain(self) -> None:
         """Stop after the current slot. May be called from a signal handler."""
@@ -467,6 +466,7 @@ class Client:
             self.leave(Outcome.DRAINED, DRAIN_TEXT)
             raise SystemExit(0)
         self._shell.post(effects.DrainAsked())
+        self._shell.wake()
 
     def leave(self, outcome: Outcome, text: str) -> None:
         """Leave the cluster and close; waits a bounded time. Does nothing if repeated."""

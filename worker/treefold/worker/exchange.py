@@ -81,6 +81,9 @@ class Exchange:
         self.local: LocalRound | None = None
         self.plan: LoopPlan | None = None
         self.asked_ns = 0
+        self._trained: list[Table] = []
+        self._folded: list[Table] = []
+        self._sorted = 0
         self._links = Links()
         self._out = out
         self.stream = Stream(self, out)
@@ -90,11 +93,21 @@ class Exchange:
 
     def trained(self) -> list[Table]:
         """Tables that have rounds."""
-        return [table for table in self.tables.values() if table.spec.rule is Rule.OPTIMIZER]
+        self._sort()
+        return self._trained
 
     def folded(self) -> list[Table]:
         """Those of them in which a round is one step."""
-        return [table for table in self.trained() if not table.spec.is_asynchronous]
+        self._sort()
+        return self._folded
+
+    def _sort(self) -> None:
+        """Note what kind of table each is; there are more of them now and then, and never fewer."""
+        if self._sorted != len(self.tables):
+            tables = self.tables.values()
+            self._sorted = len(tables)
+            self._trained = [table for table in tables if table.spec.rule is Rule.OPTIMIZER]
+            self._folded = [table for table in self._trained if not table.spec.is_asynchronous]
 
     @property
     def is_declaring(self) -> bool:

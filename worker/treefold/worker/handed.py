@@ -125,3 +125,12 @@ class Direct:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     metas: dict[int, SlotMeta] = field(default_factory=dict)
     declared: dict[int, Snapshot] = field(default_factory=dict)
+
+    def hold(self, snapshot: Snapshot) -> bool:
+        """Copy a version; False if it was not intact."""
+        end = snapshot.parts[-1][1]
+        flat = self.values.setdefault(snapshot.table, torch.empty(end))
+        snapshot.copy_to(flat)
+        is_intact = snapshot.is_intact
+        snapshot.release()
+        return is_intact

@@ -55,10 +55,12 @@ from treefold.worker.effects import (
     Event,
     Fail,
     FoldPayloads,
+    HyperKnown,
     Initial,
     LoopEnd,
     ReleasePayload,
     Retire,
+    SlotFinished,
     Snapshot,
     StreamBegun,
     StreamsOver,
@@ -186,9 +188,15 @@ class WorkerShell:
         self._thread.start()
 
     def post(self, event: Event | Settle | GiveBack, values: Values | None = None) -> None:
-        """Give the core an event; ``values`` become its payloads. For the training thread."""
+        """Give the core an event; ``values`` become its payloads. For the training thread.
+
+        It is looked at when something wakes the thread: `wake`, the next call, or an arrival.
+        """
         self._events.append((event, values))
-        if not self._is_rung:  # it has not looked since the last time: that one counts for this
+
+    def wake(self) -> None:
+        """Have what was posted looked at now. For the training thread."""
+        if self._events and not self._is_rung:  # or it has not looked since it was woken
             self._is_rung = True
             self.hub.bell.ring()
 
@@ -199,6 +207,7 @@ class WorkerShell:
         if self._crash is not None:
             return Answer(None, [], self._crash)
         self.post(event)
+        self.wake()
         return answers.get()
 
     def keep_initial(self, table: str, values: torch.Tensor) -> None:
@@ -259,9 +268,19 @@ class WorkerShell:
             if isinstance(event, GiveBack):
                 self.flats.done(event.flat)
                 continue
+            if isinstance(event, HyperKnown) and self._is_finished(event):
+                continue
             if values is not None and isinstance(event, Contributed):
                 event = msgspec.structs.replace(event, payloads=self._hold(event, values))
             self._loop.feed(event)
+
+    def _is_finished(self, known: HyperKnown) -> bool:
+        """Whether the script has finished a slot already, which says the same, and is next."""
+        of = known.round, known.slot
+        for event, _ in self._events:
+            if isinstance(event, SlotFinished) and (event.round, event.slot) == of:
+                return known.table in event.metas
+        return False
 
     def _hold(self, event: Contributed, values: Values) -> tuple[int, ...]:
         """Hold a contribution's values part by part."""
