@@ -141,3 +141,15 @@ def test_workers_beyond_the_slots_stand_by_and_take_over(
         held.line("^holding in round")
         held.signal(signal.SIGKILL)
         assert job.bits(held) == alone(JOB, "slots=2", LENGTH)
+
+
+def test_what_was_pushed_leaves_although_the_script_goes_on_to_something_else(
+    cluster: Callable[..., Cluster], gate: Gate
+) -> None:
+    with cluster(1, 2) as job:
+        workers = [job.worker("elsewhere.py", str(gate.path)) for _ in range(2)]
+        job.until(lambda: any(worker.all("^waited") for worker in workers), "a round")
+        gate.open()
+        found = [worker.line("^waited (.*)$")[1] for worker in workers]
+        job.end()
+    assert found == [str([-1.0] * 10)] * 2
