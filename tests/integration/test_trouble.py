@@ -146,7 +146,9 @@ def test_workers_beyond_the_slots_stand_by_and_take_over(
 def test_what_was_pushed_leaves_although_the_script_goes_on_to_something_else(
     cluster: Callable[..., Cluster], gate: Gate
 ) -> None:
-    with cluster(1, 2) as job:
+    # Without heartbeats and retries, which look after what waits as well.
+    quiet = {"heartbeat_ms": 200_000, "dead_after_ms": 600_000, "server_dead_after_ms": 600_000}
+    with cluster(1, 2, retry_ms=200_000, **quiet) as job:
         workers = [job.worker("elsewhere.py", str(gate.path)) for _ in range(2)]
         job.until(lambda: any(worker.all("^waited") for worker in workers), "a round")
         gate.open()
