@@ -266,7 +266,7 @@ def check_cargo(message: Push | Pulled | UnitCopy, cargo: Cargo) -> None:
     sizes = [part.elements for part in cargo.parts]
     frame = message.frame
     try:
-        codec.check_payload(message, [] if cargo.is_shared else [4 * size for size in sizes])
+        codec.check_payload(message, [4 * sum(sizes)] if sizes and not cargo.is_shared else [])
     except RemoteProtocolError as error:
         raise Violation(f"{message}: {error}") from error
     if cargo.is_shared and (frame is None or not frame.segment or sum(sizes) != frame.elements):

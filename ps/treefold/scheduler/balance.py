@@ -65,7 +65,7 @@ class Balance:
     def check(self, now_ns: int, current: list[int]) -> Leases | None:
         """Better leases, from the first round on that they can be in time for, or None."""
         self._measure_rate(now_ns)
-        self._measure_lags()
+        self._measure_lags(now_ns)
         if self._declared.is_loader or not self._workers():
             return None
         if self._declared.policy is not Policy.PREDICTIVE:
@@ -183,19 +183,22 @@ class Balance:
             times = {who: time_ns or usual for who, time_ns in times.items()}
         return leases.speeds(times)
 
-    def _measure_lags(self) -> None:
+    def _measure_lags(self, now_ns: int) -> None:
         """Who cannot get a version that others have, a server being out of reach, counts as slow.
 
         It computes nothing meanwhile, so that no slow slot would show, and answers the scheduler.
-        One that does go on may be many rounds behind here, its heartbeat being older; and where
-        slots are at rounds of their own, nothing follows from who is how far.
+        One that does go on may be many rounds behind here, its heartbeat being older, also after a
+        lull in which all were in one round for long: only heartbeats count that came after others
+        had gone on. And where slots are at rounds of their own, nothing follows from who is how
+        far.
         """
         if self._declared.is_asynchronous:
             return
         newest = self._round_seen[0]
         for state in self._workers():
             is_behind = state.beat is not None and 0 < state.beat.round < newest - ROUNDS_APART_MAX
-            state.lag_ns = state.still_ns if is_behind else 0
+            state.left_ns = (state.left_ns or now_ns) if is_behind else 0
+            state.lag_ns = max(0, state.beat_ns - state.left_ns) if is_behind else 0
 
     def _measure_rate(self, now_ns: int) -> None:
         rounds = [state.beat.round for state in self._workers() if state.beat is not None]

@@ -53,12 +53,13 @@ class MemberState:
         Predicted time per slot, 0 while unknown.
     least_ns : int
         The least that this ever was, 0 while unknown.
-    moved_ns : int
-        When it was first heard to be in the round that it is in.
-    still_ns : int
-        For how long its heartbeats have named that round.
+    beat_ns : int
+        When its last heartbeat came.
+    left_ns : int
+        When it was first seen that others have gone on without it from the round that it is in, 0
+        if they have not.
     lag_ns : int
-        How long it has been in one round while others went on without it.
+        For how long after that its heartbeats have named that round.
     facts : Facts or None
         What it last said of where it runs.
     clock_leads_ns : deque of int
@@ -78,8 +79,8 @@ class MemberState:
     is_heard: bool = False
     slot_time_ns: int = 0
     least_ns: int = 0
-    moved_ns: int = 0
-    still_ns: int = 0
+    beat_ns: int = 0
+    left_ns: int = 0
     lag_ns: int = 0
     figures: list[Figure] = field(default_factory=list)
     view_sent_ns: int = 0
@@ -100,11 +101,11 @@ class MemberState:
     def take_beat(self, now_ns: int, beat: Heartbeat) -> None:
         """Take in a heartbeat."""
         if self.beat is None or beat.round != self.beat.round:
-            self.moved_ns, self.lag_ns = now_ns, 0
+            self.left_ns = self.lag_ns = 0
         if beat.facts is not None:
             self.facts = beat.facts
             self.clock_leads_ns.append(beat.facts.clock_ns - now_ns)
-        self.still_ns = now_ns - self.moved_ns
+        self.beat_ns = now_ns
         is_news = self.beat is None or beat.slot_time_ns != self.beat.slot_time_ns
         self.beat = beat
         self.figures = beat.figures or self.figures
