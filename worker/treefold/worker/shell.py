@@ -277,7 +277,7 @@ class WorkerShell:
     def _is_finished(self, known: HyperKnown) -> bool:
         """Whether the script has finished a slot already, which says the same, and is next."""
         of = known.round, known.slot
-        for event, _ in self._events:
+        for event, _ in list(self._events):  # to which the training thread may append meanwhile
             if isinstance(event, SlotFinished) and (event.round, event.slot) == of:
                 return known.table in event.metas
         return False
