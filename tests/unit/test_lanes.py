@@ -26,6 +26,7 @@ from treefold.transport.lanes import Lanes, LaneSettings
 from treefold.transport.outbox import Outbox
 from treefold.transport.sockets import DATA_FRAME_BYTES_MAX, Arrival, Hub
 from treefold.transport.traffic import Traffic, Way
+from treefold.wire.chain import UnitCopy
 from treefold.wire.codec import check_payload, decode
 from treefold.wire.messages import Pulled
 from treefold.wire.segments import SegmentAnswer, SegmentOffer
@@ -452,3 +453,12 @@ def test_a_payload_in_memory_that_is_not_mapped_any_more_is_ignored_and_sent_as_
         assert torch.equal(pair.link.drop(received[0]).payload.tensor, flat)
     assert len(said.messages) == 1
     assert "not mapped here" in said.text
+
+
+@pytest.mark.parametrize("segment", [0, 9])
+def test_a_copy_of_no_slices_has_no_payload(segment: int) -> None:
+    where = (99, 5, 4, 0, 1, 2, 3, -1, 17)
+    nothing = UnitCopy(*where, [], False, b"", 0, 0, 0, Frame(Dtype.FLOAT32, 0, 1.0, segment))
+    with pytest.raises(RemoteProtocolError, match="0 elements in 0 parts"):
+        check_payload(nothing, [] if segment else [0])
+    check_payload(msgspec.structs.replace(nothing, frame=None), [])

@@ -147,7 +147,7 @@ def split_run(count: int, elements: int) -> list[int]:
     """
     full = PART_BLOCKS_MAX * BLOCK_ELEMENTS
     rest = elements - (count - 1) * full
-    if not 0 <= rest <= full or (rest == 0 and count > 1):
+    if count < 1 or not 0 <= rest <= full or (rest == 0 and count > 1):
         text = f"{elements} elements in {count} parts, each of which has at most {full}"
         raise DataError(text)
     return [full] * (count - 1) + [rest]

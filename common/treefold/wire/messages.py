@@ -4,7 +4,7 @@ Structs are positional on the wire: append fields with defaults, never reorder, 
 tag twice. Each struct, its page in ``docs/wire.md`` and its golden bytes change in one commit.
 
 A message with tensor data covers a *run* of adjacent parts of a shard and carries a `Frame` that
-describes it. The bytes follow as one frame per part, or lie in a segment that both sides share.
+describes it. The bytes follow as one frame, or lie in a segment that both sides share.
 """
 
 from typing import Annotated

@@ -114,7 +114,7 @@ class Frame(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Description of a payload: element type and number of elements, all parts of the run together.
 
     A value is an element times ``scale``, rounded to float32 once. ``segment`` is 0 if the bytes
-    follow, one frame per part; otherwise they begin ``offset`` bytes into that shared segment.
+    follow as a frame; otherwise they begin ``offset`` bytes into that shared segment.
     """
 
     dtype: Dtype
