@@ -341,9 +341,6 @@ class ReferenceClient:
             others = range(1, self.job.workers)
             held.update({slot: Leaf(self.job.peer(taken), marks) for slot in others})
 
-    def flush(self) -> None:
-        """Everything has left already."""
-
     def finish_slot(self, task: Task, metas: dict[int, SlotMeta]) -> None:
         """The slot's loop body is over."""
         for number in self.job.trained():

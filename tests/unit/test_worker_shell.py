@@ -1,13 +1,12 @@
-"""What a training thread hands over, and when the thread that sends is woken for it."""
+"""What a training thread hands over to the thread that sends."""
 
-import select
 from collections.abc import Iterator
 
 import pytest
 
 from treefold.common.config import load
 from treefold.common.spec import Hyper
-from treefold.worker.effects import Effect, Event, HyperKnown, Reported, SlotFinished, SlotMeta
+from treefold.worker.effects import Effect, Event, HyperKnown, SlotFinished, SlotMeta
 from treefold.worker.shell import WorkerShell
 
 GROUPS: list[Hyper] = [{"lr": 0.5}]
@@ -31,23 +30,6 @@ class Seen:
         del now_ns
         self.events.append(event)
         return []
-
-
-def is_ringing(shell: WorkerShell) -> bool:
-    return bool(select.select([shell.hub.bell.fileno()], [], [], 0)[0])
-
-
-def test_who_sends_is_woken_once_for_all_that_was_handed_over(shell: WorkerShell) -> None:
-    shell.wake()
-    assert not is_ringing(shell), "there is nothing to send"
-    shell.post(Reported(1, None, []))
-    shell.post(Reported(2, None, []))
-    assert not is_ringing(shell)
-    shell.wake()
-    assert is_ringing(shell)
-    shell.hub.bell.silence()
-    shell.wake()
-    assert not is_ringing(shell), "it has not looked since"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from treefold.common.timeline import Timeline
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
-ALLOCATION_BYTES_MAX = 32 << 20  # larger allocations are rare, and go back when they are freed
+ALLOCATION_BYTES_MAX = 64 << 20  # larger allocations are rare, and go back when they are freed
 HEAP_BYTES = 64 << 20  # what the allocator of a thread asks the system for at once
 SAMPLE_NS = 500_000_000  # as often as a heartbeat by default; more would only cost
 FACTS_SAMPLES = 8  # samples for which what is told of the host counts
@@ -26,20 +26,25 @@ def random_number() -> int:
     return secrets.randbits(62) or 1
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(*, is_received: bool = False) -> None:
     """Let the C allocator keep freed memory instead of giving it back to the system at once.
 
     Otherwise every temporary of a part's size is mapped, zeroed and unmapped anew: 1.3 to 1.5 times
-    the time of an AdamW step of torch; and so is everything that comes by sockets. What a thread of
-    ZeroMQ receives into lies in heaps of its own, and to keep those takes the padding: without it
-    one that is empty goes back whatever the threshold. Does nothing where the C library is not
-    glibc.
+    the time of an AdamW step of torch. Does nothing where the C library is not glibc.
+
+    Parameters
+    ----------
+    is_received : bool
+        Also what threads of ZeroMQ have received into, for those who get a whole model in every
+        round. It lies in heaps of their own, and one that is empty goes back whatever the
+        threshold, unless it is padded.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
         library.mallopt(M_MMAP_THRESHOLD, ALLOCATION_BYTES_MAX)
-        library.mallopt(M_TRIM_THRESHOLD, HEAP_BYTES)
-        library.mallopt(M_TOP_PAD, HEAP_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, ALLOCATION_BYTES_MAX)
+        if is_received:
+            library.mallopt(M_TOP_PAD, HEAP_BYTES)
 
 
 def give_back_freed_memory() -> None:

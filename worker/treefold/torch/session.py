@@ -200,7 +200,6 @@ class Session:
         self.progress.log(name, self.round, value)
         if self.task is None:
             self._report()
-            self.client.flush()
 
     def _report(self) -> None:
         progress = self.progress
@@ -238,7 +237,6 @@ class Session:
                 )
                 raise LocalProtocolError(text)
             table.step()
-            self.client.flush()  # others may wait for it, whatever the loop's body does next
             return
         if self.mode is Mode.UNDECIDED:
             self._begin_loader()

@@ -35,7 +35,6 @@ from treefold.worker.shell import Answer, GiveBack, Settle, Values, WorkerShell,
 if TYPE_CHECKING:
     from treefold.worker.arrivals import Arrivals
 
-LARGE_BYTES = 256 << 10  # of a contribution, whose way takes longer than to wake a thread
 DRAIN_TEXT = "the worker was asked to stop"
 DECLARE_TRIES_MAX = 100  # of copying a first version while the servers go on
 
@@ -255,9 +254,6 @@ class Client:
     def contribute(self, task: Task, where: PartRun, values: Values | None) -> None:
         """Hand over adjacent parts of a slot's contribution; does not wait.
 
-        They leave at once if they are large, and otherwise with the next call or with `flush`: to
-        wake the thread that sends costs more than a few small parts do.
-
         Parameters
         ----------
         task : Task
@@ -282,12 +278,6 @@ class Client:
             where.table, where.part, where.count, task.round, task.slot, (), where.absent
         )
         self._shell.post(event, values)
-        if values is not None and values.flat.nbytes >= LARGE_BYTES:
-            self._shell.wake()
-
-    def flush(self) -> None:
-        """Let what was handed over leave now: this thread may do something else for a while."""
-        self._shell.wake()
 
     def settle_hyper(self, task: Task, table: int, groups: list[Hyper], norm_max: float) -> None:
         """Say what the slot steps with, as soon as that does not change any more.
@@ -308,8 +298,6 @@ class Client:
 
     def finish_slot(self, task: Task, metas: dict[int, SlotMeta]) -> None:
         """Say that the slot's work is over; what it did not contribute counts as absent.
-
-        That leaves with the next call, usually the one for the next slot, or with `flush`.
 
         Parameters
         ----------
@@ -381,7 +369,6 @@ class Client:
         else:
             self._contribute_narrow(task, table, flat)
         self._direct.metas[table] = SlotMeta(groups, 0.0, b"")
-        self.flush()
         return task.round
 
     def _contribute_narrow(self, task: Task, table: int, flat: torch.Tensor) -> None:
@@ -466,7 +453,6 @@ class Client:
             self.leave(Outcome.DRAINED, DRAIN_TEXT)
             raise SystemExit(0)
         self._shell.post(effects.DrainAsked())
-        self._shell.wake()
 
     def leave(self, outcome: Outcome, text: str) -> None:
         """Leave the cluster and close; waits a bounded time. Does nothing if repeated."""

@@ -71,7 +71,7 @@ from treefold.worker.flats import Flats
 from treefold.worker.limits import WorkerLimits
 from treefold.worker.points import POINTS
 
-FRAMED_VERSIONS = 4  # that came by sockets, before memory is kept for those to come
+FRAMED_VERSIONS = 8  # that came by sockets, before memory is kept for those to come
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,15 +188,9 @@ class WorkerShell:
         self._thread.start()
 
     def post(self, event: Event | Settle | GiveBack, values: Values | None = None) -> None:
-        """Give the core an event; ``values`` become its payloads. For the training thread.
-
-        It is looked at when something wakes the thread: `wake`, the next call, or an arrival.
-        """
+        """Give the core an event; ``values`` become its payloads. For the training thread."""
         self._events.append((event, values))
-
-    def wake(self) -> None:
-        """Have what was posted looked at now. For the training thread."""
-        if self._events and not self._is_rung:  # or it has not looked since it was woken
+        if not self._is_rung:  # it has not looked since the last time: that one counts for this
             self._is_rung = True
             self.hub.bell.ring()
 
@@ -207,7 +201,6 @@ class WorkerShell:
         if self._crash is not None:
             return Answer(None, [], self._crash)
         self.post(event)
-        self.wake()
         return answers.get()
 
     def keep_initial(self, table: str, values: torch.Tensor) -> None:
@@ -421,7 +414,7 @@ class WorkerShell:
         if len(self._in_frames) < FRAMED_VERSIONS and any(one.segment is None for one in held):
             self._in_frames[version] = None
             if len(self._in_frames) == FRAMED_VERSIONS:
-                keep_freed_memory()
+                keep_freed_memory(is_received=True)
 
     def _answer(self, call: int, answer: Answer) -> None:
         answers = self._answers.pop(call, None)
