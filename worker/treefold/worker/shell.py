@@ -55,12 +55,10 @@ from treefold.worker.effects import (
     Event,
     Fail,
     FoldPayloads,
-    HyperKnown,
     Initial,
     LoopEnd,
     ReleasePayload,
     Retire,
-    SlotFinished,
     Snapshot,
     StreamBegun,
     StreamsOver,
@@ -261,19 +259,9 @@ class WorkerShell:
             if isinstance(event, GiveBack):
                 self.flats.done(event.flat)
                 continue
-            if isinstance(event, HyperKnown) and self._is_finished(event):
-                continue
             if values is not None and isinstance(event, Contributed):
                 event = msgspec.structs.replace(event, payloads=self._hold(event, values))
             self._loop.feed(event)
-
-    def _is_finished(self, known: HyperKnown) -> bool:
-        """Whether the script has finished a slot already, which says the same, and is next."""
-        of = known.round, known.slot
-        for event, _ in list(self._events):  # to which the training thread may append meanwhile
-            if isinstance(event, SlotFinished) and (event.round, event.slot) == of:
-                return known.table in event.metas
-        return False
 
     def _hold(self, event: Contributed, values: Values) -> tuple[int, ...]:
         """Hold a contribution's values part by part."""
