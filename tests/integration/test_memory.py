@@ -18,6 +18,7 @@ SHARDS = MODEL / 2  # of one server
 WORKER_MAX = MODEL + MODEL + 1.2 * MODEL  # model, gradients, segments
 SERVER_MAX = SHARDS + 2 * SHARDS + 2.2 * SHARDS  # master, AdamW's state, shards
 COUNTED_WITHIN = 2 << 20  # the kernel adds up pages per processor, and tells the sum now and then
+FRAME_BYTES = 4 << 20  # of the first version, which may come by a socket: the frame being copied
 SOCKET_REASON = (
     "on the socket lane a version lies in received frames before it is copied into the model, and "
     "pushed gradients lie beside both versions"
@@ -103,7 +104,7 @@ def test_a_worker_needs_model_and_gradients_and_little_more(
         request.applymarker(pytest.mark.xfail(reason=SOCKET_REASON))
     # The first gradients travel as bytes where a server answers late that it has mapped their
     # memory; that is seen in one of the two now and then, and bounded below.
-    assert min(peaks.workers) <= WORKER_MAX + COUNTED_WITHIN, of(peaks)
+    assert min(peaks.workers) <= WORKER_MAX + COUNTED_WITHIN + FRAME_BYTES, of(peaks)
 
 
 def test_a_server_needs_master_and_state_and_two_versions_of_its_shards(
