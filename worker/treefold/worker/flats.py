@@ -59,8 +59,9 @@ class Flats:
             return self._new(elements)
 
     def _new(self, elements: int) -> torch.Tensor:
-        self.made += 1
-        return self._lanes.allocate(elements)
+        flat = self._lanes.allocate(elements)
+        self.made += 1  # last: whoever sees this offers what is there, once
+        return flat
 
     def use(self, flat: torch.Tensor, count: int) -> None:
         """``count`` payloads lie in this buffer, beside those that do already."""
