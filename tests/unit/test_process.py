@@ -43,7 +43,6 @@ thread = threading.Thread(target=receive)  # as ZeroMQ's, which has memory of it
 thread.start()
 thread.join()
 """
-PAGES = 100 << 20 >> 12
 
 
 def faults(how: str) -> list[int]:
@@ -56,9 +55,8 @@ def faults(how: str) -> list[int]:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
 def test_what_was_received_into_is_used_again_and_not_mapped_anew() -> None:
     first, *others = faults("kept")
-    assert first >= PAGES
-    assert max(others) < PAGES / 100
-    assert min(faults("given back")) > PAGES / 4, "the control shows nothing"
+    assert 20 * max(others) <= first
+    assert min(faults("given back")) > 10 * max(1, *others), "the control shows nothing"
 
 
 def test_a_worker_keeps_it_once_versions_come_by_sockets_and_not_for_the_first_ones(
