@@ -32,13 +32,17 @@ TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-2}  # shares of the largest parame
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One work: keys of `SHAPES`, `OPTIMIZERS` and `WIRES`, and how many take part."""
+    """One work: keys of `SHAPES`, `OPTIMIZERS` and `WIRES`, and how many take part.
+
+    With ``in_place`` workers of treefold use parameters where servers keep them.
+    """
 
     shape: str = "standard"
     optimizer: str = "sgd"
     wire: str = "float32"
     workers: int = 2
     servers: int = 2
+    in_place: bool = False
 
     @property
     def sizes(self) -> list[int]:

@@ -44,6 +44,7 @@ def main() -> None:
     # Any, since whether there is such a keyword depends on this treefold.
     options: dict[str, Any] = {} if work.wire == "float32" else {"wire": work.wire}
     inner = work.make_optimizer(list(model.parameters()))
+    options["in_place"] = work.in_place
     optimizer = ps.DistributedOptimizer(inner, model, **options)
     member = Member(Link(path, "player", ps.rank()))
     model(work.gradient(ps.rank()), work.sizes).backward()

@@ -3,7 +3,8 @@
     python -m bench.dense [--shape standard|small] [--optimizer sgd|adamw]
                           [--wire float32|bfloat16] [--workers 2] [--servers 2]
                           [--windows 5] [--steps 20] [--launches 1]
-                          [--contenders "floor,lean floor,gloo,rpc,zmq tcp,zmq ipc,shared,tcp,ipc"]
+                          [--contenders "floor,lean floor,gloo,rpc,zmq tcp,zmq ipc,
+                                         shared,in place,tcp,ipc"]
     python -m bench.dense --all
 
 Run from the root of the repository. The work is that of `bench._dense_work`: 25 million float32
@@ -14,7 +15,8 @@ parameters, gradients ready, synchronous steps. The contenders, each in processe
 - ``gloo``: ``torch.distributed`` all-reduce of one flat tensor, then a local step;
 - ``rpc``: a parameter server on ``torch.distributed.rpc``;
 - ``zmq tcp``, ``zmq ipc``: a bare ZeroMQ program that moves the same bytes;
-- ``shared``, ``tcp``, ``ipc``: treefold under ``treefold run``, by its lane.
+- ``shared``, ``tcp``, ``ipc``: treefold under ``treefold run``, by its lane;
+- ``in place``: as ``shared``, with parameters used where servers keep them.
 
 They stay, and take their windows in turns; ``--launches`` starts all anew so many times, since one
 launch can be luckier than another. Everybody's final parameters are compared with torch's
@@ -58,7 +60,7 @@ from treefold.worker.machine import processors
 
 BOUNDS = {"tcp": "zmq tcp", "ipc": "zmq ipc"}
 PEERS = ("floor", "lean floor", "gloo", "rpc", "zmq tcp", "zmq ipc")
-OURS = ("shared", "tcp", "ipc")
+OURS = ("shared", "in place", "tcp", "ipc")
 COLUMNS = ("floor", "lean floor", "gloo", "zmq")
 STANDARD = Work()
 VARIATIONS = (
@@ -98,6 +100,9 @@ def makers(work: Work, folder: str) -> dict[str, Callable[[], Contender]]:
         "zmq tcp": lambda: bare_zmq(work, "tcp", folder),
         "zmq ipc": lambda: bare_zmq(work, "ipc", folder),
         "shared": lambda: treefold(work, "shared", {"transport": "ipc"} | lane_flags("auto")),
+        "in place": lambda: treefold(
+            replace(work, in_place=True), "in place", {"transport": "ipc"} | lane_flags("auto")
+        ),
         "tcp": lambda: treefold(work, "tcp", {"transport": "tcp"} | lane_flags("socket")),
         "ipc": lambda: treefold(work, "ipc", {"transport": "ipc"} | lane_flags("socket")),
     }
@@ -213,7 +218,9 @@ def main() -> None:
     torch.set_num_threads(1)
     effort = Effort(options.windows, options.steps, options.launches)
     if not options.all:
-        work = Work(**{key: getattr(options, key) for key in asdict(STANDARD)})
+        work = Work(
+            **{key: getattr(options, key) for key in asdict(STANDARD) if hasattr(options, key)}
+        )
         print_document(measure(work, names, effort))
         return
     found = [
@@ -228,6 +235,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     choices = {"shape": tuple(SHAPES), "optimizer": OPTIMIZERS, "wire": WIRES}
     for key, value in asdict(STANDARD).items():
+        if key == "in_place":
+            continue  # a contender of its own
         made.add_argument(f"--{key}", type=type(value), default=value, choices=choices.get(key))
     made.add_argument("--windows", type=int, default=WINDOWS_MIN)
     made.add_argument("--steps", type=int, default=20, help="of each window")

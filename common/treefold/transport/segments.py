@@ -69,6 +69,7 @@ class Segment:
     __slots__ = (
         "_file",
         "_inode",
+        "_memory",
         "_typed",
         "address",
         "body",
@@ -86,6 +87,7 @@ class Segment:
         self.pid = offer.pid
         self._file = file
         self._inode = inode
+        self._memory = memory
         if file is None:
             whole = read_only(memory, torch.uint8)
         else:
@@ -109,6 +111,25 @@ class Segment:
             with torch.inference_mode(mode=self._file is None):
                 known = self._typed[dtype] = self.body[:end].view(dtype)
         return known
+
+    def window(self, offset: int, elements: int) -> torch.Tensor:
+        """Values in the body that autograd may compute with, float32 [elements].
+
+        Parameters
+        ----------
+        offset : int
+            Where they begin, in bytes.
+        elements : int
+            How many, above 0.
+
+        Returns
+        -------
+        Tensor
+            Keeps the memory mapped, and has a storage of nothing but these values. In a peer's
+            segment whoever writes to it ends the process (SIGSEGV).
+        """
+        at = PAGE + offset
+        return torch.frombuffer(self._memory, dtype=torch.float32, offset=at, count=elements)
 
     def is_open(self) -> bool:
         """Whether the owner still has it: not if it died, also when its number is used again."""

@@ -16,6 +16,7 @@ from treefold.transport.carrier import Carrier
 from treefold.transport.segments import announce
 
 BUFFERS = 2
+ALIGNED = 16  # values: buffers begin at multiples of 64 bytes, as tensors do
 
 
 class Published:
@@ -55,15 +56,15 @@ class Published:
         self.urgent = [n for n, part in enumerate(parts) if layout.has_buffers(*part)]
         self._parts = parts
         self._elements = elements = max(0, parts[-1][1] - parts[0][0])
-        count = 1 if is_constant else BUFFERS
+        count, step = 1 if is_constant else BUFFERS, -(-elements // ALIGNED) * ALIGNED
         is_shared &= elements > 0
-        self._segment = carrier.lanes.create(count * elements * 4) if is_shared else None
+        self._segment = carrier.lanes.create(count * step * 4) if is_shared else None
         if self._segment is None:
-            flat = torch.empty(count * elements)
+            flat = torch.empty(count * step)
         else:
             self._segment.words.fill_(-1)
             flat = self._segment.body.view(torch.float32)
-        self._buffers = [flat[n * elements : (n + 1) * elements] for n in range(count)]
+        self._buffers = [flat[n * step : n * step + elements] for n in range(count)]
         self._views = [self._cut(buffer) for buffer in self._buffers]
         self._versions: dict[int, list[torch.Tensor]] = {}
 

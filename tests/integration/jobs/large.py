@@ -1,12 +1,13 @@
 """A model of eight million parameters, with stops before it is made and after the last round.
 
 Everything that a process needs once, such as kernels that are loaded when they are first used, has
-been used before the first stop.
+been used before the first stop. Prints how much private memory the last loop body had beyond that.
 """
 
 import argparse
 import sys
 import threading
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -38,22 +39,35 @@ def warm_up() -> None:
     model(torch.randn(BATCH, 64)).square().mean().backward()
 
 
+def private_bytes() -> int:
+    """Resident memory of this process that is neither shared nor of a file."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    [line] = [line for line in text.splitlines() if line.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024
+
+
 def main() -> None:
     """The plain loop, between two stops."""
     parser = argparse.ArgumentParser()
     parser.add_argument("first")
     parser.add_argument("last")
+    parser.add_argument("--in-place", action="store_true")
     chosen = parser.parse_args()
     warm_up()
+    before = private_bytes()
     stop("before", chosen.first)
     torch.manual_seed(3)
     model = network(WIDTH)
-    optimizer = ps.DistributedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-4), model)
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = ps.DistributedOptimizer(inner, model, in_place=chosen.in_place)
     dataset = torch.utils.data.TensorDataset(torch.randn(BATCH * ROUNDS, WIDTH))
+    within = 0
     for (inputs,) in ps.batches(dataset, batch_size=BATCH):
         optimizer.zero_grad()
         model(inputs).square().mean().backward()
         optimizer.step()
+        within = private_bytes() - before
+    sys.stdout.write(f"within {within}\n")
     stop("after", chosen.last)
 
 

@@ -1,8 +1,10 @@
 """A job whose model has many parts, tied, checkpointed, unused and strangely used parameters.
 
-At the end the worker prints which rounds began before all of their parts were here, and a hash
-of every parameter and buffer. With ``--withhold`` the second layer is lost, time and again, until
-the forward of the first one has run with that version.
+At the end the worker prints in how many places a parameter lay, which rounds began before all of
+their parts were here, and a hash of every parameter and buffer. With ``--linger`` the worker of
+rank 1 stays in a loop body until servers have overwritten what it computes with. With
+``--withhold`` the second layer is lost, time and again, until the forward of the first one has run
+with that version. With ``--write`` a loop body writes to a parameter.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import copy
 import hashlib
 import sys
 import threading
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -111,6 +114,20 @@ def use_otherwise(model: Net, number: int) -> None:
         assert torch.equal(twin.lent.weight, model.lent.weight)
 
 
+def linger() -> bool:
+    """Wait until the version that this body computes with is gone; once is enough."""
+    while not session.current().client.is_void:
+        time.sleep(0.005)
+    say("overwritten")
+    return False
+
+
+def write(model: Net) -> None:
+    """Do what is forbidden."""
+    with torch.no_grad():
+        model.lent.weight.add_(1.0)
+
+
 def say(text: str) -> None:
     """Print at once."""
     sys.stdout.write(f"{text}\n")
@@ -125,18 +142,27 @@ def train(chosen: argparse.Namespace) -> None:
     model = Net()
     trained = [one for one in model.parameters() if one.requires_grad]
     inner = torch.optim.AdamW(trained, lr=1e-3)
-    optimizer = ps.DistributedOptimizer(inner, model, overlap=OVERLAPS[chosen.overlap])
+    optimizer = ps.DistributedOptimizer(
+        inner, model, overlap=OVERLAPS[chosen.overlap], in_place=chosen.in_place
+    )
     decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     withheld = Withheld(model) if chosen.withhold else None
     early: dict[int, None] = {}
+    places: dict[int, None] = {}
     number = 0
     dataset = torch.utils.data.TensorDataset(x, y)
     for epoch in range(EPOCHS):
         for inputs, targets in ps.batches(dataset, batch_size=BATCH_SIZE, epoch=epoch):
             if isinstance(model.lent.weight, AwaitedParameter):
                 early[ps.round()] = None
+            else:
+                places[model.lent.weight.data_ptr()] = None
             if withheld is None:
                 use_otherwise(model, number)
+            if chosen.linger and ps.rank() == 1 and len(places) == 2:  # by now in a server's
+                chosen.linger = linger()
+            if chosen.write and len(places) == 2:
+                write(model)
             number += 1
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(inputs), targets)
@@ -149,6 +175,7 @@ def train(chosen: argparse.Namespace) -> None:
     hashed = hashlib.sha256()
     for name, value in sorted(ps.state_dict().items()):
         hashed.update(name.encode() + value.numpy().tobytes())
+    say(f"places {len(places)}")
     say(f"early {','.join(map(str, early))} lost {withheld.lost if withheld else 0}")
     say(f"final {hashed.hexdigest()}")
 
@@ -156,6 +183,9 @@ def train(chosen: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--overlap", choices=OVERLAPS, default="true")
+    parser.add_argument("--in-place", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--linger", action="store_true")
     parser.add_argument("--withhold", action="store_true")
     ps.init()
     train(parser.parse_args())

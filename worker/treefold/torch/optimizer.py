@@ -37,6 +37,7 @@ class OptimizerOptions(TypedDict, total=False):
     compensation: str | DCASGD | None
     health: str | Health | None
     aggregation: AggregationChoice | None
+    in_place: bool
 
 
 class DistributedOptimizer(Optimizer):
@@ -98,6 +99,12 @@ class DistributedOptimizer(Optimizer):
         of each coordinate; or another rule that stands some bad ones. All but the mean leave out
         gradients that are not finite, count slots alike however many samples they have, and need
         ``"sync"``.
+    in_place : bool
+        Whether a loop body may use float32 parameters on the CPU where a server of this host keeps
+        them, in memory that can only be read, which spares a copy of the model and the time for it.
+        Each round they lie elsewhere: whatever else was made to share a parameter's memory shares
+        it no more, and whoever writes to a parameter in a loop body, or calls in-place operations
+        on its ``.data``, ends the process (SIGSEGV). Parameters are waited for as a whole then.
 
     Raises
     ------
@@ -160,6 +167,7 @@ class DistributedOptimizer(Optimizer):
             wire,
             consistency,
             guard,
+            options.get("in_place", False),
         )
         owned = Owned(optimizer, self, model)
         table = Table(job.client, owned, bound, chosen)

@@ -208,7 +208,11 @@ class Session:
     def _load(self, reply: Task | LoopEnd) -> bool:
         """Load new versions; False if the servers overwrote one while it was read."""
         by_number = {table.number: table for table in self.tables}
-        loaded = [by_number[snapshot.table].load(snapshot) for snapshot in reply.snapshots]
+        is_for_body = isinstance(reply, Task)
+        loaded = [
+            by_number[snapshot.table].load(snapshot, is_for_body=is_for_body)
+            for snapshot in reply.snapshots
+        ]
         return all(loaded)
 
     def _note_slot(self, task: Task) -> None:
@@ -462,6 +466,7 @@ def _leave(outcome: Outcome, text: str) -> None:
     job.progress.watch.remove()
     for table in job.tables:
         table.forget()
+        table.take_back()
         table.pushing.close()
     PINS.release()
     job.client.leave(outcome, text)

@@ -56,6 +56,7 @@ class TableOptions:
     wire: Dtype = Dtype.FLOAT32
     consistency: Consistency = SYNC
     guard: Guard = UNGUARDED
+    is_in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,9 @@ class Table:
         snapshot = client.declare(spec, flat_values(self._tensors, starts, elements), record)
         self.number = snapshot.table
         self.parameters = [_parameter(tensor) for tensor in bound.parameters]
-        self._values = ModelValues(self.parameters, self.layout, self._pieces)
+        self._values = ModelValues(
+            self.parameters, self.layout, self._pieces, is_in_place=options.is_in_place
+        )
         give_back_freed_memory()  # what the parameters lay in before
         names = [tensor.name for tensor in bound.parameters]
         overlap = options.overlap
@@ -164,7 +167,7 @@ class Table:
         self._awaiting: Awaiting | None = None
         flat = self._values.flat
         can_wait = overlap is OverlapMode.BOTH and can_be_awaited(owned.model, self.parameters)
-        if can_wait and flat is not None:
+        if can_wait and not options.is_in_place and flat is not None:
             self._awaiting = Awaiting(owned.model, self.parameters, self.layout, flat)
         self.load(snapshot)
         self._give_buffers()
@@ -177,13 +180,15 @@ class Table:
         """Whether a loop body can begin while parameters are still on their way."""
         return self._awaiting is not None
 
-    def load(self, snapshot: Snapshot) -> bool:
+    def load(self, snapshot: Snapshot, *, is_for_body: bool = False) -> bool:
         """Take in a version: parameters at once, buffers and schedulers when the next slot begins.
 
         Parameters
         ----------
         snapshot : Snapshot
             Of this table; released afterwards.
+        is_for_body : bool
+            Whether a loop body follows, for which parameters may stay where they are.
 
         Returns
         -------
@@ -191,19 +196,22 @@ class Table:
             False if it was overwritten while it was read: what was loaded is of no use.
         """
         with self._client.spent.on("pull"):
-            self._take(snapshot)
+            self._take(snapshot, is_for_body=is_for_body)
         self._versions = [parameter._version for parameter in self.parameters]
         is_torn = snapshot.arrivals is not None and snapshot.arrivals.is_torn
         is_intact = snapshot.is_intact and not is_torn
         snapshot.release()
         return is_intact
 
-    def _take(self, snapshot: Snapshot) -> None:
+    def _take(self, snapshot: Snapshot, *, is_for_body: bool) -> None:
         if self._awaiting is not None and snapshot.arrivals is not None:
             self._awaiting.begin(snapshot.arrivals, self._take_buffers)
         else:
             self.forget()
-            self._values.load(snapshot)
+            if is_for_body and self._values.lend(snapshot):
+                self._client.borrow(snapshot)
+            else:
+                self._values.load(snapshot)
             for start, stop, values in snapshot.parts:
                 self._take_buffers(start, stop, values)
         self.norm = None if math.isnan(snapshot.norm) else snapshot.norm
@@ -233,6 +241,10 @@ class Table:
         """Wait for nothing any more: what is still on its way is not needed."""
         if self._awaiting is not None:
             self._awaiting.forget()
+
+    def take_back(self) -> None:
+        """Give the parameters memory of their own, since this worker leaves."""
+        self._values.take_back()
 
     # ---- loops and slots -------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from treefold.common.layout import Layout, Piece
 from treefold.torch import streams
+from treefold.torch.in_place import InPlace
 from treefold.torch.inward import Inward
 from treefold.worker.handed import Snapshot
 
@@ -29,25 +30,57 @@ class ModelValues:
         Its flat space.
     pieces : callable
         ``Layout.pieces``, possibly remembered.
+    is_in_place : bool
+        Whether `lend` may make them views of servers' memory.
 
     Attributes
     ----------
     flat : Tensor [elements of the parameters], or None
-        What they are views of, if they are alike.
+        What they are views of, if they are alike and not lent.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], layout: Layout, pieces: Pieces) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        layout: Layout,
+        pieces: Pieces,
+        *,
+        is_in_place: bool = False,
+    ) -> None:
         self._parameters = list(parameters)
+        self._layout = layout
         self._pieces = pieces
         self.flat: Tensor | None = None
         if self._parameters and _are_alike(self._parameters):
-            last = len(self._parameters) - 1
-            self.flat = _gather(self._parameters, layout.starts, layout.sizes[last])
+            self.flat = self._gather()
         port = None if self.flat is None else streams.port_of([self.flat])
         self._inward = None if port is None else Inward(port)
+        can_be = self.flat is not None and self.flat.is_cpu and self.flat.dtype == torch.float32
+        self._in_place = InPlace(self._parameters, layout) if is_in_place and can_be else None
+
+    def lend(self, snapshot: Snapshot) -> bool:
+        """Make the parameters views of where a version lies, for a loop body.
+
+        Returns
+        -------
+        bool
+            False, and nothing is done, if that was not asked for or cannot be.
+        """
+        if self._in_place is None or not self._in_place.load(snapshot):
+            return False
+        self.flat = None
+        torch.autograd.graph.increment_version(self._parameters)
+        return True
+
+    def take_back(self) -> None:
+        """Give the parameters memory of their own again, with the values that they have."""
+        if self._in_place is not None and self._in_place.is_used:
+            self.flat = self._gather()
+            self._in_place.leave()
 
     def load(self, snapshot: Snapshot) -> None:
         """Write a version into the parameters, through autograd's sight but not into its graph."""
+        self.take_back()
         if self.flat is None:
             copy_parameters(snapshot, self._pieces, self._parameters)
             return
@@ -64,6 +97,18 @@ class ModelValues:
             if start < end:
                 flat[start : min(stop, end)].copy_(values[: end - start])
 
+    def _gather(self) -> Tensor:
+        """Make the parameters views of one new flat tensor, with the values that they have."""
+        first, starts = self._parameters[0], self._layout.starts
+        last = len(self._parameters) - 1
+        end = starts[last] + self._layout.sizes[last]
+        flat = torch.zeros(end, dtype=first.dtype, device=first.device)
+        for parameter, start in zip(self._parameters, starts, strict=False):
+            own = flat[start : start + parameter.numel()].view(parameter.shape)
+            own.copy_(parameter.detach())
+            parameter.data = own
+        return flat
+
 
 def _are_alike(parameters: Sequence[nn.Parameter]) -> bool:
     first = parameters[0]
@@ -71,18 +116,6 @@ def _are_alike(parameters: Sequence[nn.Parameter]) -> bool:
         one.dtype == first.dtype and one.device == first.device and one.is_contiguous()
         for one in parameters
     )
-
-
-def _gather(parameters: Sequence[nn.Parameter], starts: Sequence[int], last_size: int) -> Tensor:
-    """Make parameters views of one new flat tensor, with the values that they have."""
-    first = parameters[0]
-    end = starts[len(parameters) - 1] + last_size
-    flat = torch.zeros(end, dtype=first.dtype, device=first.device)
-    for parameter, start in zip(parameters, starts, strict=False):
-        own = flat[start : start + parameter.numel()].view(parameter.shape)
-        own.copy_(parameter.detach())
-        parameter.data = own
-    return flat
 
 
 def copy_parameters(snapshot: Snapshot, pieces: Pieces, parameters: Sequence[nn.Parameter]) -> None:

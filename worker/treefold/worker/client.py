@@ -27,7 +27,7 @@ from treefold.worker import effects, machine
 from treefold.worker.checks import check, check_groups, check_run, table_of
 from treefold.worker.effects import SlotMeta
 from treefold.worker.flats import Flats
-from treefold.worker.handed import Direct, LoopEnd, PartRun, Snapshot, Task
+from treefold.worker.handed import Borrowed, Direct, LoopEnd, PartRun, Snapshot, Task
 from treefold.worker.pulls import PartRange, Table
 from treefold.worker.sampled import Sampled
 from treefold.worker.shell import Answer, GiveBack, Settle, Values, WorkerShell, snapshot_of
@@ -67,6 +67,7 @@ class Client:
         self._waits_for, self._task_ns, self._pushed_ns, self._lent_in, self._base = "", 0, 0, -1, 0
         self._scratches: list[torch.Tensor] = []
         self._streams: list[Arrivals] = []
+        self._borrowed = Borrowed()
         self._shell.start()
 
     def join(self) -> None:
@@ -198,7 +199,8 @@ class Client:
         SystemExit
             The process was asked to stop and has left the cluster.
         """
-        return self._next_task(any(one.is_torn for one in self._streams), is_streaming)
+        is_torn = self._borrowed.is_torn or any(one.is_torn for one in self._streams)
+        return self._next_task(is_torn, is_streaming)
 
     def next_task_anew(self) -> Task | LoopEnd:
         """Do as `next_task` after a snapshot was not intact: begin with the newest version."""
@@ -206,8 +208,19 @@ class Client:
 
     @property
     def is_void(self) -> bool:
-        """Whether the slot in hand does not count: its version did not come to its end."""
+        """Whether the slot in hand does not count: its version did not come, or stay, whole."""
+        return self._is_given_up or self._borrowed.is_torn
+
+    @property
+    def _is_given_up(self) -> bool:
         return any(arrivals.is_void for arrivals in self._streams)
+
+    def borrow(self, snapshot: Snapshot) -> None:
+        """Say that the slot in hand computes with a version where it lies.
+
+        If it is overwritten meanwhile the slot `is_void`.
+        """
+        self._borrowed.add(snapshot)
 
     def _next_task(self, is_torn: bool, is_streaming: bool = False) -> Task | LoopEnd:
         newest: dict[int, Snapshot] = {}
@@ -220,6 +233,7 @@ class Client:
             newest |= {item.snapshot.table: snapshot_of(item) for item in answer.tensors}
             snapshots = list(newest.values())
             if snapshots or is_torn:
+                self._borrowed.give_back(newest)
                 self._streams = [one.arrivals for one in snapshots if one.arrivals is not None]
             if isinstance(answer.value, effects.LoopEnd):
                 if answer.value.is_draining:
@@ -269,7 +283,7 @@ class Client:
         DataError
             There is no such table or part, or the values are not what it holds.
         """
-        if self.is_void:
+        if self._is_given_up:
             return
         check_run(where, self.parts(where.table), None if values is None else values.flat)
         if values is not None and values.owner is None:
@@ -293,7 +307,7 @@ class Client:
         norm_max : float
             Limit of the global gradient norm, 0 for none.
         """
-        if task.slot == 0 and not self.is_void:
+        if task.slot == 0 and not self._is_given_up:
             self._shell.post(effects.HyperKnown(table, task.round, task.slot, groups, norm_max))
 
     def finish_slot(self, task: Task, metas: dict[int, SlotMeta]) -> None:

@@ -1,5 +1,6 @@
 """What a client hands to its training thread, and takes from it: versions, slots, runs of parts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +70,31 @@ class Snapshot:
         """Let go of the received buffers; the snapshot is empty afterwards."""
         self.parts.clear()
         self.segments.clear()
+
+
+class Borrowed:
+    """Versions that a slot computes with where they lie, in servers' memory."""
+
+    def __init__(self) -> None:
+        self._by_table: dict[int, tuple[int, list[Segment]]] = {}
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Compute with this version; the snapshot may be released."""
+        self._by_table[snapshot.table] = snapshot.version, list(snapshot.segments)
+
+    def give_back(self, tables: Iterable[int]) -> None:
+        """These tables have other versions now."""
+        for table in tables:
+            self._by_table.pop(table, None)
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether one was overwritten; then others have done this worker's part of the round."""
+        return not all(
+            holds(segment, version)
+            for version, segments in self._by_table.values()
+            for segment in segments
+        )
 
 
 @dataclass(frozen=True, slots=True)
