@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from treefold.common.errors import DataError, UnsupportedError
+from treefold.common.kernels import Compiler, Kernels
 from treefold.common.spec import WIRES, Dtype
 
 TORCH_DTYPES = {
@@ -104,13 +105,19 @@ class Payload(NamedTuple):
 class Folder:
     """The addition of two sibling nodes. Belongs to one thread.
 
+    Parameters
+    ----------
+    compiler : Compiler, optional
+        Makes it faster after a while, with the same bits.
+
     Notes
     -----
     Has a buffer of one part, so that a fold allocates nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compiler: Compiler | None = None) -> None:
         self._buffer = torch.empty(0)
+        self._compiler = compiler
 
     def fold(self, left: Payload, right: Payload, out: Tensor) -> None:
         """Write ``left + right`` to ``out``: the sum of two sibling nodes, always in this order.
@@ -128,6 +135,51 @@ class Folder:
         DataError
             If shapes or dtypes differ, or ``out`` is a received frame; nothing is written then.
         """
+        self._check(left, right, out)
+        if left.scale == 1.0 and right.scale == 1.0:
+            torch.add(left.tensor, right.tensor, out=out)
+        elif (kernels := self._kernels_for(left, right, out)) is not None:
+            kernels.fold(*left, *right, out)
+        elif left.scale == 1.0:
+            torch.add(left.tensor, self._product(right), out=out)
+        elif right.scale == 1.0:
+            torch.add(self._product(left), right.tensor, out=out)
+        else:
+            product = self._product(right)
+            torch.mul(left.tensor, left.scale, out=out)
+            out.add_(product)
+
+    def fold_measured(
+        self, left: Payload, right: Payload, out: Tensor, block: int
+    ) -> tuple[list[float], list[float]] | None:
+        """Do as `fold`, and sum the squares of both nodes, not scaled, block by block.
+
+        Returns
+        -------
+        (list of float, list of float) or None
+            As `treefold.common.kernels.Kernels.fold_measured` has them. None, and nothing is done,
+            if there is no faster way than one after the other.
+        """
+        self._check(left, right, out)
+        kernels = self._kernels_for(left, right, out)
+        if kernels is None or out.data_ptr() == left.tensor.data_ptr():
+            return None
+        return kernels.fold_measured(left, right, out, block)
+
+    def _kernels_for(self, left: Payload, right: Payload, out: Tensor) -> Kernels | None:
+        """Compiled kernels, if they are there and can do it."""
+        compiler = self._compiler
+        if compiler is None:
+            return None
+        tensors = left.tensor, right.tensor, out
+        if compiler.kernels is None:
+            compiler.count(out.numel())
+            return None
+        is_plain = all(one.dtype == torch.float32 and one.is_contiguous() for one in tensors)
+        is_apart = out.data_ptr() != right.tensor.data_ptr()
+        return compiler.kernels if is_plain and is_apart else None
+
+    def _check(self, left: Payload, right: Payload, out: Tensor) -> None:
         for tensor in (left.tensor, right.tensor):
             if out.dtype not in NODE_DTYPES or not _is_like(tensor, out):
                 text = (
@@ -137,16 +189,6 @@ class Folder:
                 raise DataError(text)
         if out.is_inference():
             raise DataError("a fold would write to a received frame: give it a buffer as `out`")
-        if left.scale == 1.0 and right.scale == 1.0:
-            torch.add(left.tensor, right.tensor, out=out)
-        elif left.scale == 1.0:
-            torch.add(left.tensor, self._product(right), out=out)
-        elif right.scale == 1.0:
-            torch.add(self._product(left), right.tensor, out=out)
-        else:
-            product = self._product(right)
-            torch.mul(left.tensor, left.scale, out=out)
-            out.add_(product)
 
     def _product(self, payload: Payload) -> Tensor:
         elements = payload.tensor.numel()

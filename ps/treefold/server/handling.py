@@ -51,6 +51,11 @@ class Handling:
             self._combine(effect)
         return []
 
+    def is_all_parameters(self, effect: ComputeProducts) -> bool:
+        """Whether a part has neither buffers nor gaps, so that all of it is measured."""
+        state, products = self._of((effect.table, effect.shard))
+        return products.is_all_parameters(state.parts[effect.part])
+
     def _of(self, key: tuple[int, int]) -> tuple[ShardState, Products]:
         """A shard, and what measures it."""
         state, products = self._products.get(key, (None, None))

@@ -57,6 +57,11 @@ class Products:
         """Where the buffers of a part are, as positions in it."""
         return self._pieces(part)[1]
 
+    def is_all_parameters(self, part: Range) -> bool:
+        """Whether there are neither buffers nor gaps in a part."""
+        blocks, _ = self._pieces(part)
+        return sum(high - low for block in blocks for low, high in block) == part[1] - part[0]
+
     def _squares(self, part: Range, tensor: Tensor | None) -> list[float]:
         blocks, buffers = self._pieces(part)
         if tensor is None:

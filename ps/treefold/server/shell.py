@@ -16,7 +16,7 @@ from treefold.common.audit import Audit
 from treefold.common.config import Settings
 from treefold.common.errors import AuthError, DataError, UnsupportedError
 from treefold.common.failpoints import arm
-from treefold.common.fold import Folder, Payload
+from treefold.common.fold import Payload
 from treefold.common.log import logger
 from treefold.common.optim import spare_compiler
 from treefold.common.process import (
@@ -26,7 +26,7 @@ from treefold.common.process import (
     keep_freed_memory,
     random_number,
 )
-from treefold.common.spec import Dtype, Rule
+from treefold.common.spec import Dtype, Rule, TableSpec
 from treefold.common.unit_state import UnitState, decode_header, encode_header, flat_elements
 from treefold.server.core import ServerCore
 from treefold.server.delays import Delays
@@ -35,6 +35,7 @@ from treefold.server.effects import (
     CloseShard,
     ComputeDigest,
     ComputeNorm,
+    ComputeProducts,
     Connect,
     CopyUnit,
     CorrectParts,
@@ -62,6 +63,7 @@ from treefold.server.effects import (
     UnitCopied,
 )
 from treefold.server.figures import ServerTally
+from treefold.server.folding import Folding
 from treefold.server.handling import Handling, HandlingWork
 from treefold.server.limits import ServerLimits
 from treefold.server.points import POINTS
@@ -135,7 +137,6 @@ class ServerShell:
         self._loop.points = POINTS
         self._pool = BufferPool()
         self._widened: list[torch.Tensor] = []
-        self._folder = Folder()
         self._states: dict[tuple[int, int], ShardState] = {}
         self._handling = Handling(self._carrier, self._pool, self._states)
         self._delays: dict[tuple[int, int], Delays] = {}
@@ -145,6 +146,7 @@ class ServerShell:
         self._halt: Halt | None = None
         self._figures = ProcessFigures()
         self._spent = Spent()
+        self._folding = Folding(self._carrier, self._pool, self._handling, self._spent)
         self._log = logger("server")
         self._is_drain_asked = self._is_named = False
         body = Body(self._core.membership, self._carrier, self._spent)
@@ -200,15 +202,17 @@ class ServerShell:
             case Send():
                 return self._send(effect)
             case ReleasePayload(payload):
-                self._release(payload)
-            case FoldPayloads(left, right):
+                events = self._folding.settle([payload])
+                self._folding.release(payload)
+                return events
+            case FoldPayloads():
                 self._outbox.flush()  # nobody is to wait for what is ready while this is at work
-                with self._spent.on("fold"):
-                    self._fold(left, right)
+                return self._folding.fold(effect)
             case CloseShard(table, shard):
                 del self._states[table, shard]
                 self._delays.pop((table, shard), None)
                 self._files.close((table, shard))
+                self._folding.forget(table, shard)
                 del self._published[table, shard]
             case SaveShard() | RestoreShard():
                 return [*self._files.begin(effect, self._states[effect.table, effect.shard])]
@@ -286,27 +290,11 @@ class ServerShell:
         else:
             self._outbox.send(server, None, message)
 
-    def _fold(self, left: int, right: int) -> None:
-        one, other = self._carrier.held(left), self._carrier.held(right)
-        out = one.owner
-        if out is None:
-            tensor = one.payload.tensor
-            out = self._pool.take(tensor.numel(), tensor.dtype)
-        self._folder.fold(one.payload, other.payload, out)
-        self._carrier.put(left, Held(Payload(out), out))
-        self._release(right)
-
-    def _release(self, payload: int) -> None:
-        owner = self._carrier.drop(payload).owner
-        if owner is not None:
-            self._pool.give(owner)
-
     def _guarded(self, effect: TensorWork) -> list[Event]:
         """Tensor work that may find that what the job asks for cannot be done."""
         try:
             if isinstance(effect, HandlingWork):
-                with self._spent.on("health"):
-                    return self._handling.perform(effect)
+                return self._handle(effect)
             if isinstance(effect, OpenShard):
                 self._open(effect)
             elif isinstance(effect, ComputeNorm):
@@ -321,10 +309,21 @@ class ServerShell:
             elif isinstance(effect, CorrectParts | ScaleParts):
                 self._revise(effect)
             else:
+                events = self._folding.settle(ready.root for ready in effect.parts)
                 self._make(effect)
+                return events
         except (DataError, UnsupportedError) as error:
             return [ServerFailed(str(error))]
         return []
+
+    def _handle(self, effect: HandlingWork) -> list[Event]:
+        if isinstance(effect, ComputeProducts) and self._spec_of(effect).is_watched:
+            return self._folding.measure(effect)
+        with self._spent.on("health"):
+            return self._handling.perform(effect)
+
+    def _spec_of(self, effect: ComputeProducts) -> TableSpec:
+        return self._states[effect.table, effect.shard].spec
 
     def _open(self, effect: OpenShard) -> None:
         key = effect.table, effect.shard
@@ -396,7 +395,7 @@ class ServerShell:
             for ready in effect.parts:
                 state.copy_part(ready.part, published.part(effect.version, ready.part))
                 if ready.root is not None and not is_kept:
-                    self._release(ready.root)
+                    self._folding.release(ready.root)
         while self._widened:
             self._pool.give(self._widened.pop())
 
