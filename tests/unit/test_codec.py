@@ -45,7 +45,7 @@ TENSORS = [
 ADAMW = OptimizerSpec("AdamW", [{"lr": 0.001, "betas": [0.9, 0.999], "amsgrad": False}])
 TABLE = TableSpec("model", Rule.OPTIMIZER, Placement.ELEMENTWISE, TENSORS, ADAMW)
 PLAN = LoopPlan(PlanKind.SLOTS, 2, 8, 4, 8, 1797, 512, -3, shuffle=True, seed=11)
-MEMBER = words.Member(words.Role.SERVER, 1, 5, "tcp://10.0.0.2:4001", "node-2", 4242)
+MEMBER = words.Member(words.Role.SERVER, 1, 5, "tcp://10.0.0.2:4001", "node-2", 4242, "k" * 40)
 PLACE = words.TablePlace(
     0,
     "model",
