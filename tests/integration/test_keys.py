@@ -1,8 +1,10 @@
 """Jobs with keys: the same bits as without, strangers hear why not, keys change meanwhile."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,29 @@ from tests.support.processes import JOBS, Bits, Cluster, Gate, Process
 from treefold.cli.drain import ask
 from treefold.cli.keys import main as keys
 from treefold.common.config import environment_of
+from treefold.common.spec import Hyper
+from treefold.launch.link import fetch
 from treefold.transport.access import Access
-from treefold.wire.messages import Accepted
+from treefold.transport.request import Requester
+from treefold.wire import codec
+from treefold.wire.messages import (
+    Accepted,
+    AnyMessage,
+    Pull,
+    Push,
+    Refused,
+    RoundHyper,
+    RoundMeta,
+)
 from treefold.wire.permissions import KeyRole
+from treefold.wire.words import Code
 
 JOB = "three_tables.py"
+REPEATS, REPEAT_MS, ANSWER_MS = 20, 1_000, 10_000
+STEP: Hyper = {
+    "lr": 5.0, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "nesterov": True,
+    "maximize": False, "foreach": False, "fused": False,
+}  # fmt: skip
 MakeCluster = Callable[..., Cluster]
 Alone = Callable[..., Bits]
 
@@ -25,6 +45,17 @@ Alone = Callable[..., Bits]
 def folder(tmp_path: Path) -> Path:
     keys(["init", str(tmp_path / "keys")])
     return tmp_path / "keys"
+
+
+@pytest.fixture
+def others(folder: Path, tmp_path: Path) -> Path:
+    """A folder for a worker with a key of its own."""
+    keys(["add", str(folder), "other", "--role", "worker"])
+    made = tmp_path / "others"
+    made.mkdir()
+    shutil.copy(folder / "allowed", made)
+    (folder / "other.key").rename(made / "other.key")
+    return made
 
 
 def visitor(job: Cluster, *command: str, **settings: object) -> Process:
@@ -66,6 +97,55 @@ def test_a_job_with_keys_has_the_same_bits_and_strangers_hear_why_they_are_refus
     by = {deed["by"].partition(" ")[0] for deed in told if deed["is_allowed"]}
     assert by == {"scheduler", "server"}
     assert [deed for deed in told if deed["what"] == "connect" and not deed["is_allowed"]]
+
+
+def ask_server(address: str, message: AnyMessage, who: Access) -> AnyMessage:
+    """What a server answers to a message."""
+    with closing(Requester(address, who, KeyRole.SERVER)) as link:
+        for _ in range(REPEATS):
+            link.send(codec.encode(message))
+            answer = link.receive(REPEAT_MS)
+            if answer is not None:
+                return codec.decode(answer)
+    raise AssertionError(f"no answer to {message}")
+
+
+def test_what_a_worker_says_in_anothers_name_is_refused_and_changes_no_bit(
+    cluster: MakeCluster, alone: Alone, gate: Gate, folder: Path, others: Path, tmp_path: Path
+) -> None:
+    audit = tmp_path / "audit"
+    with cluster(2, 2, keys=str(folder), audit=str(audit), lane="socket") as job:
+        workers = [job.worker(JOB, f"--gate=2:{gate.path}")]
+        job.scheduler.line("worker-0 joined")
+        job.settings["keys"] = str(others)
+        workers.append(job.worker(JOB, f"--gate=2:{gate.path}"))
+        for worker in workers:
+            worker.line("^at the gate in round 2")
+        observer = Access(str(folder), [KeyRole.OBSERVER])
+        status = json.loads(fetch(job.address, ANSWER_MS, observer))
+        number = {member["name"]: member["incarnation"] for member in status["members"]}
+        victim, forger = number["worker-0"], Access(str(others), [KeyRole.WORKER])
+        text = f"incarnation {victim} belongs to another key"
+        place = status["job"], victim, status["view"], 1, 0
+        forged: list[AnyMessage] = [
+            RoundHyper(*place, 2, 8, [STEP], 0.0),
+            RoundMeta(*place, 2, 8, [STEP], 0.0, b""),
+            Push(*place, 0, 1, 2, 8, 0, 0, [b"\xff"], None),
+            Pull(*place, 2, 0, []),
+        ]
+        for server in job.servers:
+            address = server.line(r"(tcp://\S+)$")[1]
+            for message in forged:
+                answer = ask_server(address, message, forger)
+                assert answer == Refused(0, Code.NOT_ALLOWED, text)
+        gate.open()
+        assert job.bits() == alone(JOB, "slots=8")
+    told = [json.loads(line) for line in audit.read_text().splitlines()]
+    refused = [deed for deed in told if not deed["is_allowed"]]
+    assert {(deed["who"], deed["role"], deed["text"]) for deed in refused} == {
+        ("other", "worker", text)
+    }
+    assert {deed["what"] for deed in refused} == {type(message).__name__ for message in forged}
 
 
 def test_the_keys_of_scheduler_and_server_change_while_the_job_goes_on(
