@@ -111,9 +111,9 @@ def ask_server(address: str, message: AnyMessage, who: Access) -> AnyMessage:
 
 
 def test_what_a_worker_says_in_anothers_name_is_refused_and_changes_no_bit(
-    cluster: MakeCluster, alone: Alone, gate: Gate, folder: Path, others: Path, tmp_path: Path
+    cluster: MakeCluster, alone: Alone, gate: Gate, folder: Path, others: Path
 ) -> None:
-    audit = tmp_path / "audit"
+    audit = folder.parent / "audit"
     with cluster(2, 2, keys=str(folder), audit=str(audit), lane="socket") as job:
         workers = [job.worker(JOB, f"--gate=2:{gate.path}")]
         job.scheduler.line("worker-0 joined")

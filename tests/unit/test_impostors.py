@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.unit.server_driver import (
@@ -38,9 +39,9 @@ from treefold.transport.sockets import Arrival
 from treefold.wire.chain import ChainApplied, ChainAsk, ChainRound, UnitCopy, UnitTaken
 from treefold.wire.codec import encode
 from treefold.wire.exchange import SCHEDULER
-from treefold.wire.messages import AnyMessage, Pulled, Refused, RoundStatus, View
+from treefold.wire.messages import AnyMessage, Pulled, Refused, Register, RoundStatus, View
 from treefold.wire.permissions import CLAIMS, KeyRole
-from treefold.wire.words import Code, Frame, Leases, Member, Phase, Role
+from treefold.wire.words import PROTOCOL_VERSION, Code, Frame, Leases, Member, Phase, Role
 
 MINE, THEIRS, SERVER, UNKNOWN = 5, 6, 8, 99  # incarnations
 OWNED = {MINE: "worker", THEIRS: "other", SERVER: "server", ME: "second"}
@@ -235,6 +236,29 @@ def test_who_is_gone_is_known_for_what_is_on_its_way(listen: Callable[..., Liste
     assert not server.hear("worker", push(0, 0))
 
 
+def test_who_had_to_register_again_goes_on_in_its_first_name(
+    folder: Path,
+) -> None:
+    """A server that came meanwhile has never heard of that."""
+    server = Listening(at_version(0), folder)
+    again = [msgspec.structs.replace(one, origin=MINE) for one in members(folder, {9: "worker"})]
+    server.loop.gate.learn(again)
+    assert server.hear("other", push(0, 0))
+    assert not server.hear("worker", push(0, 0))
+
+
+def test_nobody_takes_over_a_number_by_saying_that_it_was_its_first(
+    listen: Callable[..., Listening], folder: Path
+) -> None:
+    server = listen()
+    liar = [msgspec.structs.replace(one, origin=MINE) for one in members(folder, {9: "other"})]
+    server.loop.gate.learn(liar)
+    assert server.hear("other", push(0, 0))
+    assert not server.hear("worker", push(0, 0))
+    who = Register(PROTOCOL_VERSION, Role.WORKER, 78, "", "here", 1, "0", -1, MINE)
+    assert "belongs to another key" in server.hear("other", who)[0].text
+
+
 def test_of_those_that_are_gone_only_so_many_are_remembered(
     listen: Callable[..., Listening], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,4 +411,5 @@ def test_every_kind_that_members_send_and_that_has_a_sender_is_asked_for_it() ->
             ),
             "sender",
         ),
+        "Register": "origin",
     }  # fmt: skip

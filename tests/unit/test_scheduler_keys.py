@@ -17,24 +17,26 @@ from treefold.scheduler.shell import SchedulerShell
 from treefold.transport.keys import read_key
 from treefold.transport.sockets import Arrival
 from treefold.wire.exchange import Received
-from treefold.wire.messages import Heartbeat, Refused, Register, Registered, View
+from treefold.wire.membership import Identity, Membership
+from treefold.wire.messages import Fenced, Heartbeat, Refused, Register, Registered, View
 from treefold.wire.words import PROTOCOL_VERSION, Code, Member, Role
 
 BEAT = Heartbeat(5, 1, 1, 1, 1, 1, None, "", 1, 0.0)
 
 
-def register(driver: Driver, peer: bytes, role: Role, nonce: int, key: str) -> list[Effect]:
+def register(driver: Driver, peer: bytes, nonce: int, key: str, origin: int = 0) -> list[Effect]:
     """A process registers by a connection with this key."""
-    who = Register(PROTOCOL_VERSION, role, nonce, f"address-{nonce}", "host", 1, "0")
+    role = Role.SERVER if peer == SERVER else Role.WORKER
+    who = Register(PROTOCOL_VERSION, role, nonce, f"address-{nonce}", "host", 1, "0", -1, origin)
     return driver.core.handle(driver.now_ns, Received(peer, who, (), key))
 
 
 def formed() -> tuple[Driver, list[Effect]]:
     """A server and two workers have registered, each with a key of its own."""
     driver = Driver()
-    effects = register(driver, SERVER, Role.SERVER, 100, "server's")
-    effects += register(driver, WORKERS[0], Role.WORKER, 101, "first's")
-    effects += register(driver, WORKERS[1], Role.WORKER, 102, "second's")
+    effects = register(driver, SERVER, 100, "server's")
+    effects += register(driver, WORKERS[0], 101, "first's")
+    effects += register(driver, WORKERS[1], 102, "second's")
     return driver, effects
 
 
@@ -57,22 +59,45 @@ def test_without_keys_a_view_has_none() -> None:
 
 def test_a_registration_that_is_repeated_with_another_key_is_refused() -> None:
     driver, _ = formed()
-    effects = register(driver, b"thief", Role.WORKER, 101, "second's")
+    effects = register(driver, b"thief", 101, "second's")
     [refusal] = sent(effects, Refused)
     assert isinstance(refusal, Refused)
     assert refusal.code is Code.NOT_ALLOWED
     assert refusal.text == "worker-0 has registered with this nonce, and with another key"
     assert not sent(effects, Registered)
-    assert sent(register(driver, WORKERS[0], Role.WORKER, 101, "first's"), Registered)
+    assert sent(register(driver, WORKERS[0], 101, "first's"), Registered)
     assert known(driver.core.view.members)[2] == "first's"
 
 
 def test_a_process_that_comes_back_with_another_key_gets_another_number() -> None:
     driver, _ = formed()
-    [answer] = sent(register(driver, WORKERS[0], Role.WORKER, 103, "rotated"), Registered)
+    [answer] = sent(register(driver, WORKERS[0], 103, "rotated"), Registered)
     assert isinstance(answer, Registered)
     keys_now = known(driver.core.view.members)
     assert (keys_now[2], keys_now[answer.incarnation]) == ("first's", "rotated")
+
+
+@pytest.mark.parametrize(
+    ("said", "key", "origin"),
+    [(2, "first's", 2), (2, "second's", 0), (99, "first's", 0), (0, "first's", 0)],
+)
+def test_a_view_names_the_first_number_of_a_process_if_it_had_the_same_key(
+    said: int, key: str, origin: int
+) -> None:
+    driver, _ = formed()
+    register(driver, b"again", 104, key, said)
+    assert driver.core.view.members[-1].origin == origin
+
+
+def test_a_member_that_was_given_up_says_its_first_number() -> None:
+    member = Membership(Identity(Role.WORKER, 9, "", "host", 1, "0"))
+    member.tick(0)
+    for nonce, incarnation in ((9, 5), (10, 8), (11, 12)):
+        member.on_registered(0, Registered(nonce, 1, incarnation, 0, 500, 2_000, 1, 1))
+        member.on_fenced(0, Fenced(incarnation))
+        [send] = member.tick(0)
+        assert isinstance(send.message, Register)
+        assert send.message.origin == 5
 
 
 def test_another_scheduler_that_takes_up_the_journal_knows_the_keys() -> None:

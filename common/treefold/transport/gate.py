@@ -40,8 +40,13 @@ class Gate:
 
     def learn(self, members: Iterable[Member]) -> None:
         """Each of these members has the key that it has, and nobody else speaks in its name."""
-        if self._access is not None:
-            self._owners |= {member.incarnation: member.key for member in members if member.key}
+        if self._access is None:
+            return
+        for member in members:
+            if member.key:
+                self._owners[member.incarnation] = member.key
+                if member.origin:
+                    self._owners.setdefault(member.origin, member.key)
 
     def denial(self, arrival: Arrival, message: AnyMessage) -> str:
         """Why a message is not taken, empty if it is."""

@@ -125,7 +125,7 @@ SENDERS: dict[type[AnyMessage], frozenset[KeyRole]] = {
 }
 """Roles that may send each kind of message."""
 
-NAMES = ("sender", "incarnation")  # fields in which a member says who it is
+NAMES = ("sender", "incarnation", "origin")  # fields in which a member says who it is
 CLAIMS: dict[type[AnyMessage], str] = {
     kind: name
     for kind, senders in SENDERS.items()

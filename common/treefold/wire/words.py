@@ -145,7 +145,8 @@ class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One live member as a view names it. ``address`` is where a server takes pushes and pulls.
 
     ``key`` is the public key of the connection by which it registered, and nobody speaks in its
-    name without it.
+    name without it. ``origin`` is its first incarnation, if it had another one before and the same
+    key: a worker goes on in that name.
     """
 
     role: Role
@@ -155,6 +156,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
     host: Annotated[str, Meta(max_length=256)]
     pid: Count
     key: PublicKey = ""
+    origin: Count = 0
 
 
 class Facts(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from treefold.scheduler.members import MemberState
+from treefold.scheduler.members import MemberState, Roster
 from treefold.wire.membership import MS
 from treefold.wire.messages import Refused, Register, Registered
 from treefold.wire.words import PROTOCOL_VERSION, Code, Member
@@ -60,10 +60,12 @@ def refusal_of(message: Register, known: MemberState | None, key: str) -> Refuse
     return Refused(0, Code.PROTOCOL_VERSION, text)
 
 
-def applicant(message: Register, key: str) -> Member:
-    """A member to be, which has no number yet."""
+def applicant(message: Register, key: str, roster: Roster) -> Member:
+    """A member to be, which has no number yet; its first one is known, and was given to its key."""
     rank, where = message.rank, (message.address, message.host, message.pid)
-    return Member(message.role, rank, 0, *where, key)
+    first = roster.by_incarnation.get(message.origin)
+    origin = message.origin if first is not None and first.member.key == key else 0
+    return Member(message.role, rank, 0, *where, key, origin)
 
 
 def registered(state: MemberState, limits: SchedulerLimits) -> Registered:

@@ -283,7 +283,8 @@ class SchedulerCore:
             return
         if state is None or not (state.is_live or state.is_heard):
             self._replace(now_ns, message)
-            state = self.roster.enroll(applicant(message, key), peer, message.nonce, now_ns)
+            who = applicant(message, key, self.roster)
+            state = self.roster.enroll(who, peer, message.nonce, now_ns)
             self.note(now_ns, f"{state.name} joined from {message.host} (process {message.pid})")
             self._on_joined(now_ns, state)
         if state.is_live:
