@@ -19,6 +19,7 @@ from treefold.launch.link import fetch
 from treefold.transport.access import Access
 from treefold.transport.request import Requester
 from treefold.wire import codec
+from treefold.wire.chain import ChainRound
 from treefold.wire.messages import (
     Accepted,
     AnyMessage,
@@ -28,7 +29,7 @@ from treefold.wire.messages import (
     RoundHyper,
     RoundMeta,
 )
-from treefold.wire.permissions import KeyRole
+from treefold.wire.permissions import KeyRole, claimed
 from treefold.wire.words import Code
 
 JOB = "three_tables.py"
@@ -49,12 +50,13 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def others(folder: Path, tmp_path: Path) -> Path:
-    """A folder for a worker with a key of its own."""
-    keys(["add", str(folder), "other", "--role", "worker"])
+    """A folder for a worker and a server with keys of their own."""
     made = tmp_path / "others"
     made.mkdir()
+    for name, role in (("other", "worker"), ("second", "server")):
+        keys(["add", str(folder), name, "--role", role])
+        (folder / f"{name}.key").rename(made / f"{name}.key")
     shutil.copy(folder / "allowed", made)
-    (folder / "other.key").rename(made / "other.key")
     return made
 
 
@@ -110,42 +112,54 @@ def ask_server(address: str, message: AnyMessage, who: Access) -> AnyMessage:
     raise AssertionError(f"no answer to {message}")
 
 
-def test_what_a_worker_says_in_anothers_name_is_refused_and_changes_no_bit(
+def test_what_is_said_in_anothers_name_is_refused_and_changes_no_bit(
     cluster: MakeCluster, alone: Alone, gate: Gate, folder: Path, others: Path
 ) -> None:
-    audit = folder.parent / "audit"
-    with cluster(2, 2, keys=str(folder), audit=str(audit), lane="socket") as job:
+    """Two workers and the two servers that are left of a chain, each with a key of its own."""
+    audit, told = folder.parent / "audit", {}
+    with cluster(2, 2, replicas=2, keys=str(folder), audit=str(audit), lane="socket") as job:
         workers = [job.worker(JOB, f"--gate=2:{gate.path}")]
         job.scheduler.line("worker-0 joined")
         job.settings["keys"] = str(others)
         workers.append(job.worker(JOB, f"--gate=2:{gate.path}"))
+        gone, servers = job.servers[1], [job.servers[0], job.server()]
         for worker in workers:
             worker.line("^at the gate in round 2")
+        job.scheduler.line("server-2 joined")
+        gone.signal(signal.SIGKILL)
+        job.scheduler.line("copied to server-2, which is in sync")
         observer = Access(str(folder), [KeyRole.OBSERVER])
         status = json.loads(fetch(job.address, ANSWER_MS, observer))
         number = {member["name"]: member["incarnation"] for member in status["members"]}
-        victim, forger = number["worker-0"], Access(str(others), [KeyRole.WORKER])
-        text = f"incarnation {victim} belongs to another key"
-        place = status["job"], victim, status["view"], 1, 0
-        forged: list[AnyMessage] = [
-            RoundHyper(*place, 2, 8, [STEP], 0.0),
-            RoundMeta(*place, 2, 8, [STEP], 0.0, b""),
-            Push(*place, 0, 1, 2, 8, 0, 0, [b"\xff"], None),
-            Pull(*place, 2, 0, []),
-        ]
-        for server in job.servers:
-            address = server.line(r"(tcp://\S+)$")[1]
-            for message in forged:
-                answer = ask_server(address, message, forger)
-                assert answer == Refused(0, Code.NOT_ALLOWED, text)
+        place = status["view"], 1, 0
+        by_worker = status["job"], number["worker-0"], *place
+        by_server = status["job"], number["server-0"], *place
+        forged: dict[KeyRole, list[AnyMessage]] = {
+            KeyRole.WORKER: [
+                RoundHyper(*by_worker, 2, 8, [STEP], 0.0),
+                RoundMeta(*by_worker, 2, 8, [STEP], 0.0, b""),
+                Push(*by_worker, 0, 1, 2, 8, 0, 0, [b"\xff"], None),
+                Pull(*by_worker, 2, 0, []),
+            ],
+            KeyRole.SERVER: [
+                RoundHyper(*by_server, 2, 8, [STEP], 0.0),
+                ChainRound(*by_server, 2, 8, [STEP], 0.0, 0.0, b"", None, []),
+            ],
+        }
+        for role, messages in forged.items():
+            forger = Access(str(others), [role])
+            for message in messages:
+                text = f"incarnation {claimed(message)} belongs to another key"
+                told[forger.key.name, type(message).__name__] = text
+                for server in servers:
+                    address = server.line(r"(tcp://\S+)$")[1]
+                    answer = ask_server(address, message, forger)
+                    assert answer == Refused(0, Code.NOT_ALLOWED, text)
         gate.open()
-        assert job.bits() == alone(JOB, "slots=8")
-    told = [json.loads(line) for line in audit.read_text().splitlines()]
-    refused = [deed for deed in told if not deed["is_allowed"]]
-    assert {(deed["who"], deed["role"], deed["text"]) for deed in refused} == {
-        ("other", "worker", text)
-    }
-    assert {deed["what"] for deed in refused} == {type(message).__name__ for message in forged}
+        assert job.bits(gone) == alone(JOB, "slots=8")
+    deeds = [json.loads(line) for line in audit.read_text().splitlines()]
+    refused = [deed for deed in deeds if not deed["is_allowed"]]
+    assert {(deed["who"], deed["what"]): deed["text"] for deed in refused} == told
 
 
 def test_the_keys_of_scheduler_and_server_change_while_the_job_goes_on(

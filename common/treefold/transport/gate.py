@@ -71,10 +71,14 @@ class Gate:
 
     def _impostor(self, arrival: Arrival, message: AnyMessage) -> str:
         """Why a member may not speak in this name; empty if it may."""
-        if isinstance(message, View) and arrival.sender == SCHEDULER:
-            self._follow(message)
-        is_link = not isinstance(arrival.sender, bytes)  # then it is called as who listens there
-        name = claimed(message) or (arrival.sender if is_link else 0)
+        number = claimed(message)
+        name: Hashable = number
+        if not number:
+            if isinstance(arrival.sender, bytes):
+                return ""
+            if isinstance(message, View) and arrival.sender == SCHEDULER:
+                self._follow(message)
+            name = arrival.sender  # a link is called as who listens at its other end
         owner = self._owners.get(name, arrival.public)
         return "" if owner == arrival.public else f"incarnation {name} belongs to another key"
 
