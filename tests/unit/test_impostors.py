@@ -260,13 +260,17 @@ def test_nobody_takes_over_a_number_by_saying_that_it_was_its_first(
 
 
 def test_of_those_that_are_gone_only_so_many_are_remembered(
-    listen: Callable[..., Listening], monkeypatch: pytest.MonkeyPatch
+    listen: Callable[..., Listening], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = listen()
     monkeypatch.setattr(gates, "OWNERS_MAX", len(OWNED))
-    server.learn({MINE: "worker", UNKNOWN: "worker"}, 4)
+    again = members(folder, {UNKNOWN: "worker"})[0]
+    later = names(folder, {THEIRS: "other"}, 4)
+    later.members.append(msgspec.structs.replace(again, origin=MINE))
+    server.hear("scheduler", later, SCHEDULER)
     owners = server.loop.gate._owners
-    assert (len(owners), MINE in owners, UNKNOWN in owners) == (len(OWNED), True, True)
+    assert len(owners) == len(OWNED)
+    assert {MINE, THEIRS, UNKNOWN} <= owners.keys()
 
 
 def test_a_worker_with_a_new_key_has_a_new_number_and_the_old_one_keeps_the_old_key(

@@ -87,7 +87,7 @@ class Gate:
         self.learn(view.members)
         excess = len(self._owners) - OWNERS_MAX
         if excess > 0:
-            named = {member.incarnation for member in view.members}
+            named = {who for one in view.members for who in (one.incarnation, one.origin)}
             gone = [who for who in self._owners if who not in named]
             for who in gone[:excess]:
                 del self._owners[who]
