@@ -45,7 +45,7 @@ TENSORS = [
 ADAMW = OptimizerSpec("AdamW", [{"lr": 0.001, "betas": [0.9, 0.999], "amsgrad": False}])
 TABLE = TableSpec("model", Rule.OPTIMIZER, Placement.ELEMENTWISE, TENSORS, ADAMW)
 PLAN = LoopPlan(PlanKind.SLOTS, 2, 8, 4, 8, 1797, 512, -3, shuffle=True, seed=11)
-MEMBER = words.Member(words.Role.SERVER, 1, 5, "tcp://10.0.0.2:4001", "node-2", 4242)
+MEMBER = words.Member(words.Role.SERVER, 1, 5, "tcp://10.0.0.2:4001", "node-2", 4242, "k" * 40, 3)
 PLACE = words.TablePlace(
     0,
     "model",
@@ -56,7 +56,7 @@ PLACE = words.TablePlace(
 LENT = words.Frame(Dtype.FLOAT32, 262_144 + 3, 0.25, 1 << 61, 4096)
 
 EXAMPLES: list[m.AnyMessage] = [
-    m.Register(2, words.Role.WORKER, 123456789, "", "node-1", 4711, "0.1.0", 2),
+    m.Register(2, words.Role.WORKER, 123456789, "", "node-1", 4711, "0.1.0", 2, 4),
     m.Registered(123456789, 99, 6, 0, 500, 2000, 2, 4, "ckpt", 200),
     m.Refused(12, words.Code.SPEC_MISMATCH, "tensors: 2 entries here, 1 there"),
     m.Heartbeat(

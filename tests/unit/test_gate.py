@@ -19,14 +19,12 @@ from treefold.wire.messages import (
     Leave,
     Published,
     Register,
-    Registered,
     View,
 )
 from treefold.wire.permissions import KeyRole
-from treefold.wire.words import PROTOCOL_VERSION, Leases, Outcome, Phase, Role
+from treefold.wire.words import PROTOCOL_VERSION, Leases, Member, Outcome, Phase, Role
 
 REGISTER = Register(PROTOCOL_VERSION, Role.WORKER, 77, "", "here", 1, "0")
-GIVEN = Registered(77, 1, 5, 0, 500, 2_000, 1, 1)
 BEAT = Heartbeat(5, 1, 1, 1, 1, 1, None, "", 1, 0.0)
 
 
@@ -47,9 +45,13 @@ def sent(folder: Path, name: str) -> Arrival:
     return Arrival("listener", b"someone", b"", [], public, "10.0.0.7")
 
 
+def given(folder: Path, name: str) -> Member:
+    """What the scheduler knows of who registered with this key."""
+    return Member(Role.WORKER, 0, 5, "", "here", 1, read_key(folder / f"{name}.key").public)
+
+
 def test_an_incarnation_belongs_to_the_key_that_registered_it(gate: Gate, folder: Path) -> None:
-    assert not gate.denial(sent(folder, "worker"), REGISTER)
-    gate.grant(GIVEN)
+    gate.learn([given(folder, "worker")])
     assert not gate.denial(sent(folder, "worker"), BEAT)
     for message in (BEAT, Leave(5, Outcome.DONE, "")):
         text = gate.denial(sent(folder, "other"), message)
@@ -58,15 +60,7 @@ def test_an_incarnation_belongs_to_the_key_that_registered_it(gate: Gate, folder
 
 def test_who_claims_a_number_before_it_is_given_does_not_keep_it(gate: Gate, folder: Path) -> None:
     assert not gate.denial(sent(folder, "other"), BEAT)
-    gate.denial(sent(folder, "worker"), REGISTER)
-    gate.grant(GIVEN)
-    assert not gate.denial(sent(folder, "worker"), BEAT)
-    assert gate.denial(sent(folder, "other"), BEAT)
-
-
-def test_a_number_from_before_a_restart_belongs_to_who_comes_with_it(
-    gate: Gate, folder: Path
-) -> None:
+    gate.learn([given(folder, "worker")])
     assert not gate.denial(sent(folder, "worker"), BEAT)
     assert gate.denial(sent(folder, "other"), BEAT)
 

@@ -1,26 +1,23 @@
 """Default deny: what a peer sends is taken only if the role of its key allows it.
 
 Asked for every message, so that a key that is taken off the allow-list counts for nothing from then
-on, on connections that it has already as well. At the scheduler an incarnation belongs to the key
-that it was given to: nobody beats, leaves or reports in another one's name.
+on, on connections that it has already as well. An incarnation belongs to the key with which it
+registered at the scheduler; views tell the others. Nobody speaks in another one's name: neither
+beats, leaves and reports at the scheduler nor pushes, pulls and relays at a server. A number of
+which nothing is known yet, since its view is late, is anybody's as far as this goes.
 """
 
-from collections import OrderedDict
+from collections.abc import Hashable, Iterable
 
 from treefold.common.audit import Audit
 from treefold.transport.access import Access
 from treefold.transport.sockets import Arrival
-from treefold.wire.messages import (
-    AnyMessage,
-    DeclareTable,
-    DrainRequest,
-    Leave,
-    Register,
-    Registered,
-)
-from treefold.wire.permissions import denial
-from treefold.wire.words import MEMBERS_MAX
+from treefold.wire.exchange import SCHEDULER
+from treefold.wire.messages import AnyMessage, DeclareTable, DrainRequest, Leave, Register, View
+from treefold.wire.permissions import claimed, denial
+from treefold.wire.words import MEMBERS_MAX, Member
 
+OWNERS_MAX = 2 * MEMBERS_MAX  # remembered with those that views do not name any more
 AUDITED = (Register, Leave, DeclareTable, DrainRequest)
 """What is written down although it is allowed: what changes who is there, and what is where."""
 
@@ -39,14 +36,17 @@ class Gate:
     def __init__(self, access: Access | None, audit: Audit | None) -> None:
         self._access = access
         self._audit = audit
-        self._asked: OrderedDict[int, str] = OrderedDict()
-        self._owners: dict[int, str] = {}
+        self._owners: dict[Hashable, str] = {}
 
-    def grant(self, message: Registered) -> None:
-        """An incarnation is given to who asked with this nonce: to the key that it has."""
-        public = self._asked.pop(message.nonce, None)
-        if public is not None:
-            self._owners[message.incarnation] = public
+    def learn(self, members: Iterable[Member]) -> None:
+        """Each of these members has the key that it has, and nobody else speaks in its name."""
+        if self._access is None:
+            return
+        for member in members:
+            if member.key:
+                self._owners[member.incarnation] = member.key
+                if member.origin:
+                    self._owners.setdefault(member.origin, member.key)
 
     def denial(self, arrival: Arrival, message: AnyMessage) -> str:
         """Why a message is not taken, empty if it is."""
@@ -71,21 +71,26 @@ class Gate:
 
     def _impostor(self, arrival: Arrival, message: AnyMessage) -> str:
         """Why a member may not speak in this name; empty if it may."""
-        if isinstance(message, Register):
-            self._asked[message.nonce] = arrival.public
-            if len(self._asked) > MEMBERS_MAX:
-                self._asked.popitem(last=False)
-            return ""
-        claimed: int | None = getattr(message, "incarnation", None)
-        if not claimed or not isinstance(arrival.sender, bytes):
-            return ""
-        owner = self._owners.get(claimed)
-        if owner is None and len(self._owners) < MEMBERS_MAX:
-            # This scheduler was started again, and the member is from before.
-            self._owners[claimed] = owner = arrival.public
-        if owner in (None, arrival.public):
-            return ""
-        return f"incarnation {claimed} belongs to another key"
+        number = claimed(message)
+        name: Hashable = number
+        if not number:
+            if isinstance(arrival.sender, bytes):
+                return ""
+            if isinstance(message, View) and arrival.sender == SCHEDULER:
+                self._follow(message)
+            name = arrival.sender  # a link is called as who listens at its other end
+        owner = self._owners.get(name, arrival.public)
+        return "" if owner == arrival.public else f"incarnation {name} belongs to another key"
+
+    def _follow(self, view: View) -> None:
+        """Learn who is there. Who is gone may have said something that is still on its way."""
+        self.learn(view.members)
+        excess = len(self._owners) - OWNERS_MAX
+        if excess > 0:
+            named = {who for one in view.members for who in (one.incarnation, one.origin)}
+            gone = [who for who in self._owners if who not in named]
+            for who in gone[:excess]:
+                del self._owners[who]
 
 
 def _words(message: AnyMessage) -> str:

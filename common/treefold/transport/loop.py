@@ -223,14 +223,14 @@ class Loop(Generic[EventT, EffectT]):
             self._outbox.send(arrival.socket, peer, answer)
             return None  # which no core needs to hear of
         if not isinstance(message, TENSOR_MESSAGES):
-            return Received(peer, message)
+            return Received(peer, message, (), arrival.public)
         if self._tensors is None:
             raise RemoteProtocolError(f"{type(message).__name__} to a member without tensors")
         if isinstance(message, SegmentOffer | SegmentAnswer):
             self._tensors.on_segment(arrival, message)
             return None
         payloads = self._tensors.receive(arrival, message)
-        return None if payloads is None else Received(peer, message, payloads)
+        return None if payloads is None else Received(peer, message, payloads, arrival.public)
 
     def _deny(self, arrival: Arrival, message: AnyMessage, text: str) -> None:
         self._say_refused(text)

@@ -29,11 +29,15 @@ class Level(IntEnum):
 
 
 class Received(msgspec.Struct, frozen=True, gc=False):
-    """A message arrived. ``payloads`` has the handle of each part's payload, if it has any."""
+    """A message arrived. ``payloads`` has the handle of each part's payload, if it has any.
+
+    ``key`` is the public key that the sender's connection has proven; empty without keys.
+    """
 
     peer: Peer
     message: AnyMessage
     payloads: tuple[int, ...] = ()
+    key: str = ""
 
 
 class PeerLost(msgspec.Struct, frozen=True, gc=False):

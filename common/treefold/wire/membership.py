@@ -294,9 +294,8 @@ class Membership:
     def _register(self) -> Register:
         who = self.identity
         nonce = who.nonce + self.registrations
-        return Register(
-            PROTOCOL_VERSION, who.role, nonce, who.address, who.host, who.pid, who.package, who.rank
-        )
+        where = who.address, who.host, who.pid, who.package
+        return Register(PROTOCOL_VERSION, who.role, nonce, *where, who.rank, self.origin)
 
     def _say_farewell(self, now_ns: int) -> list[Send]:
         self._leave_tries += 1

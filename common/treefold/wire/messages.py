@@ -69,7 +69,8 @@ from treefold.wire.words import (
 class Register(Message, tag=1, frozen=True):
     """A new process asks to become a member. Repeated with the same ``nonce`` until answered.
 
-    ``rank`` is the one it would like to have, -1 for any.
+    ``rank`` is the one it would like to have, -1 for any. ``origin`` is the first incarnation of a
+    process that had to register again, 0 of a new one.
     """
 
     protocol: Count
@@ -80,6 +81,7 @@ class Register(Message, tag=1, frozen=True):
     pid: Count
     package: Annotated[str, Meta(max_length=64)]
     rank: Annotated[int, Meta(ge=-1, lt=MEMBERS_MAX)] = -1
+    origin: Count = 0
 
 
 class Registered(Message, tag=2, frozen=True):

@@ -125,7 +125,26 @@ SENDERS: dict[type[AnyMessage], frozenset[KeyRole]] = {
 }
 """Roles that may send each kind of message."""
 
+NAMES = ("sender", "incarnation", "origin")  # fields in which a member says who it is
+CLAIMS: dict[type[AnyMessage], str] = {
+    kind: name
+    for kind, senders in SENDERS.items()
+    for name in NAMES
+    if senders & _MEMBER and name in kind.__struct_fields__
+}
+"""The field of each kind of message in which its sender names itself; of some kinds there is none.
+
+What the scheduler tells a member may have the member's number in it: that is no claim.
+"""
+
 MEMBER_ROLES = {Role.WORKER: KeyRole.WORKER, Role.SERVER: KeyRole.SERVER}
+
+
+def claimed(message: AnyMessage) -> int:
+    """The incarnation in whose name a message speaks, 0 if in nobody's."""
+    name = CLAIMS.get(type(message))
+    number: int = 0 if name is None else getattr(message, name)
+    return number
 
 
 def denial(role: KeyRole, message: AnyMessage) -> str:

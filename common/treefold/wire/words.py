@@ -11,13 +11,14 @@ from msgspec import Meta
 from treefold.common.plan import SLOTS_MAX, Count
 from treefold.common.spec import Dtype, Name
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MEMBERS_MAX = 65_536
 TABLES_MAX = 1_024
 SHARDS_MAX = 1_048_576
 PARTS_MAX = 1_048_576
 STATE_BYTES_MAX = 1 << 20  # LR schedulers and integer buffers of one job
 PROGRESS_BYTES_MAX = 32 * SLOTS_MAX  # beside them, what is in a version, and what was late
+KEY_LENGTH_MAX = 40  # of a public key, in Z85 as in the allow-list; empty without keys
 FRAME_BYTES_MAX = 4 << 20  # one payload frame
 VERSIONS_KEPT_MAX = 2  # of one shard, for pulls
 REPLICAS_MAX = 16  # servers in one chain
@@ -37,6 +38,7 @@ Round = Annotated[int, Meta(ge=-1, lt=1 << 62)]
 Active = Annotated[int, Meta(ge=1, le=SLOTS_MAX)]
 SlotCount = Annotated[int, Meta(ge=0, le=SLOTS_MAX)]
 Address = Annotated[str, Meta(max_length=1_024)]
+PublicKey = Annotated[str, Meta(max_length=KEY_LENGTH_MAX)]
 Spent = Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)]
 Norms = Annotated[list[tuple[TableNumber, Round, float]], Meta(max_length=TABLES_MAX)]
 LOGGED_MAX, LOGGED_NAME_MAX = 32, 64
@@ -140,7 +142,12 @@ class Source(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One live member as a view names it. ``address`` is where a server takes pushes and pulls."""
+    """One live member as a view names it. ``address`` is where a server takes pushes and pulls.
+
+    ``key`` is the public key of the connection by which it registered, and nobody speaks in its
+    name without it. ``origin`` is its first incarnation, if it had another one before and the same
+    key: a worker goes on in that name.
+    """
 
     role: Role
     rank: Count
@@ -148,6 +155,8 @@ class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
     address: Address
     host: Annotated[str, Meta(max_length=256)]
     pid: Count
+    key: PublicKey = ""
+    origin: Count = 0
 
 
 class Facts(msgspec.Struct, frozen=True, array_like=True, gc=False):

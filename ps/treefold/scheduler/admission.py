@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from treefold.scheduler.members import MemberState
+from treefold.scheduler.members import MemberState, Roster
 from treefold.wire.membership import MS
 from treefold.wire.messages import Refused, Register, Registered
-from treefold.wire.words import PROTOCOL_VERSION, Code
+from treefold.wire.words import PROTOCOL_VERSION, Code, Member
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,37 @@ class SchedulerLimits:
     seed: int = 0
 
 
-def refusal_of(message: Register) -> Refused | None:
-    """Why a process cannot become a member, None if it can."""
+def refusal_of(message: Register, known: MemberState | None, key: str) -> Refused | None:
+    """Why a process cannot become a member, None if it can.
+
+    Parameters
+    ----------
+    message : Register
+        What it says.
+    known : MemberState or None
+        Who has registered with this nonce before.
+    key : str
+        Its public key, empty without keys.
+    """
     if message.protocol == PROTOCOL_VERSION:
-        return None
+        if known is None or known.member.key in ("", key):
+            return None
+        text = f"{known.name} has registered with this nonce, and with another key"
+        return Refused(0, Code.NOT_ALLOWED, text)
     text = (
         f"this cluster speaks protocol {PROTOCOL_VERSION}, the {message.role.name.lower()} on "
         f"{message.host} (package {message.package}) speaks {message.protocol}: install the same "
         "version"
     )
     return Refused(0, Code.PROTOCOL_VERSION, text)
+
+
+def applicant(message: Register, key: str, roster: Roster) -> Member:
+    """A member to be, which has no number yet; its first one is known, and was given to its key."""
+    rank, where = message.rank, (message.address, message.host, message.pid)
+    first = roster.by_incarnation.get(message.origin)
+    origin = message.origin if first is not None and first.member.key == key else 0
+    return Member(message.role, rank, 0, *where, key, origin)
 
 
 def registered(state: MemberState, limits: SchedulerLimits) -> Registered:

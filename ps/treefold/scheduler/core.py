@@ -11,7 +11,7 @@ from treefold.common.errors import InvariantError
 from treefold.common.plan import LoopPlan
 from treefold.common.story import Story
 from treefold.scheduler import draining, formation
-from treefold.scheduler.admission import SchedulerLimits, refusal_of, registered
+from treefold.scheduler.admission import SchedulerLimits, applicant, refusal_of, registered
 from treefold.scheduler.balance import Balance
 from treefold.scheduler.chains import Chains
 from treefold.scheduler.changes import changes
@@ -63,7 +63,7 @@ from treefold.wire.messages import (
     Stop,
     View,
 )
-from treefold.wire.words import Code, Leases, Member, Outcome, Phase, Role, Source
+from treefold.wire.words import Code, Leases, Outcome, Phase, Role, Source
 
 VIEW_RETRY_MS = 300  # a member that beats with an old view gets the new one again, at most so often
 LEASE_CHECK_MS = 500
@@ -126,8 +126,8 @@ class SchedulerCore:
             self._begin(now_ns)
         self._forgive_stall(now_ns)
         match event:
-            case Received(peer, message, _):
-                self._on_message(now_ns, peer, message)
+            case Received(peer, message, _, key):
+                self._on_message(now_ns, peer, message, key)
             case SchedulerStopAsked(outcome, text):
                 self.endings.end(now_ns, outcome, text)
             case ManifestWritten(version, text):
@@ -199,10 +199,10 @@ class SchedulerCore:
 
     # ---- messages -----------------------------------------------------------------------------
 
-    def _on_message(self, now_ns: int, peer: Peer, message: object) -> None:
+    def _on_message(self, now_ns: int, peer: Peer, message: object, key: str) -> None:
         match message:
             case Register():
-                self._on_register(now_ns, peer, message)
+                self._on_register(now_ns, peer, message, key)
             case StatusRequest():
                 self.farewell.watch(now_ns, peer, message, is_over=self.ending is not None)
                 self.out.append(Send(peer, StatusReply(message.call, status_of(self, now_ns))))
@@ -272,18 +272,18 @@ class SchedulerCore:
         self.out += self.checkpoints.on_saved(self.limits, self.view.number, message)
         self.out.append(Send(peer, SavedSeen(message.table, message.shard, message.version)))
 
-    def _on_register(self, now_ns: int, peer: Peer, message: Register) -> None:
-        refusal = refusal_of(message)
+    def _on_register(self, now_ns: int, peer: Peer, message: Register, key: str) -> None:
+        state = self.roster.by_nonce(message.nonce)
+        refusal = refusal_of(message, state, key)
         if refusal is not None:
             self.out.append(Send(peer, refusal))
             return
         if self.ending is not None:
             self.out.append(Send(peer, self.ending))
             return
-        state = self.roster.by_nonce(message.nonce)
         if state is None or not (state.is_live or state.is_heard):
             self._replace(now_ns, message)
-            who = Member(message.role, message.rank, 0, message.address, message.host, message.pid)
+            who = applicant(message, key, self.roster)
             state = self.roster.enroll(who, peer, message.nonce, now_ns)
             self.note(now_ns, f"{state.name} joined from {message.host} (process {message.pid})")
             self._on_joined(now_ns, state)

@@ -4,6 +4,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from msgspec.structs import replace
+
 from treefold.common.errors import InvariantError
 from treefold.wire.exchange import Peer
 from treefold.wire.messages import Heartbeat
@@ -147,7 +149,7 @@ class Roster:
         taken = {state.member.rank for state in self.live(member.role)}
         free = (number for number in range(len(taken) + 1) if number not in taken)
         rank = next(free) if member.rank in taken or member.rank < 0 else member.rank
-        known = Member(member.role, rank, self._next, member.address, member.host, member.pid)
+        known = replace(member, rank=rank, incarnation=self._next)
         state = MemberState(known, peer, nonce, now_ns)
         self.by_incarnation[self._next] = state
         self._next += 1

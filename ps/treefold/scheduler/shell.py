@@ -95,6 +95,7 @@ class SchedulerShell:
             self._begin(settings)
         self._loop: Loop[Event, Effect] = Loop(self._hub, self._outbox, self._core, self._perform)
         self._loop.points = POINTS
+        self._loop.gate.learn(state.member for state in self._core.roster.by_incarnation.values())
         self._core.facts = _told_of(host_facts())
         tally = SchedulerTally(self._core, self._hub.traffic)
         self._loop.watch = watch_for(settings, Role.SCHEDULER, tally, self._hub.bell.ring)
@@ -191,7 +192,7 @@ class SchedulerShell:
 
     def _send(self, peer: Peer, message: AnyMessage) -> None:
         if isinstance(message, Registered):
-            self._loop.gate.grant(message)
+            self._loop.gate.learn([self._core.roster.by_incarnation[message.incarnation].member])
         if isinstance(peer, bytes):
             self._outbox.send(LISTENER, peer, message)
         elif peer == PAGE and isinstance(message, Accepted | Refused):
