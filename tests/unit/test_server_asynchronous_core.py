@@ -157,6 +157,17 @@ def test_contributions_that_never_become_whole_do_not_pile_up() -> None:
     assert of(contribute(core, 0, 1, sender=5), MakeParts)
 
 
+def test_one_sender_does_not_fill_the_memory_with_slots_that_it_makes_up() -> None:
+    core = begun()
+    released = []
+    for slot in range(STAGED_MAX + 2):
+        number = 20 + slot
+        pushed = push(0, slot, part=0, sender=9, active=60_000)
+        released += of(data(core, pushed, number), ReleasePayload)
+    assert released == [ReleasePayload(20), ReleasePayload(21)]
+    assert of(contribute(core, 0, 1, sender=5), MakeParts)
+
+
 def test_a_pull_waits_for_what_it_needs_and_gets_the_newest_version() -> None:
     core = begun()
     assert versions(ask(core, Need(1, 1))) == []

@@ -27,7 +27,7 @@ from treefold.wire.membership import MS
 from treefold.wire.messages import PartMissing, Pull, Refused, RoundMeta, RoundStatus
 from treefold.wire.words import INITIAL_ROUND, STALE_CLASSES, Code, Need
 
-STAGED_MAX = 4  # contributions of one slot that are on their way at a time; the oldest has to go
+STAGED_MAX = 4  # contributions of a slot, or of a sender, that are on their way; the oldest goes
 LIMIT_MS = 250  # so long nothing more is applied where all shards are to be read alike
 STATUS_PARTS_MAX = 64  # parts named in one RoundStatus; the worker asks again for the rest
 
@@ -102,11 +102,12 @@ class Asynchronous:
         known = shard.staged.get((slot, sender))
         if known is not None and known.round >= round_:
             return known if known.round == round_ else None
-        others = [key for key in shard.staged if key[0] == slot]
         if known is not None:
             self._drop(shard, (slot, sender))
-        elif len(others) >= STAGED_MAX:
-            self._drop(shard, others[0])
+        for place, name in enumerate((slot, sender)):
+            others = [key for key in shard.staged if key[place] == name]
+            if len(others) >= STAGED_MAX:
+                self._drop(shard, others[0])
         shard.staged[slot, sender] = Staged(round_, slot, sender)
         return shard.staged[slot, sender]
 
