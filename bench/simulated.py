@@ -5,10 +5,12 @@
 Run from the root of the repository. Every worker computes one slot of 500 ms and every process has
 a link of 10 Gbit/s; the model has 25 million float32 parameters. What servers compute takes no
 time. Prints what a member exchanges per round, control messages, and rounds per second; writes them
-as a curve, and a last line of JSON. It takes about a millisecond per round, worker and server.
+as a curve, and a last line of JSON. It takes about a millisecond per round, worker and server: nine
+minutes of one core with 1,000 workers, and 1 GB of memory.
 """
 
 import argparse
+import gc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from bench._harness import print_document, print_table
 from tests.sim.scale import Figures, Job, quiet_rounds
 
 WIDTH, HEIGHT, MARGIN = 640, 360, 60
+GARBAGE_AFTER = 1_000_000  # objects; to look through millions of live ones takes long
 
 
 def curve(found: dict[int, Figures], title: str) -> str:
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--svg", type=Path, help="where to write the curve")
     chosen = parser.parse_args()
     counts = [int(count) for count in chosen.workers.split(",")]
+    gc.set_threshold(GARBAGE_AFTER)
     found = {count: quiet_rounds(Job(count, chosen.servers)) for count in counts}
     rows = [
         [

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.sim.memory import NOTHING, Cargo
+from tests.sim.words import Words
 from tests.sim.world import World
 
 Receive = Callable[[object, bytes, Cargo], None]
@@ -89,6 +90,8 @@ class Network:
         Connections that were closed.
     sent, received : dict of str to [messages, bytes]
         By process, where bytes take time. Bytes are headers and payloads.
+    words : Words
+        Messages as bytes, and back.
     """
 
     world: World
@@ -100,6 +103,7 @@ class Network:
     links: int = 0
     sent: dict[str, list[int]] = field(default_factory=dict)
     received: dict[str, list[int]] = field(default_factory=dict)
+    words: Words = field(default_factory=Words)
     _free_ns: dict[tuple[str, bool], int] = field(default_factory=dict)
 
     def connect(self, connection: Connection) -> None:

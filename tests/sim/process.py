@@ -108,7 +108,7 @@ class Process:
         if self.world.now_ns < self.frozen_until_ns:
             self.world.at(self.frozen_until_ns, self._receive_later, (peer, header, cargo))
             return
-        message = codec.decode(header)
+        message = self.network.words.decode(header)
         handles: tuple[int, ...] = ()
         if cargo.parts:
             handles = tuple([self.payloads.add(part, Origin.FOREIGN) for part in cargo.parts])
@@ -191,7 +191,7 @@ class Process:
                 self.network.count("shared")
         elif cargo.parts:
             raise Violation(f"{message} with payloads")
-        self.network.send(connection, end, codec.encode(message), cargo)
+        self.network.send(connection, end, self.network.words.encode(message), cargo)
 
     def _note(self, effect: Note) -> None:
         self.world.note(self.name, effect)

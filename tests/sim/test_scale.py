@@ -1,5 +1,7 @@
 """A round in which nothing happens costs nothing but its tensors, on any cluster."""
 
+import tracemalloc
+
 import pytest
 
 from tests.sim.scale import Job, quiet_rounds
@@ -8,6 +10,7 @@ MODEL = 100_000_000
 HEADERS_MAX = 0.001  # of the payloads
 ROUNDS = 10
 EDGES_MAX = 0.5 / ROUNDS  # the first and the last round are seen from the middle of an exchange
+SMALL = 1_000_000  # bytes of a model that one server gives to many in no time
 
 
 @pytest.mark.parametrize(("workers", "servers"), [(4, 2), (12, 2), (12, 6)])
@@ -27,3 +30,18 @@ def test_a_slower_network_makes_rounds_slower_by_what_the_slowest_link_carries()
     assert 1 / slow.rounds_per_s - 1 / fast.rounds_per_s == pytest.approx(
         2 * longest_s * 0.9, rel=0.25
     )
+
+
+def test_memory_of_the_simulator_grows_as_its_members_do_and_not_as_what_all_hear_of_all() -> None:
+    few, many = (_peak_bytes(Job(workers, 1, SMALL, rounds=1)) for workers in (60, 120))
+    assert many < 2.5 * few
+
+
+def _peak_bytes(job: Job) -> int:
+    """What was in use at most while a job was simulated."""
+    tracemalloc.start()
+    try:
+        quiet_rounds(job)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -109,7 +109,7 @@ class FoldSet(Generic[Handle]):
         node = canonical(node, self.active)
         if self.covers(node):
             return None
-        covered = [held for held in self.nodes if contains(node, held)]
+        covered = [held for held in self.nodes if contains(node, held)] if node.level else []
         dropped = [self.nodes.pop(held) for held in covered]
         merges: list[Merge[Handle]] = []
         while (beside := sibling(node)) in self.nodes:
@@ -128,5 +128,5 @@ class FoldSet(Generic[Handle]):
 
     def missing(self) -> list[int]:
         """Active slots that no held node covers, in ascending order."""
-        held = [span(node, self.active) for node in self.nodes]
-        return [s for s in range(self.active) if not any(a <= s < b for a, b in held)]
+        held = {slot for node in self.nodes for slot in range(*span(node, self.active))}
+        return [slot for slot in range(self.active) if slot not in held]

@@ -63,13 +63,17 @@ class Backups:
             del self._rounds[old]
         late = self._missing(now_ns, round_, owners, speeds)
         waited_for = [slot for slot in late.values() if now_ns < slot.stuck_ns]
-        busy = [*owners.values(), *(who for slot in waited_for for who in slot.helpers)]
-        asked = {who: sum(slot.helpers.get(who, 0) for slot in late.values()) for who in speeds}
+        busy = {*owners.values(), *(who for slot in waited_for for who in slot.helpers)}
+        asked = dict.fromkeys(speeds, 0)
+        for who, times in [pair for slot in late.values() for pair in slot.helpers.items()]:
+            asked[who] = asked.get(who, 0) + times
         found = []
         for who in sorted(speeds, key=lambda worker: (asked[worker], speeds[worker], worker)):
+            if who in busy:
+                continue
             done_ns = now_ns + speeds[who]
             helped = [n for n, s in late.items() if done_ns < s.expected_ns or now_ns >= s.stuck_ns]
-            if who in busy or not helped:
+            if not helped:
                 continue
             number = max(helped, key=lambda n: (-len(late[n].helpers), late[n].expected_ns, n))
             slot = late[number]

@@ -37,8 +37,8 @@ def made(shard: Shard, current: Round) -> list[Send]:
             for peer, waiting in shard.waits.items()
             if waiting.version == current.number + 1
         ]
-    for peer, waiting in shard.waits.items():
-        if fresh and waiting.version == current.number + 1:
+    for peer, waiting in shard.waits.items() if fresh else ():
+        if waiting.version == current.number + 1:
             wanted = [part for part in fresh if part in waiting.parts]
             sends += _take(peer, shard, waiting, wanted)
     return sends
