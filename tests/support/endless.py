@@ -1,0 +1,35 @@
+"""A peer that begins a message and never ends it, by hand: ZeroMQ itself would keep all of it."""
+
+import contextlib
+import socket
+
+GREETING = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\0NULL" + bytes(16) + b"\0" + bytes(31)
+READY = b"\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
+MORE, LARGE = 1, 2  # flags of a frame
+MIB = 1 << 20
+FRAMES = {
+    "large": bytes([MORE | LARGE]) + MIB.to_bytes(8, "big") + bytes(MIB),
+    "empty": bytes([MORE, 0]) * (1 << 15),
+}
+
+
+def endless(address: str, kind: str, nbytes_max: int) -> int:
+    """Send frames of a message, so many bytes at most, until the other side closes the connection.
+
+    Returns
+    -------
+    int
+        Bytes that were sent.
+    """
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    frames, sent = memoryview(FRAMES[kind]), 0
+    with socket.create_connection((host, int(port))) as raw, contextlib.suppress(OSError):
+        raw.sendall(GREETING + b"\x04" + bytes([len(READY)]) + READY)
+        raw.recv(len(GREETING), socket.MSG_WAITALL)
+        _, nbytes = raw.recv(2, socket.MSG_WAITALL)
+        raw.recv(nbytes, socket.MSG_WAITALL)  # it is ready, too
+        while sent < nbytes_max:
+            sent += raw.send(frames[sent % len(frames) :][: nbytes_max - sent])
+        while raw.recv(1_024):
+            pass
+    return sent
