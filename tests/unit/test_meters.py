@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from tests.integration.test_hostile import peak_of
-from tests.support.endless import endless
+from tests.support.endless import OLD_GREETING, endless
 from treefold.cli.keys import main as keys
 from treefold.common.audit import Audit
 from treefold.common.config import Settings
@@ -47,6 +47,11 @@ class Place:
     @property
     def meter(self) -> Meter:
         return self.hub._meters[DOOR]
+
+    @property
+    def where(self) -> tuple[str, int]:
+        host, _, port = self.address.removeprefix("tcp://").rpartition(":")
+        return host, int(port)
 
     def peer(self) -> zmq.Socket[bytes]:
         made = self.context.socket(zmq.DEALER)
@@ -112,7 +117,11 @@ class Hostile:
 
 @pytest.mark.parametrize(
     ("kind", "nbytes", "grown_max"),
-    [("large", 600 * MIB, 400 * MIB), ("empty", 120 * MIB, 900 * MIB)],
+    [
+        ("large", 600 * MIB, 400 * MIB),
+        ("old", 600 * MIB, 400 * MIB),
+        ("empty", 120 * MIB, 900 * MIB),
+    ],
 )
 def test_a_message_without_an_end_is_ended_and_others_go_on(
     kind: str, nbytes: int, grown_max: int, capfd: pytest.CaptureFixture[str]
@@ -168,6 +177,18 @@ class AlwaysReadable:
     def getsockopt(self, option: int) -> int:
         del option
         return int(zmq.POLLIN)
+
+
+def test_what_an_old_peer_sends_does_not_switch_the_looks_off() -> None:
+    with place() as at, socket.create_connection(at.where) as raw:
+        raw.sendall(OLD_GREETING + bytes([4, 0]) + b"old" + bytes([4, 0]) + b"one")
+        at.take(2)
+        assert [one.header for one in at.arrived] == [b"old", b"one"]
+        hostile = Hostile(at.address, "large", 600 * MIB)
+        at.serve(lambda: bool(hostile.sent))
+        assert at.hub.traffic.cut == 1
+        raw.sendall(bytes([4, 0]) + b"two")
+        at.take(3)
 
 
 def test_a_message_of_very_many_frames_is_not_kept_and_ends_its_connection() -> None:

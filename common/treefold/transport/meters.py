@@ -39,6 +39,7 @@ AT_ONCE = struct.pack("ii", 1, 0)  # a peer that does not read hears of it, too
 SO_COOKIE = 57  # a number that no other socket has had since the machine started
 TCP_INFO = getattr(socket, "TCP_INFO", -1)
 RECEIVED_AT = 128  # of tcpi_bytes_received in struct tcp_info
+SAYS_SOURCE = (4, 2, 0)  # the first ZeroMQ that says by which socket a message came
 SOURCE, READABLE = int(zmq.SRCFD), int(zmq.POLLIN)
 SOL_SOCKET, IPPROTO_TCP = int(socket.SOL_SOCKET), int(socket.IPPROTO_TCP)
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class Connection:
     Attributes
     ----------
     cookie : int
-        The kernel's name for it; 0 if it was gone before it was met.
+        The kernel's name for it; 0 if it was gone before it was met, or is not known.
     descriptor : int
         Of its socket. The number may be another one's by now, the cookie is not.
     host : str
@@ -138,21 +139,24 @@ class Meter:
         self._allowance = Allowance(Budget(budget.bytes_max, budget.bytes_per_s))
         self._traffic, self._audit = traffic, audit
         self._connections: dict[int, Connection] = {}
-        self._is_able = TCP_INFO >= 0 and Path(DESCRIPTORS).is_dir()
+        self._is_able = (
+            TCP_INFO >= 0 and Path(DESCRIPTORS).is_dir() and zmq.zmq_version_info() >= SAYS_SOURCE
+        )
         self._said = (0, 0)
         self._log = logger("transport")
 
     def meet(self, sender: Hashable, frame: zmq.Frame) -> Connection:
         """The connection that a peer's first message came by."""
         try:
-            descriptor = int(frame.get(SOURCE))
-        except zmq.ZMQError:  # this ZeroMQ does not say by which socket a message came
-            self._is_able = False
-            return Connection()
-        cookie = _ask(descriptor, _cookie) or 0
-        found = self._connections.get(cookie)
-        if found is None:
-            found = self._connections[cookie] = Connection(cookie, descriptor)
+            descriptor: int | None = int(frame.get(SOURCE))
+        except zmq.ZMQError:  # of peers with a protocol before ZMTP 3.0, which ours are not
+            descriptor = None
+        cookie = None if descriptor is None else _ask(descriptor, _cookie)
+        if descriptor is None or cookie is None:
+            found = Connection()  # so nothing that it sends is taken off what it has brought
+        else:
+            found = self._connections.get(cookie) or Connection(cookie, descriptor)
+            self._connections[cookie] = found
         self.senders[sender] = found
         return found
 
