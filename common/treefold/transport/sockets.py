@@ -389,13 +389,13 @@ class Hub:
         """Wait for sockets; look now and then at what connections have brought."""
         ends_ns = None if timeout_ns is None else time.monotonic_ns() + timeout_ns
         while True:
+            until_ns = ends_ns
             for meter in self._meters.values():
                 meter.look()
-            dues_ns = [meter.due_ns for meter in self._meters.values()]
-            until_ns = min([*dues_ns, *([] if ends_ns is None else [ends_ns])], default=None)
+                until_ns = meter.due_ns if until_ns is None else min(until_ns, meter.due_ns)
             left_ns = None if until_ns is None else until_ns - time.monotonic_ns()
             ready = dict(self._poller.poll(None if left_ns is None else max(0, -(-left_ns // MS))))
-            if ready or (ends_ns is not None and time.monotonic_ns() >= ends_ns):
+            if ready or until_ns == ends_ns:
                 return ready
 
     def _warn(self) -> None:
