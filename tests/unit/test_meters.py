@@ -324,6 +324,28 @@ def test_a_descriptor_that_is_another_connections_by_now_is_left_alone() -> None
         assert at.hub.traffic.cut == 0
 
 
+def test_a_message_whose_descriptor_is_another_sockets_by_now_is_taken_off_nobody() -> None:
+    with place() as at, socket.create_server(("127.0.0.1", 0)) as server:
+        others = [socket.create_connection(server.getsockname()), server]
+        with others[0]:
+            for other in others:
+                found = at.meter.meet(b"gone", From(other.fileno()))  # type: ignore[arg-type] # a double
+                assert found == Connection()
+        assert at.meter.meet(b"gone", From(1 << 20)) == Connection()  # type: ignore[arg-type] # likewise
+        assert at.meter._connections == {}
+
+
+class From:
+    """A frame that came by a socket."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def get(self, option: int) -> int:
+        del option
+        return self._descriptor
+
+
 def test_only_connections_to_the_listeners_own_port_are_looked_at() -> None:
     with place() as at, place() as other, at.peer() as peer, other.peer() as stranger:
         link = Hub()

@@ -151,7 +151,7 @@ class Meter:
             descriptor: int | None = int(frame.get(SOURCE))
         except zmq.ZMQError:  # of peers with a protocol before ZMTP 3.0, which ours are not
             descriptor = None
-        cookie = None if descriptor is None else _ask(descriptor, _cookie)
+        cookie = None if descriptor is None else _ask(descriptor, self._name)
         if descriptor is None or cookie is None:
             found = Connection()  # so nothing that it sends is taken off what it has brought
         else:
@@ -190,10 +190,7 @@ class Meter:
         cookie = _cookie(sock)
         one = known.get(cookie)
         if one is None:
-            name = sock.getsockname()
-            if not isinstance(name, tuple) or name[1] != self._port:
-                return None
-            if sock.getsockopt(SOL_SOCKET, socket.SO_ACCEPTCONN):  # the listener itself
+            if self._name(sock) is None:
                 return None
             one = Connection(cookie, sock.fileno())
         self._connections[cookie] = one
@@ -207,6 +204,14 @@ class Meter:
         if held > self._budget.bytes_max:
             self.end(one, f"{held} bytes of it wait, peer_bytes_max is {self._budget.bytes_max}")
         return one if held - _unread(sock) > self._message_bytes_max else None
+
+    def _name(self, sock: socket.socket) -> int | None:
+        """The cookie of a connection to this listener; None of all other sockets."""
+        name = sock.getsockname()
+        if not isinstance(name, tuple) or name[1] != self._port:
+            return None
+        is_listener = sock.getsockopt(SOL_SOCKET, socket.SO_ACCEPTCONN)
+        return None if is_listener else _cookie(sock)
 
     def _charge(self, one: Connection, nbytes: int, sock: socket.socket) -> None:
         """Count what was brought against what the host may bring."""
