@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+from collections.abc import Callable
 
 GREETING = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\0NULL" + bytes(16) + b"\0" + bytes(31)
 READY = b"\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
@@ -15,8 +16,12 @@ FRAMES = {
 OLD_GREETING = bytes([1, 0])  # of ZMTP 1.0, of whose messages ZeroMQ does not say where from
 
 
-def endless(address: str, kind: str, nbytes_max: int) -> int:
+def endless(
+    address: str, kind: str, nbytes_max: int, done: Callable[[], None] = lambda: None
+) -> int:
     """Send frames of a message, so many bytes at most, until the other side closes the connection.
+
+    Calls ``done`` when all of them are sent.
 
     Returns
     -------
@@ -29,6 +34,7 @@ def endless(address: str, kind: str, nbytes_max: int) -> int:
         _greet(raw, kind)
         while sent < nbytes_max:
             sent += raw.send(frames[sent % len(frames) :][: nbytes_max - sent])
+        done()
         while raw.recv(1_024):
             pass
     return sent

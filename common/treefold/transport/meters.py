@@ -2,7 +2,7 @@
 
 ZeroMQ gathers the frames of a message until the last one is there, however many they are, and
 counts none of it. But the kernel knows how many bytes a TCP connection has brought, and what was
-handed over is counted here. The difference is what waits in ZeroMQ and in the kernel.
+handed over is counted here. The difference, less what the kernel has still, waits in ZeroMQ.
 
 Needs Linux. Elsewhere nothing is known, and nothing is ended.
 """
@@ -30,7 +30,7 @@ from treefold.transport.traffic import Traffic
 LOOK_NS = 200_000_000  # a fast connection brings some 100 MB meanwhile
 QUEUE_MIN, QUEUE_MAX = 16, 256  # messages per peer that ZeroMQ takes from the kernel ahead of us
 LARGEST_BYTES = (4 << 20) + (64 << 10)  # of messages that come in numbers: those with tensors
-SPARE_MESSAGES = 16  # of the budget: for what the kernel holds, and the message that is gathered
+SPARE_MESSAGES = 16  # of the budget: for the message that is gathered, and for small ones
 FRAMES_MAX = 64  # of one message, of those in earnest two: it is kept no further
 ROUNDS_MIN = 3  # of ZeroMQ's turns among peers, after which every one has had its turn
 SAID_PER_S_MAX = 10  # lines; a flood must not fill the log
@@ -201,9 +201,10 @@ class Meter:
         held = one.received - one.taken
         if held <= self._message_bytes_max:
             return None
+        held -= _unread(sock)
         if held > self._budget.bytes_max:
             self.end(one, f"{held} bytes of it wait, peer_bytes_max is {self._budget.bytes_max}")
-        return one if held - _unread(sock) > self._message_bytes_max else None
+        return one if held > self._message_bytes_max else None
 
     def _name(self, sock: socket.socket) -> int | None:
         """The cookie of a connection to this listener; None of all other sockets."""
