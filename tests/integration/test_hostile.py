@@ -39,7 +39,7 @@ BIG = (4 << 20) + (65 << 10)  # bytes; more than a server takes
 LAST = 1 << 50
 PER_BYTE_MAX = 4  # bytes of memory for each hostile byte
 BUDGET_BYTES = 192 << 20  # of all processes of the cluster together, whatever comes
-ENDLESS_BYTES = 1 << 30  # of each message without an end, if it is let
+ENDLESS_BYTES = 2 << 30  # of each message without an end, if it is let
 ANSWER_MS, ANSWERS = 500, 180
 
 
