@@ -1,8 +1,8 @@
 """A live cluster under fire: it neither dies nor hangs nor grows, and training has its bits.
 
 One job without keys, which lets anybody speak: 10,000 connections that bring garbage, and 100,000
-messages that are malformed, nested, mistyped or too large, while a worker trains. The figures are
-printed.
+messages that are malformed, nested, mistyped or too large, while a worker trains, and then messages
+without an end. The figures are printed.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import msgspec
@@ -22,6 +24,7 @@ import zmq
 
 from tests.integration.test_bad_input import STRANGER, addresses, garbage, status_of
 from tests.integration.test_trouble import begin_round
+from tests.support.endless import endless
 from tests.support.processes import Bits, Cluster, Gate
 from treefold.wire import codec
 from treefold.wire.messages import Heartbeat, Pull, StatusReply, StatusRequest
@@ -36,6 +39,7 @@ BIG = (4 << 20) + (65 << 10)  # bytes; more than a server takes
 LAST = 1 << 50
 PER_BYTE_MAX = 4  # bytes of memory for each hostile byte
 BUDGET_BYTES = 192 << 20  # of all processes of the cluster together, whatever comes
+ENDLESS_BYTES = 2 << 30  # of each message without an end, if it is let
 ANSWER_MS, ANSWERS = 500, 180
 
 
@@ -167,6 +171,12 @@ def attack_all(job: Cluster, messages: list[list[bytes]], attack: Attack) -> Non
         thread.join()
 
 
+def go_on_for_ever(places: list[str]) -> list[int]:
+    """A message without an end for each listener; how much of it was sent until it was closed."""
+    with ThreadPoolExecutor(len(places)) as pool:
+        return list(pool.map(endless, places, repeat("large"), repeat(ENDLESS_BYTES)))
+
+
 @pytest.mark.slow
 def test_a_cluster_under_fire_stays_up_stays_small_and_trains_to_the_same_bits(
     cluster: Callable[..., Cluster],
@@ -182,6 +192,9 @@ def test_a_cluster_under_fire_stays_up_stays_small_and_trains_to_the_same_bits(
         with peak_of(pids) as peak:
             attack_all(job, messages, attack)
             grown = peak()
+        with peak_of(pids) as peak:
+            sent = go_on_for_ever(addresses(job))
+            swollen = peak()
         worker.line("^at the gate in round 9")  # it has trained meanwhile, and waits for the end
         assert status_of(job)["phase"] == "running"
         gate.open()
@@ -193,6 +206,10 @@ def test_a_cluster_under_fire_stays_up_stays_small_and_trains_to_the_same_bits(
             f"\nhostile input: {attack.connections:,} connections and {attack.messages:,} messages "
             f"({attack.oversized} too large), {attack.nbytes / 2**20:.0f} MiB in "
             f"{time.monotonic() - begun:.0f} s; none taken, {attack.answered:,} answered; memory "
-            f"of 3 processes grew by {grown / 2**20:.0f} MiB\n"
+            f"of 3 processes grew by {grown / 2**20:.0f} MiB; messages without an end closed after "
+            f"{', '.join(f'{one / 2**20:.0f}' for one in sent)} MiB, memory grew by "
+            f"{swollen / 2**20:.0f} MiB\n"
         )
+    assert max(sent) < ENDLESS_BYTES
+    assert swollen < sum(sent) + BUDGET_BYTES
     assert grown <= min(PER_BYTE_MAX * attack.nbytes, BUDGET_BYTES)

@@ -137,6 +137,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics_token_file : str
         File with the bearer token that whoever asks for metrics has to have; needed if
         ``metrics_bind`` can be reached from other machines.
+    peer_bytes_max : int
+        How many bytes of one connection may wait at a scheduler or server that listens on TCP; more
+        closes the connection. Needs Linux.
+    peer_bytes_per_s : int
+        How many bytes all connections of one host may bring in a second there, on average and after
+        ``peer_bytes_max`` at once; more closes them. 0: any number. Needs Linux.
     page_port : int
         Port of the scheduler's live page; 0 takes a free one, -1: there is none. ``treefold run``
         has one unless it is told otherwise.
@@ -201,6 +207,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics_port: Annotated[int, Meta(ge=-1, le=65_535)] = -1
     metrics_bind: str = "127.0.0.1"
     metrics_token_file: str = ""
+    peer_bytes_max: Annotated[int, Meta(ge=1 << 27, le=1 << 50)] = 1 << 29
+    peer_bytes_per_s: Annotated[int, Meta(ge=0, le=1 << 50)] = 0
     page_port: Annotated[int, Meta(ge=-1, le=65_535)] = -1
     page_bind: str = "127.0.0.1"
     page_token_file: str = ""

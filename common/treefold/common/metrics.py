@@ -113,6 +113,7 @@ METRICS = (
     Metric("network_transmit_bytes_total", _C, "Bytes sent, by the way they took", ("way",)),
     Metric("network_receive_messages_total", _C, "Messages received, some bundled"),
     Metric("network_transmit_messages_total", _C, "Messages sent, some bundled"),
+    Metric("connections_cut_total", _C, "Connections closed for what they brought"),
     Metric("queue_depth", _G, "What waits in this process", ("queue",), _MEMBERS),
     Metric("busy_seconds_total", _C, "Time spent by kind of work", ("activity",), _MEMBERS),
     Metric("shared_memory_bytes", _G, "Shared memory of this process's own", (), _MEMBERS),

@@ -34,6 +34,30 @@ PATIENCE = Budget(1_024, 100)
 """Messages of a peer that may be refused before it is not read for a while."""
 
 
+class Allowance:
+    """How many bytes each host may bring: so many at once, and then so many in a second.
+
+    Parameters
+    ----------
+    budget : Budget
+        Of bytes.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._left: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def pay(self, host: str, nbytes: int) -> bool:
+        """A host has brought so much; whether it had it left. What it had not, it owes."""
+        budget, now_ns = self._budget, monotonic_ns()
+        left, then_ns = self._left.pop(host, (float(budget.burst), now_ns))
+        left = min(budget.burst, left + (now_ns - then_ns) * 1e-9 * budget.per_s) - nbytes
+        self._left[host] = (left, now_ns)
+        if len(self._left) > PEERS_MAX:
+            self._left.popitem(last=False)
+        return left >= 0
+
+
 class Purse:
     """What each peer has left.
 

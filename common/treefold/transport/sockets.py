@@ -8,7 +8,6 @@ import errno
 import os
 import time
 from collections.abc import Hashable, Iterator
-from urllib.parse import urlsplit
 
 import msgspec
 import zmq
@@ -20,6 +19,15 @@ from treefold.common.log import logger
 from treefold.transport.access import Access
 from treefold.transport.bell import Bell
 from treefold.transport.links import Link, Step
+from treefold.transport.meters import (
+    FRAMES_MAX,
+    LARGEST_BYTES,
+    QUEUE_MAX,
+    Meter,
+    PeerBudget,
+    queue_max,
+)
+from treefold.transport.reach import bind_text, check_reach, is_reachable
 from treefold.transport.traffic import Traffic
 from treefold.transport.zap import DOMAIN, Doorman
 from treefold.wire.permissions import KeyRole
@@ -27,13 +35,14 @@ from treefold.wire.permissions import KeyRole
 CONTROL_FRAME_BYTES_MAX = 64 << 20  # specs and views of very large jobs
 DATA_FRAME_BYTES_MAX = (4 << 20) + (64 << 10)  # the largest payload frame, or a header
 IN_FLIGHT_MAX = 1_024  # messages remembered before those that have left are forgotten
-RECEIVE_QUEUE_MAX = 256  # messages per peer that ZeroMQ takes from the kernel ahead of us
+PEER_BUDGET = PeerBudget()
 FLUSH_MS = 2_000  # how long a closing process waits for its last messages to leave
 HANDSHAKE_MS = 3_000
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 500
 CONNECT_MS = 1_000  # an attempt that is not answered by then is made again, not waited for
 UNACKNOWLEDGED_MAX_MS = 3_000  # what the kernel could not deliver for so long: connect anew
+MS = 1_000_000  # nanoseconds
 WARNING_S = 300  # between two warnings that nothing is encrypted
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 30, 10, 3
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -42,7 +51,6 @@ Context = zmq.Context[zmq.Socket[bytes]]
 DONTWAIT, READABLE = int(zmq.DONTWAIT), int(zmq.POLLIN)
 MORE_FOLLOWS = int(zmq.DONTWAIT | zmq.SNDMORE)
 NUMBERS_THREAD, NAMES_THREAD = 1, 2  # bits: ZeroMQ's first and second thread
-LOOPBACK_HOSTS = ("localhost", "[::1]", "::1")
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False):
@@ -73,6 +81,8 @@ class Hub:
         prove their keys, and who is not on the allow-list is not let in.
     audit : Audit, optional
         Told who connects.
+    budget : PeerBudget
+        What a peer may bring to a listener over TCP; more closes its connection.
 
     Attributes
     ----------
@@ -87,9 +97,11 @@ class Hub:
         context: Context | None = None,
         access: Access | None = None,
         audit: Audit | None = None,
+        budget: PeerBudget = PEER_BUDGET,
     ) -> None:
         self.access = access
         self.audit = audit
+        self._budget = budget
         self._doorman: Doorman | None = None
         self._links: dict[Hashable, Link] = {}
         self._warning = ""
@@ -99,6 +111,7 @@ class Hub:
         self._poller = zmq.Poller()
         self._sockets: dict[Hashable, zmq.Socket[bytes]] = {}
         self._listeners: dict[Hashable, None] = {}
+        self._meters: dict[Hashable, Meter] = {}
         self._in_flight: dict[Hashable, zmq.MessageTracker] = {}
         self._pid = os.getpid()
         self.traffic = Traffic()
@@ -137,6 +150,7 @@ class Hub:
         for option, value in self._options(address, frame_bytes_max).items():
             new.setsockopt(option, value)
         new.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        new.setsockopt(zmq.RCVHWM, queue_max(self._budget.bytes_max))
         self._guard(new)
         wanted = (
             address[:-2] + ":*"
@@ -147,10 +161,13 @@ class Hub:
             new.bind(wanted)
         except zmq.ZMQError as error:
             new.close(0)
-            raise ConfigError(_bind_text(address, error)) from error
+            raise ConfigError(bind_text(address, error)) from error
         self._poller.register(new, zmq.POLLIN)
         self._sockets[name] = new
         self._listeners[name] = None
+        if address.startswith("tcp://"):
+            limits = self._budget, frame_bytes_max + LARGEST_BYTES
+            self._meters[name] = Meter(new, *limits, self.traffic, self.audit)
         return new.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def connect(
@@ -188,6 +205,7 @@ class Hub:
         """Close a link or listener, if it exists."""
         old = self._sockets.pop(name, None)
         self._listeners.pop(name, None)
+        self._meters.pop(name, None)
         link = self._links.pop(name, None)
         if old is not None:
             self._unwatch(old, link)
@@ -212,9 +230,7 @@ class Hub:
             A listener refuses this process's key, or has not shown a right one itself.
         """
         self._warn()
-        timeout_ns = self._until_reopening_ns(timeout_ns)
-        timeout_ms = None if timeout_ns is None else max(0, -(-timeout_ns // 1_000_000))
-        ready = dict(self._poller.poll(timeout_ms))
+        ready = self._poll(self._until_reopening_ns(timeout_ns))
         if self.access is not None:
             self.access.refresh()  # before what came meanwhile is looked at
         if self.bell.fileno() in ready:
@@ -369,6 +385,19 @@ class Hub:
             timeout_ns = left_ns if timeout_ns is None else min(timeout_ns, left_ns)
         return timeout_ns
 
+    def _poll(self, timeout_ns: int | None) -> dict[object, int]:
+        """Wait for sockets; look now and then at what connections have brought."""
+        ends_ns = None if timeout_ns is None else time.monotonic_ns() + timeout_ns
+        while True:
+            until_ns = ends_ns
+            for meter in self._meters.values():
+                meter.look()
+                until_ns = meter.due_ns if until_ns is None else min(until_ns, meter.due_ns)
+            left_ns = None if until_ns is None else until_ns - time.monotonic_ns()
+            ready = dict(self._poller.poll(None if left_ns is None else max(0, -(-left_ns // MS))))
+            if ready or until_ns == ends_ns:
+                return ready
+
     def _warn(self) -> None:
         """Say now and then that nothing is encrypted."""
         now_ns = time.monotonic_ns()
@@ -396,52 +425,33 @@ class Hub:
     def _receive(
         self, name: Hashable, sock: zmq.Socket[bytes], batch_max: int
     ) -> Iterator[Arrival]:
-        is_listener = name in self._listeners
-        link = self._links.get(name)
+        is_listener, meter = name in self._listeners, self._meters.get(name)
+        link, connection = self._links.get(name), None
         public, where = ("", "") if link is None else (link.public, link.address)
+        is_guarded = is_listener and self.access is not None
         for _ in range(batch_max):
             if not int(sock.getsockopt(zmq.EVENTS)) & READABLE:  # cheaper than an exception
                 return
             sender = sock.recv(DONTWAIT) if is_listener else name
-            if is_listener and self.access is not None:
-                header, public, where = _proven(sock.recv(DONTWAIT, copy=False))
+            if meter is not None:
+                connection = meter.senders.get(sender)
+            if is_guarded or (meter is not None and connection is None):
+                frame = sock.recv(DONTWAIT, copy=False)
+                header = frame.bytes
+                if is_guarded:
+                    public, where = str(frame.get("User-Id")), str(frame.get("Peer-Address"))
+                if meter is not None and connection is None:
+                    connection = meter.meet(sender, frame)
             else:
                 header = sock.recv(DONTWAIT)
-            payloads = []
-            while sock.getsockopt(zmq.RCVMORE):
-                payloads.append(memoryview(sock.recv(DONTWAIT, copy=False).buffer))
-            nbytes = sum(payload.nbytes for payload in payloads)
-            self.traffic.of(name, sender).add(len(header), nbytes)
+            payloads, sizes = _rest(sock)
+            self.traffic.of(name, sender).add(len(header), sum(sizes))
+            if meter is not None and connection is not None:
+                sizes.append(len(header))
+                meter.take(connection, sizes)
             yield Arrival(name, sender, header, payloads, public, where)
             if self._sockets.get(name) is not sock:  # closed for what it brought
                 return
-
-
-def is_reachable(address: str) -> bool:
-    """Whether other machines may be able to reach what listens there."""
-    if not address.startswith("tcp://"):
-        return False
-    host = urlsplit(address).hostname or ""
-    return not (host.startswith("127.") or host in LOOPBACK_HOSTS)
-
-
-def check_reach(address: str, *, insecure: bool) -> None:
-    """Refuse to listen beyond this machine without keys, unless told in so many words.
-
-    Raises
-    ------
-    ConfigError
-        The address is not a loopback one and ``insecure`` is false.
-    """
-    if insecure or not is_reachable(address):
-        return
-    msg = (
-        f"{address} can be reached from other machines, and without keys nothing is encrypted and "
-        "whoever connects can do anything: make keys with `treefold keys init DIR` and pass "
-        "--keys DIR to every process, or bind to 127.0.0.1, or set insecure if the network is "
-        "yours alone"
-    )
-    raise ConfigError(msg)
 
 
 def _options(frame_bytes_max: int) -> dict[int, int]:
@@ -449,7 +459,7 @@ def _options(frame_bytes_max: int) -> dict[int, int]:
     return {
         zmq.LINGER: 0,
         zmq.SNDHWM: 0,  # bounded by the protocol: one push per node and one reply per pull
-        zmq.RCVHWM: RECEIVE_QUEUE_MAX,
+        zmq.RCVHWM: QUEUE_MAX,
         zmq.MAXMSGSIZE: frame_bytes_max,
         zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
         zmq.RECONNECT_IVL: RECONNECT_MS,
@@ -463,17 +473,16 @@ def _options(frame_bytes_max: int) -> dict[int, int]:
     }
 
 
-def _proven(frame: zmq.Frame) -> tuple[bytes, str, str]:
-    """A frame's bytes, and the key and the address of the connection that it came by."""
-    return frame.bytes, str(frame.get("User-Id")), str(frame.get("Peer-Address"))
-
-
-def _bind_text(address: str, error: zmq.ZMQError) -> str:
-    if error.errno == zmq.EADDRINUSE:
-        return f"{address} is in use by another process; choose another port, or 0 for a free one"
-    if error.errno == zmq.EADDRNOTAVAIL or error.errno == errno.ENODEV:
-        return f"{address} is not an address of this machine"
-    return f"cannot listen on {address}: {error}"
+def _rest(sock: zmq.Socket[bytes]) -> tuple[list[memoryview], list[int]]:
+    """The frames of a message after its first, and their sizes; of very many only some are kept."""
+    kept: list[memoryview] = []
+    sizes: list[int] = []
+    while sock.getsockopt(zmq.RCVMORE):
+        payload = memoryview(sock.recv(DONTWAIT, copy=False).buffer)
+        sizes.append(payload.nbytes)
+        if len(kept) < FRAMES_MAX:
+            kept.append(payload)
+    return kept, sizes
 
 
 def _is_unreachable(error: zmq.ZMQError) -> bool:

@@ -100,3 +100,4 @@ def of_traffic(traffic: Traffic) -> Iterator[Reading]:
         yield Reading(f"network_{word}_bytes_total", total.header_bytes, ("header",))
         yield Reading(f"network_{word}_bytes_total", total.payload_bytes, ("payload",))
         yield Reading(f"network_{word}_bytes_total", total.shared_bytes, ("shared",))
+    yield Reading("connections_cut_total", traffic.cut)

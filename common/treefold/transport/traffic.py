@@ -40,11 +40,14 @@ class Traffic:
     sent, received : dict
         By name of the socket and peer: the routing identity for a listener, the socket's name again
         for a link. None stands for all peers for which there was no more room.
+    cut : int
+        Connections that were closed because they brought too much.
     """
 
     def __init__(self) -> None:
         self.sent: dict[tuple[Hashable, Hashable], Way] = {}
         self.received: dict[tuple[Hashable, Hashable], Way] = {}
+        self.cut = 0
 
     def to(self, socket: Hashable, peer: Hashable) -> Way:
         """What has been sent to a peer."""

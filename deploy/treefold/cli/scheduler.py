@@ -17,7 +17,8 @@ DESCRIPTION = (
 )
 DEFAULT_ADDRESS = "tcp://127.0.0.1:29700"
 FLAGS = (
-    "bind", "advertise", "engine", "insecure", "keys", "audit", "servers", "workers", "replicas",
+    "bind", "advertise", "engine", "insecure", "keys", "audit",
+    "peer_bytes_max", "peer_bytes_per_s", "servers", "workers", "replicas",
     "journal", "checkpoint", "checkpoint_every", "checkpoints_kept", "resume", "state", "slots",
     "seed",
     "heartbeat_ms", "dead_after_ms",

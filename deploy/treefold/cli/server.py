@@ -15,7 +15,7 @@ DESCRIPTION = (
 )
 FLAGS = (
     "scheduler", "bind", "advertise", "engine", "insecure", "keys", "audit", "rank",
-    "connect_timeout_s", "lane",
+    "peer_bytes_max", "peer_bytes_per_s", "connect_timeout_s", "lane",
     "lane_bytes_max", "check_every", "ledger", "tape", "tape_bytes_max", "log_level",
     "metrics_port", "metrics_bind", "metrics_token_file", "timeline",
 )  # fmt: skip

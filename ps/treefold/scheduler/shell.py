@@ -39,11 +39,11 @@ from treefold.scheduler.effects import (
 from treefold.scheduler.figures import SchedulerTally
 from treefold.scheduler.journal import Journal
 from treefold.scheduler.points import POINTS
-from treefold.transport.access import access_of
 from treefold.transport.hosts import listening, told
+from treefold.transport.hubs import hub_of
 from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
-from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context, Hub
+from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, Context
 from treefold.transport.watch import watch_for
 from treefold.wire.exchange import Halt, Level, Note, Peer, PeerLost, Received, Send
 from treefold.wire.membership import MS
@@ -72,8 +72,7 @@ class SchedulerShell:
 
     def __init__(self, settings: Settings, context: Context | None = None) -> None:
         self._audit = Audit(settings.audit, "scheduler") if settings.audit else None
-        access = access_of(settings, KeyRole.SCHEDULER)
-        self._hub = Hub(context, access, self._audit)
+        self._hub = hub_of(settings, KeyRole.SCHEDULER, context, self._audit)
         self._outbox = Outbox(self._hub)
         bound = self._hub.listen(
             LISTENER,

@@ -72,15 +72,15 @@ from treefold.server.recording import Recording
 from treefold.server.saving import Restored, ShardFiles
 from treefold.server.shard import FoldedPart, ShardState, clip_coefficient
 from treefold.server.statistics import Statistics
-from treefold.transport.access import access_of
 from treefold.transport.body import Body
 from treefold.transport.carrier import Carrier, Destination, Held
 from treefold.transport.hosts import listening, located, told
+from treefold.transport.hubs import hub_of
 from treefold.transport.lanes import lane_settings
 from treefold.transport.loop import Loop
 from treefold.transport.outbox import Outbox
 from treefold.transport.pool import BufferPool
-from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, DATA_FRAME_BYTES_MAX, Context, Hub
+from treefold.transport.sockets import CONTROL_FRAME_BYTES_MAX, DATA_FRAME_BYTES_MAX, Context
 from treefold.transport.watch import watch_for
 from treefold.wire.chain import UnitCopy
 from treefold.wire.exchange import SCHEDULER, Halt, Note, Peer, PeerLost, Send
@@ -112,7 +112,7 @@ class ServerShell:
         self._settings = settings
         spare_compiler()
         audit = Audit(settings.audit, "server") if settings.audit else None
-        self._hub = Hub(context, access_of(settings, KeyRole.SERVER), audit)
+        self._hub = hub_of(settings, KeyRole.SERVER, context, audit)
         self._outbox = Outbox(self._hub)
         scheduler = located(settings.scheduler, settings.connect_timeout_s)
         bound = self._hub.listen(
