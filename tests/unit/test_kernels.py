@@ -11,7 +11,7 @@ from torch import Tensor
 
 from treefold.common import kernels as module
 from treefold.common.fold import Folder, Payload
-from treefold.common.kernels import WORTH_ELEMENTS, Compiler, Kernels
+from treefold.common.kernels import WORTH_ELEMENTS, Compiler, Kernels, Scaled
 
 SIZES = [1, 2, 15, 16, 17, 2_047, 2_049, 65_536, 70_001]
 SCALES = [(0.3, 0.7), (1.0, 0.1), (1 / 3, 1.0), (1e-30, 1e30)]
@@ -161,11 +161,9 @@ def test_if_it_cannot_be_compiled_the_log_says_why_and_torch_goes_on(
 def test_a_compiler_with_other_bits_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fused(
-        self: Kernels, left: Tensor, one: float, right: Tensor, other: float, out: Tensor
-    ) -> None:
+    def fused(self: Kernels, left: Scaled, right: Scaled, out: Tensor) -> None:
         del self
-        out.copy_((left.double() * one + right.double() * other).float())
+        out.copy_((left[0].double() * left[1] + right[0].double() * right[1]).float())
 
     monkeypatch.setattr(Kernels, "fold", fused)
     compiler = Compiler()

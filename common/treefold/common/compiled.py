@@ -1,7 +1,9 @@
 """Loops over memory that numba compiles, when this module is imported: that takes a second or two.
 
-They take addresses of float32 values that do not overlap. A product is rounded before it is added,
-since numba does not fuse the two unless it is told to.
+They take addresses of float32 values that do not overlap, and of four float64 ``numbers``: what
+the left and what the right operand is multiplied with, how many elements there are, and how many a
+block has. A product is rounded before it is added, since numba does not fuse the two unless it is
+told to.
 """
 
 from ctypes import c_void_p
@@ -11,7 +13,6 @@ from numba import carray, cfunc, njit  # type: ignore[attr-defined] # says nothi
 from numpy.typing import NDArray
 
 PIECE = 2_048  # elements of each operand that stay in the first-level cache from pass to pass
-_SCALED = "voidptr, float32, voidptr, float32"
 
 
 @njit("float32(float32[::1])", fastmath={"reassoc"}, error_model="numpy")
@@ -23,56 +24,47 @@ def _squares(values: NDArray[np.float32]) -> np.float32:
     return total
 
 
-@cfunc(f"void({_SCALED}, voidptr, int64)", error_model="numpy")
-def fold(
-    left: c_void_p,
-    left_scale: float,
-    right: c_void_p,
-    right_scale: float,
-    out: c_void_p,
-    count: int,
-) -> None:
-    """Write ``left * left_scale + right * right_scale`` to ``out``."""
+@cfunc("void(voidptr, voidptr, voidptr, voidptr)", error_model="numpy")
+def fold(left: c_void_p, right: c_void_p, out: c_void_p, numbers: c_void_p) -> None:
+    """Write the sum of both operands, each multiplied with its number, to ``out``."""
+    known = carray(numbers, 4, np.float64)
+    one, other, count = np.float32(known[0]), np.float32(known[1]), int(known[2])
     a, b = carray(left, count, np.float32), carray(right, count, np.float32)
     c = carray(out, count, np.float32)
     for i in range(count):
-        c[i] = a[i] * left_scale + b[i] * right_scale
+        c[i] = a[i] * one + b[i] * other
 
 
-@cfunc(f"void({_SCALED}, int64)", error_model="numpy")
-def fold_into(
-    left: c_void_p, left_scale: float, right: c_void_p, right_scale: float, count: int
-) -> None:
+@cfunc("void(voidptr, voidptr, voidptr)", error_model="numpy")
+def fold_into(left: c_void_p, right: c_void_p, numbers: c_void_p) -> None:
     """Do as `fold`, and write to ``left``."""
+    known = carray(numbers, 4, np.float64)
+    one, other, count = np.float32(known[0]), np.float32(known[1]), int(known[2])
     a, b = carray(left, count, np.float32), carray(right, count, np.float32)
     for i in range(count):
-        a[i] = a[i] * left_scale + b[i] * right_scale
+        a[i] = a[i] * one + b[i] * other
 
 
-@cfunc(f"void({_SCALED}, voidptr, int64, int64, voidptr, voidptr)", error_model="numpy")
+@cfunc("void(voidptr, voidptr, voidptr, voidptr, voidptr)", error_model="numpy")
 def fold_measured(
-    left: c_void_p,
-    left_scale: float,
-    right: c_void_p,
-    right_scale: float,
-    out: c_void_p,
-    count: int,
-    block: int,
-    left_sums: c_void_p,
-    right_sums: c_void_p,
+    left: c_void_p, right: c_void_p, out: c_void_p, numbers: c_void_p, sums: c_void_p
 ) -> None:
-    """Do as `fold`, and sum the squares of both operands block by block, in float64."""
+    """Do as `fold`, and sum squares block by block: float64, of ``left`` and then of ``right``."""
+    known = carray(numbers, 4, np.float64)
+    one, other = np.float32(known[0]), np.float32(known[1])
+    count, block = int(known[2]), int(known[3])
     a, b = carray(left, count, np.float32), carray(right, count, np.float32)
     c = carray(out, count, np.float32)
     blocks = (count + block - 1) // block
-    ones, twos = carray(left_sums, blocks, np.float64), carray(right_sums, blocks, np.float64)
+    totals = carray(sums, 2 * blocks, np.float64)
     for number in range(blocks):
-        ones[number] = twos[number] = 0.0
+        mine, others = np.float64(0.0), np.float64(0.0)
         end = min((number + 1) * block, count)
         for start in range(number * block, end, PIECE):
             stop = min(start + PIECE, end)
             x, y, z = a[start:stop], b[start:stop], c[start:stop]  # offsets would be slow
             for i in range(x.size):
-                z[i] = x[i] * left_scale + y[i] * right_scale
-            ones[number] += _squares(x)
-            twos[number] += _squares(y)
+                z[i] = x[i] * one + y[i] * other
+            mine += np.float64(_squares(x))
+            others += np.float64(_squares(y))
+        totals[number], totals[blocks + number] = mine, others

@@ -139,7 +139,7 @@ class Folder:
         if left.scale == 1.0 and right.scale == 1.0:
             torch.add(left.tensor, right.tensor, out=out)
         elif (kernels := self._kernels_for(left, right, out)) is not None:
-            kernels.fold(*left, *right, out)
+            kernels.fold(left, right, out)
         elif left.scale == 1.0:
             torch.add(left.tensor, self._product(right), out=out)
         elif right.scale == 1.0:

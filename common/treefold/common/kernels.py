@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WORTH_ELEMENTS = 1 << 29
 """Compiling takes a second or two and 50 MB; torch folds so many elements in less than a second."""
+Scaled = tuple[Tensor, float]
 _CHECKED = 1_000
 
 
@@ -43,37 +44,32 @@ class Kernels:
         self._fold_measured: Callable[..., None] = compiled.fold_measured.ctypes
         self._check()
 
-    def fold(
-        self, left: Tensor, left_scale: float, right: Tensor, right_scale: float, out: Tensor
-    ) -> None:
-        """Write ``left * left_scale + right * right_scale`` to ``out``.
+    def fold(self, left: Scaled, right: Scaled, out: Tensor) -> None:
+        """Write the sum of two operands to ``out``.
 
         Parameters
         ----------
-        left, right, out : Tensor, float32 [n]
-            ``out`` may be ``left``, and overlaps with nothing else.
-        left_scale, right_scale : float
-            Rounded to float32.
+        left, right : (Tensor, float)
+            Values, float32 [n], and what they are multiplied with, rounded to float32.
+        out : Tensor, float32 [n]
+            May be the left one, and overlaps with nothing else.
         """
-        at = left.data_ptr(), left_scale, right.data_ptr(), right_scale
-        if out.data_ptr() == at[0]:
-            self._fold_into(*at, out.numel())
+        one, other = left[0].data_ptr(), right[0].data_ptr()
+        numbers = (ctypes.c_double * 4)(left[1], right[1], out.numel(), 0)
+        if out.data_ptr() == one:
+            self._fold_into(one, other, ctypes.addressof(numbers))
         else:
-            self._fold(*at, out.data_ptr(), out.numel())
+            self._fold(one, other, out.data_ptr(), ctypes.addressof(numbers))
 
     def fold_measured(
-        self,
-        left: tuple[Tensor, float],
-        right: tuple[Tensor, float],
-        out: Tensor,
-        block: int,
+        self, left: Scaled, right: Scaled, out: Tensor, block: int
     ) -> tuple[list[float], list[float]]:
         """Do as `fold`, and sum the squares of both operands, not scaled, block by block.
 
         Parameters
         ----------
         left, right : (Tensor, float)
-            Values, float32 [n], and what they are multiplied with.
+            As for `fold`.
         out : Tensor, float32 [n]
             Overlaps with neither.
         block : int
@@ -87,10 +83,11 @@ class Kernels:
         """
         elements = out.numel()
         blocks = -(-elements // block)
-        sums = (ctypes.c_double * blocks)(), (ctypes.c_double * blocks)()
-        at = left[0].data_ptr(), left[1], right[0].data_ptr(), right[1], out.data_ptr()
-        self._fold_measured(*at, elements, block, *map(ctypes.addressof, sums))
-        return list(sums[0]), list(sums[1])
+        numbers = (ctypes.c_double * 4)(left[1], right[1], elements, block)
+        sums = (ctypes.c_double * (2 * blocks))()
+        at = left[0].data_ptr(), right[0].data_ptr(), out.data_ptr()
+        self._fold_measured(*at, ctypes.addressof(numbers), ctypes.addressof(sums))
+        return sums[:blocks], sums[blocks:]
 
     def _check(self) -> None:
         """Compare with torch."""
@@ -101,8 +98,8 @@ class Kernels:
         for one, other in ((0.3, 0.7), (1.0, 1 / 3), (0.5, 0.5)):
             wanted = (left * one).add_(right * other)
             apart, into, measured = torch.empty(_CHECKED), left.clone(), torch.empty(_CHECKED)
-            self.fold(left, one, right, other, apart)
-            self.fold(into, one, right, other, into)
+            self.fold((left, one), (right, other), apart)
+            self.fold((into, one), (right, other), into)
             self.fold_measured((left, one), (right, other), measured, _CHECKED)
             for found in (apart, into, measured):
                 if not torch.equal(found.view(torch.int32), wanted.view(torch.int32)):
