@@ -411,7 +411,8 @@ class SchedulerCore:
         self.view = View(number, self.phase, chief, members, places, leased, previous, era)
         self.out += changes(old, self.view, self.roster.name_of, self.chains.moving, why)
         self.story.add(now_ns, f"view {self.view.number}: leases {wanted} from round {from_round}")
-        for state in self.roster.live():
+        # While the cluster forms, a view for everybody that joins would be a cube of the members.
+        for state in [] if self.phase is Phase.FORMING else self.roster.live():
             self._send_view(now_ns, state)
 
     def _chief(self, workers: list[MemberState]) -> int:
