@@ -47,7 +47,7 @@ def what_is_in_the_round_before_is_staged_again(patch: Patch) -> None:
     patch.setattr(Asynchronous, "_drop", changed)
 
 
-@plant(Theme.APART, 250)
+@plant(Theme.APART, 50)
 def parts_of_two_workers_are_mixed(patch: Patch) -> None:
     stage = Asynchronous._stage
 
@@ -68,7 +68,7 @@ def a_pull_is_answered_before_what_it_needs_is_in(patch: Patch) -> None:
     patch.setattr(Wait, "is_met", lambda *_: True)
 
 
-@plant(Theme.APART, 200)
+@plant(Theme.APART)
 def another_primary_goes_on_with_half_a_version(patch: Patch) -> None:
     patch.setattr(Shard, "begin_round_anew", lambda _: [])
 

@@ -50,7 +50,7 @@ def nobody_is_told_what_is_lacking(patch: Patch) -> None:
     patch.setattr(server_asynchronous, "_status", changed)
 
 
-@plant(Theme.BESIDE, 1700)
+@plant(Theme.BESIDE, 1950)
 def a_round_that_is_lost_to_one_table_is_not_computed_again(patch: Patch) -> None:
     def changed(rounds: Rounds, late: list[ShardPull]) -> int | None:
         return torn_version(rounds, [pull for pull in late if pull.need is None])
@@ -59,7 +59,7 @@ def a_round_that_is_lost_to_one_table_is_not_computed_again(patch: Patch) -> Non
     patch.setattr(exchange, "torn_version", changed)
 
 
-@plant(Theme.BESIDE)
+@plant(Theme.BESIDE, 150)
 def a_table_without_rounds_is_asked_for_no_more_when_a_round_is_loaded_anew(patch: Patch) -> None:
     pull = Exchange.pull
 

@@ -40,7 +40,7 @@ def backups_acknowledge_before_they_have_applied(patch: Patch) -> None:
     patch.setattr(Replication, "on_round", hasty)
 
 
-@plant(Theme.CHAINED, 400)
+@plant(Theme.CHAINED, 100)
 def nothing_is_fenced_by_views(patch: Patch) -> None:
     patch.setattr(server_core, "refusal_of_view", lambda *_: None)
 

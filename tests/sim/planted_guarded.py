@@ -47,7 +47,7 @@ def workers_fold_what_is_to_be_looked_at(patch: Patch) -> None:
     patch.setattr(LocalRound, "take_apart", lambda _: None)
 
 
-@plant(Theme.GUARDED, 80)
+@plant(Theme.GUARDED, 250)
 def what_counts_is_not_written_down(patch: Patch) -> None:
     changes = Memory._changes
 

@@ -53,7 +53,7 @@ def a_round_is_decided_again(patch: Patch) -> None:
     patch.setattr(Quorums, "on_report", eager)
 
 
-@plant(Theme.QUORUM)
+@plant(Theme.QUORUM, 450)
 def decisions_outlive_a_way_back(patch: Patch) -> None:
     patch.setattr(Quorums, "forget", lambda _: None)
 

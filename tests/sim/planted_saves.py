@@ -18,7 +18,7 @@ from treefold.wire.messages import View
 from treefold.worker.core import WorkerCore
 
 
-@plant(Theme.SAVED, 300)
+@plant(Theme.SAVED, 500)
 def a_checkpoint_counts_before_all_tables_are_declared(patch: Patch) -> None:
     write = Checkpoints.write
 
@@ -72,7 +72,7 @@ def a_server_takes_part_before_it_is_restored(patch: Patch) -> None:
     patch.setattr(ServerCore, "_open_shards", hasty)
 
 
-@plant(Theme.SAVED, 800)
+@plant(Theme.SAVED)
 def nothing_of_before_the_way_back_is_fenced(patch: Patch) -> None:
     patch.setattr(server_core, "refusal_of_view", lambda *_: None)
 

@@ -31,7 +31,7 @@ def servers_say_that_a_version_has_begun_without_its_state(patch: Patch) -> None
     patch.setattr(Round, "is_begun", property(lambda current: bool(current.made)))
 
 
-@plant(Theme.STREAMING, 300)
+@plant(Theme.STREAMING)
 def contributions_are_sent_before_their_version_is_whole(patch: Patch) -> None:
     patch.setattr(Stream, "is_held_back", lambda *_: False)
 
@@ -73,7 +73,7 @@ def a_body_that_does_not_count_is_contributed(patch: Patch) -> None:
     patch.setattr(Stream, "turn_back", turn_back)
 
 
-@plant(Theme.STREAMING, 120)
+@plant(Theme.STREAMING, 100)
 def a_part_that_was_overwritten_is_computed_with(patch: Patch) -> None:
     patch.setattr(Trainer, "is_part_intact", lambda *_: True)
 
