@@ -62,7 +62,7 @@ def main() -> None:
     optimizer = ps.DistributedOptimizer(inner, model, in_place=chosen.in_place)
     dataset = torch.utils.data.TensorDataset(torch.randn(BATCH * ROUNDS, WIDTH))
     within = 0
-    for (inputs,) in ps.batches(dataset, batch_size=BATCH):
+    for (inputs,) in ps.batches(dataset, batch_size=BATCH, policy="static"):
         optimizer.zero_grad()
         model(inputs).square().mean().backward()
         optimizer.step()

@@ -1,10 +1,10 @@
 """A job whose model has many parts, tied, checkpointed, unused and strangely used parameters.
 
 At the end the worker prints in how many places a parameter lay, which rounds began before all of
-their parts were here, and a hash of every parameter and buffer. With ``--linger`` the worker of
-rank 1 stays in a loop body until servers have overwritten what it computes with. With
+their parts were here, and a hash of every parameter and buffer. With ``--linger`` the worker that
+makes this file stays in a loop body until servers have overwritten what it computes with. With
 ``--withhold`` the second layer is lost, time and again, until the forward of the first one has run
-with that version. With ``--write`` a loop body writes to a parameter.
+with that version. With ``--write`` the worker that makes this file writes to a parameter.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import torch
@@ -114,12 +115,20 @@ def use_otherwise(model: Net, number: int) -> None:
         assert torch.equal(twin.lent.weight, model.lent.weight)
 
 
-def linger() -> bool:
-    """Wait until the version that this body computes with is gone; once is enough."""
+def is_first(path: Path) -> bool:
+    """Whether nobody else has been here; a file says so."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def linger() -> None:
+    """Wait until the version that this body computes with is gone."""
     while not session.current().client.is_void:
         time.sleep(0.005)
     say("overwritten")
-    return False
 
 
 def write(model: Net) -> None:
@@ -159,9 +168,10 @@ def train(chosen: argparse.Namespace) -> None:
                 places[model.lent.weight.data_ptr()] = None
             if withheld is None:
                 use_otherwise(model, number)
-            if chosen.linger and ps.rank() == 1 and len(places) == 2:  # by now in a server's
-                chosen.linger = linger()
-            if chosen.write and len(places) == 2:
+            is_in_place = chosen.in_place and len(places) > 1  # no longer where it was made
+            if chosen.linger is not None and is_in_place and is_first(chosen.linger):
+                linger()
+            if chosen.write is not None and is_in_place and is_first(chosen.write):
                 write(model)
             number += 1
             optimizer.zero_grad()
@@ -184,8 +194,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--overlap", choices=OVERLAPS, default="true")
     parser.add_argument("--in-place", action="store_true")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--linger", action="store_true")
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--linger", type=Path)
     parser.add_argument("--withhold", action="store_true")
     ps.init()
     train(parser.parse_args())
