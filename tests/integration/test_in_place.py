@@ -74,3 +74,16 @@ def test_whoever_writes_to_a_parameter_is_told_where(
         assert set(ended) == {0, -signal.SIGSEGV}
         assert ended[-signal.SIGSEGV].all(r"line \d+ in write$")
         job.end(ended[-signal.SIGSEGV])
+
+
+def test_who_is_drained_has_the_parameters_in_memory_of_its_own(
+    cluster: Callable[..., Cluster], alone: Callable[..., Bits], tmp_path: Path
+) -> None:
+    with cluster(2, 2, slots=4) as job:
+        drain = f"--drain={tmp_path / 'drained'}"
+        found = [job.worker(JOB, "--in-place", drain) for _ in range(2)]
+        ended = [worker for worker in found if worker.end() == 0 and worker.all("^before True$")]
+        assert len(ended) == 1
+        assert ended[0].all("^after False$")
+        assert not ended[0].all("^final")
+        assert job.bits(ended[0]) == alone(JOB, SLOTS, "--overlap=false")

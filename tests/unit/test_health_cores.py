@@ -114,6 +114,13 @@ def test_every_part_is_measured_as_it_comes_and_nothing_is_folded_before_the_dec
     assert not of(effects, FoldPayloads, MakeParts)
 
 
+def test_what_is_measured_of_a_shard_that_is_closed_by_then_is_let_go() -> None:
+    core = begun()
+    effects = contribute(core, 0)
+    core.shards.clear()
+    assert measured(core, effects) == []
+
+
 def test_a_report_has_all_slots_their_senders_and_what_went_with_the_version() -> None:
     core = begun()
     assert not sent([*contribute(core, 1), *contribute(core, 2)], HealthReport)

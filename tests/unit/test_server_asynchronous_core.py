@@ -157,15 +157,25 @@ def test_contributions_that_never_become_whole_do_not_pile_up() -> None:
     assert of(contribute(core, 0, 1, sender=5), MakeParts)
 
 
-def test_one_sender_does_not_fill_the_memory_with_slots_that_it_makes_up() -> None:
+def test_slots_that_there_are_not_do_not_fill_the_memory() -> None:
     core = begun()
-    released = []
-    for slot in range(STAGED_MAX + 2):
-        number = 20 + slot
-        pushed = push(0, slot, part=0, sender=9, active=60_000)
-        released += of(data(core, pushed, number), ReleasePayload)
-    assert released == [ReleasePayload(20), ReleasePayload(21)]
-    assert of(contribute(core, 0, 1, sender=5), MakeParts)
+    control(core, replace(view(3), leases=Leases(0, [5, 6])))
+    pushed = push(0, 2, part=0, view=3, sender=9, active=60_000)
+    assert of(data(core, pushed, 22), ReleasePayload) == [ReleasePayload(22)]
+    assert core.shards[0, 0].staged == {}
+    data(core, push(0, 1, part=0, view=3), 21)
+    assert list(core.shards[0, 0].staged) == [(1, 5)]
+
+
+def test_many_slots_of_one_sender_may_be_on_their_way() -> None:
+    core = begun()
+    slots = range(2 * STAGED_MAX)
+    for part in (0, 1):
+        for slot in slots:
+            data(core, push(0, slot, part=part, active=len(slots)), 100 * slot + part)
+    for slot in slots:
+        data(core, meta(0, slot=slot, active=len(slots)))
+    assert core.shards[0, 0].version == len(slots)
 
 
 def test_a_pull_waits_for_what_it_needs_and_gets_the_newest_version() -> None:

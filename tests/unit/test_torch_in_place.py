@@ -1,5 +1,6 @@
 """Parameters as views of a server's memory: where they lie, and what is copied instead."""
 
+import faulthandler
 from collections.abc import Sequence
 
 import pytest
@@ -145,6 +146,28 @@ def test_what_is_saved_of_a_parameter_is_not_all_of_the_servers_memory() -> None
     server = Server()
     assert values_of(owned).lend(server.publish(1))
     assert owned[0].untyped_storage().nbytes() == 4 * SIZES[0]
+
+
+def test_memory_of_servers_that_are_not_used_any_more_is_let_go() -> None:
+    server, other, owned = Server(), Server(), parameters()
+    values = values_of(owned)
+    for version in (1, 2):
+        assert values.lend(server.publish(version))
+    for version in (3, 4):
+        assert values.lend(other.publish(version))
+    assert values._in_place is not None
+    assert len(values._in_place._views) == 2
+    assert all(other.has(one) for number, one in enumerate(owned) if number != 2)
+
+
+def test_it_works_where_nothing_can_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("sys.stderr is None")
+
+    monkeypatch.setattr(faulthandler, "is_enabled", lambda: False)
+    monkeypatch.setattr(faulthandler, "enable", fail)
+    server, owned = Server(), parameters()
+    assert values_of(owned).lend(server.publish(1))
 
 
 def test_without_servers_memory_nothing_is_lent() -> None:

@@ -27,7 +27,7 @@ from treefold.wire.membership import MS
 from treefold.wire.messages import PartMissing, Pull, Refused, RoundMeta, RoundStatus
 from treefold.wire.words import INITIAL_ROUND, STALE_CLASSES, Code, Need
 
-STAGED_MAX = 4  # contributions of a slot, or of a sender, that are on their way; the oldest goes
+STAGED_MAX = 4  # contributions of one slot that are on their way at a time; the oldest has to go
 LIMIT_MS = 250  # so long nothing more is applied where all shards are to be read alike
 STATUS_PARTS_MAX = 64  # parts named in one RoundStatus; the worker asks again for the rest
 
@@ -52,14 +52,20 @@ class Asynchronous:
         Contributions to shard 0 by class of staleness.
     sums : dict of (table, worker) to int
         The staleness of all of them together.
+    slots : int
+        How many slots there are, 0 until a view has said it.
     """
 
     def __init__(self, saves: Saves, out: list[Effect]) -> None:
-        self.duplicates = self.too_stale = 0
+        self.duplicates = self.too_stale = self.slots = 0
         self.stale: dict[tuple[int, int], list[int]] = {}
         self.sums: dict[tuple[int, int], int] = {}
         self._saves = saves
         self._out = out
+
+    def note_slots(self, slots: int) -> None:
+        """A view has leases of so many slots."""
+        self.slots = max(self.slots, slots)
 
     # ---- contributions ------------------------------------------------------------------------
 
@@ -102,12 +108,13 @@ class Asynchronous:
         known = shard.staged.get((slot, sender))
         if known is not None and known.round >= round_:
             return known if known.round == round_ else None
+        if 0 < self.slots <= slot:  # nobody in earnest has one; it would never be complete
+            return None
+        others = [key for key in shard.staged if key[0] == slot]
         if known is not None:
             self._drop(shard, (slot, sender))
-        for place, name in enumerate((slot, sender)):
-            others = [key for key in shard.staged if key[place] == name]
-            if len(others) >= STAGED_MAX:
-                self._drop(shard, others[0])
+        elif len(others) >= STAGED_MAX:
+            self._drop(shard, others[0])
         shard.staged[slot, sender] = Staged(round_, slot, sender)
         return shard.staged[slot, sender]
 

@@ -272,6 +272,7 @@ class ServerCore:
             return
         self.view = view.number
         self.membership.vitals.view = view.number
+        self.exchange.asynchronous.note_slots(len(view.leases.workers))
         self._sources = {t.table: t.source for t in view.tables}
         self._known = {(t.table, place.shard): None for t in view.tables for place in t.shards}
         me, held = self.membership.incarnation, self.places

@@ -106,9 +106,10 @@ class Exchange:
             case ShardRestored():
                 self._on_restored(now_ns, event)
             case ProductsComputed():
-                shard = self.shards[event.table, event.shard]
-                self.guarding.on_products(shard, event)
-                self.advance(now_ns, shard)
+                shard = self.shards.get((event.table, event.shard))
+                if shard is not None:  # it may be closed by the time something is measured
+                    self.guarding.on_products(shard, event)
+                    self.advance(now_ns, shard)
             case _:
                 self.replication.on_done(now_ns, event)
 

@@ -4,12 +4,16 @@ At the end the worker prints in how many places a parameter lay, which rounds be
 their parts were here, and a hash of every parameter and buffer. With ``--linger`` the worker that
 makes this file stays in a loop body until servers have overwritten what it computes with. With
 ``--withhold`` the second layer is lost, time and again, until the forward of the first one has run
-with that version. With ``--write`` the worker that makes this file writes to a parameter.
+with that version. With ``--write`` the worker that makes this file writes to a parameter;
+with ``--drain`` it is asked to stop.
 """
 
 import argparse
+import atexit
 import copy
 import hashlib
+import os
+import signal
 import sys
 import threading
 import time
@@ -131,6 +135,15 @@ def linger() -> None:
     say("overwritten")
 
 
+def is_in_servers_memory(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory that this process has mapped of another one."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        begin, end = (int(at, 16) for at in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return "memfd:" in line
+    return False
+
+
 def write(model: Net) -> None:
     """Do what is forbidden."""
     with torch.no_grad():
@@ -160,6 +173,9 @@ def train(chosen: argparse.Namespace) -> None:
     places: dict[int, None] = {}
     number = 0
     dataset = torch.utils.data.TensorDataset(x, y)
+    atexit.register(
+        lambda: say(f"after {any(map(is_in_servers_memory, model.parameters()))}")
+    )  # before the one that leaves the cluster
     for epoch in range(EPOCHS):
         for inputs, targets in ps.batches(dataset, batch_size=BATCH_SIZE, epoch=epoch):
             if isinstance(model.lent.weight, AwaitedParameter):
@@ -171,6 +187,9 @@ def train(chosen: argparse.Namespace) -> None:
             is_in_place = chosen.in_place and len(places) > 1  # no longer where it was made
             if chosen.linger is not None and is_in_place and is_first(chosen.linger):
                 linger()
+            if chosen.drain is not None and is_in_place and is_first(chosen.drain):
+                say(f"before {any(map(is_in_servers_memory, model.parameters()))}")
+                os.kill(os.getpid(), signal.SIGTERM)
             if chosen.write is not None and is_in_place and is_first(chosen.write):
                 write(model)
             number += 1
@@ -197,6 +216,7 @@ if __name__ == "__main__":
     parser.add_argument("--write", type=Path)
     parser.add_argument("--linger", type=Path)
     parser.add_argument("--withhold", action="store_true")
+    parser.add_argument("--drain", type=Path)
     ps.init()
     train(parser.parse_args())
     ps.shutdown()

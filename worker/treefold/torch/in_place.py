@@ -5,6 +5,7 @@ only without this worker, whose loop body then counts for nothing; that is found
 (`treefold.worker.client.Client.borrow`).
 """
 
+import contextlib
 import faulthandler
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from treefold.worker.handed import Snapshot
 LINE_BYTES = 64
 """How a parameter lies to multiples of this is the same wherever its memory is: kernels may add up
 in another order where it is not."""
-KEPT_MAX = 4  # two buffers in turn, and after a move two others
+KEPT_MAX = 2  # versions are in two buffers in turn; memory of others is let go
 
 Parts = list[tuple[int, int, Tensor]]
 
@@ -62,18 +63,19 @@ class InPlace:
             0 if _home(values, segments) is None else values.data_ptr() for *_, values in parts
         )
         if key not in self._views:
-            if len(self._views) == KEPT_MAX:
-                self._views.clear()
+            while len(self._views) >= KEPT_MAX:
+                del self._views[next(iter(self._views))]
             own = zip(self._parameters, self._starts, strict=True)
             self._views[key] = [_view(one, start, parts, segments) for one, start in own]
-        views = self._views[key]  # they keep the memory mapped, so that an address stays what it is
+        views = self._views[key] = self._views.pop(
+            key
+        )  # used last; they keep the memory mapped, so that an address stays what it is
         if all(view is None for view in views):
             return False
         for number, (parameter, view) in enumerate(zip(self._parameters, views, strict=True)):
             parameter.data = self._copy(number, parts) if view is None else view
         self.is_used = True
-        if not faulthandler.is_enabled():  # says where a script writes to what it must not
-            faulthandler.enable(sys.__stderr__ or sys.stderr)
+        _say_where_it_dies()
         return True
 
     def leave(self) -> None:
@@ -94,6 +96,13 @@ class InPlace:
             own[at : at + piece.numel()].copy_(piece)
             at += piece.numel()
         return own.view(parameter.shape)
+
+
+def _say_where_it_dies() -> None:
+    """Have Python print where a script writes to what it must not, if there is where to."""
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(RuntimeError, ValueError, OSError):
+            faulthandler.enable(sys.__stderr__ or sys.stderr)
 
 
 def _home(values: Tensor, segments: Sequence[Segment]) -> Segment | None:

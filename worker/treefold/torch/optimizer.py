@@ -103,8 +103,9 @@ class DistributedOptimizer(Optimizer):
         Whether a loop body may use float32 parameters on the CPU where a server of this host keeps
         them, in memory that can only be read, which spares a copy of the model and the time for it.
         Each round they lie elsewhere: whatever else was made to share a parameter's memory shares
-        it no more, and whoever writes to a parameter in a loop body, or calls in-place operations
-        on its ``.data``, ends the process (SIGSEGV). Parameters are waited for as a whole then.
+        it no more, and whoever writes to a parameter or its ``.data`` in a loop body, or with a
+        loader of its own before `shutdown`, ends the process (SIGSEGV). After an error in a body
+        call `shutdown` before reading the model. Parameters are waited for as a whole then.
 
     Raises
     ------

@@ -5,6 +5,7 @@ decided what the script may call when; tensors and sockets are for others.
 """
 
 import sys
+import warnings
 from enum import Enum, auto
 
 import torch
@@ -86,6 +87,7 @@ class Session:
         self.progress = Progress()
         self.shard_sizes: tuple[list[object], object, list[int]] = ([], None, [])
         self._taken: dict[int, None] = {}
+        client.before_leaving = self.take_back
 
     # ---- tables ----------------------------------------------------------------------------------
 
@@ -114,6 +116,18 @@ class Session:
                 "is never staler than a round has slots"
             )
             raise UnsupportedError(text)
+
+    def take_back(self) -> None:
+        """Have parameters in memory of their own, since this worker leaves."""
+        used = [table for table in self.tables if table.is_in_place]
+        if used and self.client.is_void:
+            text = (
+                "the job went on without this worker's loop body, so that parameters that were "
+                "used in place are of no version; load a checkpoint to go on with the model"
+            )
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        for table in used:
+            table.take_back()
 
     def is_taken(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to a table already."""
@@ -466,7 +480,6 @@ def _leave(outcome: Outcome, text: str) -> None:
     job.progress.watch.remove()
     for table in job.tables:
         table.forget()
-        table.take_back()
         table.pushing.close()
     PINS.release()
     job.client.leave(outcome, text)

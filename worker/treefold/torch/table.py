@@ -242,8 +242,13 @@ class Table:
         if self._awaiting is not None:
             self._awaiting.forget()
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether parameters lie in servers' memory at this moment."""
+        return self._values.is_lent
+
     def take_back(self) -> None:
-        """Give the parameters memory of their own, since this worker leaves."""
+        """Give the parameters memory of their own."""
         self._values.take_back()
 
     # ---- loops and slots -------------------------------------------------------------------------

@@ -72,6 +72,11 @@ class ModelValues:
         torch.autograd.graph.increment_version(self._parameters)
         return True
 
+    @property
+    def is_lent(self) -> bool:
+        """Whether the parameters are views of where a version lies."""
+        return self._in_place is not None and self._in_place.is_used
+
     def take_back(self) -> None:
         """Give the parameters memory of their own again, with the values that they have."""
         if self._in_place is not None and self._in_place.is_used:

@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,7 @@ class Client:
         self._scratches: list[torch.Tensor] = []
         self._streams: list[Arrivals] = []
         self._borrowed = Borrowed()
+        self.before_leaving: Callable[[], None] = lambda: None  # called first by `leave`
         self._shell.start()
 
     def join(self) -> None:
@@ -216,10 +217,7 @@ class Client:
         return any(arrivals.is_void for arrivals in self._streams)
 
     def borrow(self, snapshot: Snapshot) -> None:
-        """Say that the slot in hand computes with a version where it lies.
-
-        If it is overwritten meanwhile the slot `is_void`.
-        """
+        """Say that the slot in hand, void if it changes, computes with a version where it lies."""
         self._borrowed.add(snapshot)
 
     def _next_task(self, is_torn: bool, is_streaming: bool = False) -> Task | LoopEnd:
@@ -473,6 +471,7 @@ class Client:
         if self._is_closed or os.getpid() != self._pid:
             return
         self._is_closed = True
+        self.before_leaving()
         call = next(self._calls)
         self._shell.call(call, effects.LeaveCalled(call, outcome, text))
         self._shell.close()
