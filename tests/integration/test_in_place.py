@@ -13,7 +13,7 @@ JOB = "streaming.py"
 SLOTS = "slots=4"
 
 
-@pytest.mark.parametrize(("servers", "workers"), [(1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("servers", "workers"), [(1, 1), (3, 2)])
 def test_parameters_used_in_place_have_the_bits_of_one_process(
     cluster: Callable[..., Cluster], alone: Callable[..., Bits], servers: int, workers: int
 ) -> None:

@@ -50,7 +50,7 @@ def nobody_is_told_what_is_lacking(patch: Patch) -> None:
     patch.setattr(server_asynchronous, "_status", changed)
 
 
-@plant(Theme.BESIDE, 1950)
+@plant(Theme.BESIDE, 2300)
 def a_round_that_is_lost_to_one_table_is_not_computed_again(patch: Patch) -> None:
     def changed(rounds: Rounds, late: list[ShardPull]) -> int | None:
         return torn_version(rounds, [pull for pull in late if pull.need is None])
