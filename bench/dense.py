@@ -25,7 +25,6 @@ on the wire, 1 and 4 workers, 1 server, 5,000 tensors of 5,000. The last line is
 """
 
 import argparse
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +32,6 @@ from pathlib import Path
 
 import torch
 
-import treefold.torch as ps
 from bench._dense_peers import floor, gloo, is_rpc_available, rpc_server
 from bench._dense_work import OPTIMIZERS, SHAPES, TOLERANCES, WIRES, Work, reference
 from bench._dense_zmq import bare_zmq
@@ -120,9 +118,6 @@ def unavailable(work: Work, name: str) -> str:
         return "this torch has no RPC"
     if name == "gloo" and work.workers == 1:
         return "one worker has nobody to reduce with"
-    if name in OURS and work.wire != "float32":
-        known = inspect.signature(ps.DistributedOptimizer).parameters
-        return "" if "wire" in known else "treefold has no wire types yet"
     return ""
 
 
